@@ -1,0 +1,85 @@
+"""RegCache for Hugging Face: post-training quantization of vision encoders with prefixed registers (arXiv 2510.04547).
+
+Importing this package registers the quantization method ``regcache`` with transformers, so that
+``AutoModel.from_pretrained`` opens RegCache checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from optimum_regcache.config import (
+    ActivationsConfig,
+    DeletionConfig,
+    ModulesConfig,
+    RegCacheConfig,
+    RegistersConfig,
+    WeightsConfig,
+)
+from optimum_regcache.hf_integration import register
+from optimum_regcache.registers import RegisterCache
+
+if TYPE_CHECKING:
+    from optimum_regcache.models import (
+        RegCacheCLIPVisionModel,
+        RegCacheDeiTModel,
+        RegCacheDinov2Model,
+        RegCacheDinov2WithRegistersModel,
+        RegCacheSiglip2VisionModel,
+        RegCacheSiglipVisionModel,
+        RegCacheViTModel,
+    )
+    from optimum_regcache.modules import set_backend
+    from optimum_regcache.quantizer import RegCacheQuantizer
+    from optimum_regcache.recipe import Recipe, SearchConfig
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "RegCacheCLIPVisionModel": "models",
+    "RegCacheDeiTModel": "models",
+    "RegCacheDinov2Model": "models",
+    "RegCacheDinov2WithRegistersModel": "models",
+    "RegCacheSiglip2VisionModel": "models",
+    "RegCacheSiglipVisionModel": "models",
+    "RegCacheViTModel": "models",
+    "RegCacheQuantizer": "quantizer",
+    "Recipe": "recipe",
+    "SearchConfig": "recipe",
+    "set_backend": "modules",
+}
+
+__all__ = [
+    "ActivationsConfig",
+    "DeletionConfig",
+    "ModulesConfig",
+    "Recipe",
+    "RegCacheCLIPVisionModel",
+    "RegCacheConfig",
+    "RegCacheDeiTModel",
+    "RegCacheDinov2Model",
+    "RegCacheDinov2WithRegistersModel",
+    "RegCacheQuantizer",
+    "RegCacheSiglip2VisionModel",
+    "RegCacheSiglipVisionModel",
+    "RegCacheViTModel",
+    "RegisterCache",
+    "RegistersConfig",
+    "SearchConfig",
+    "WeightsConfig",
+    "set_backend",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'optimum_regcache' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"optimum_regcache.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

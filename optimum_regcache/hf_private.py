@@ -1,0 +1,48 @@
+"""The only file that touches names of transformers that are not public. Checked against the pinned version range."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+SUPPORTED_ATTENTION = ("eager", "sdpa")
+
+
+def attention_interface(module: nn.Module, native_class: type) -> Callable[..., Any]:
+    """The attention function that ``module`` (an attention module of class ``native_class``) would call itself.
+
+    Raises:
+        ValueError: an implementation without additive masks, which a logit bias needs.
+    """
+    config: Any = module.config
+    name = config._attn_implementation
+    if name not in SUPPORTED_ATTENTION:
+        raise ValueError(
+            f"Register injection supports attn_implementation {' and '.join(SUPPORTED_ATTENTION)}, got {name!r}. "
+            "Call model.set_attn_implementation('sdpa')."
+        )
+    eager = sys.modules[native_class.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def share_checkpoint_conversion(new_class: str, native_class: str) -> None:
+    """Give the class named ``new_class`` the checkpoint key renames of ``native_class`` (custom classes get none)."""
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(native_class)
+    if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(new_class) is None:
+        conversion_mapping.register_checkpoint_conversion_mapping(new_class, mapping)
+
+
+def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:
+    """Set what `from_pretrained` sets on a quantized model, so that `save_pretrained` and friends treat it as one."""
+    target: Any = model
+    target.hf_quantizer = hf_quantizer
+    target.is_quantized = True
+    target.quantization_method = hf_quantizer.quantization_config.quant_method
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True

@@ -1,0 +1,37 @@
+"""Execution backends of a quantized linear layer behind one dispatch function.
+
+Every backend computes the same codes; they differ in how the product is accumulated (see the modules' docstrings).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from optimum_regcache.kernels import onednn, reference, simulated
+from optimum_regcache.kernels.base import LinearBackend, LinearState
+
+__all__ = ["BACKENDS", "LinearBackend", "LinearState", "select_backend"]
+
+BACKENDS: dict[str, type[LinearBackend]] = {
+    "onednn": onednn.OneDNNLinear,
+    "reference": reference.ReferenceLinear,
+    "simulated": simulated.SimulatedLinear,
+}
+
+
+def select_backend(name: str, state: LinearState) -> type[LinearBackend]:
+    """The backend class called ``name``; ``auto`` takes oneDNN where it is exact and available, else simulation.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot run this layer on this machine (with the reason).
+    """
+    if name == "auto":
+        if torch.compiler.is_compiling() or onednn.OneDNNLinear.unsupported_reason(state) is not None:
+            return simulated.SimulatedLinear
+        return onednn.OneDNNLinear
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown execution backend {name!r}; expected one of auto, {', '.join(BACKENDS)}.")
+    reason = BACKENDS[name].unsupported_reason(state)
+    if reason is not None:
+        raise ValueError(f"Execution backend {name!r} cannot run this layer: {reason} Use backend 'auto'.")
+    return BACKENDS[name]

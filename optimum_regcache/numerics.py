@@ -1,0 +1,152 @@
+"""Pure quantization functions. Tensors in, tensors out.
+
+Conventions: ``real = scale * (code - zero_point)``; codes are ``round(x * (1 / scale)) + zero_point`` with half-to-even
+rounding, which is what `torch.quantize_per_tensor` computes, so that simulated and integer execution agree on every code.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SYMMETRIC_ZERO = 0
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code: ``[-2^(b-1), 2^(b-1) - 1]`` if symmetric, else ``[0, 2^b - 1]``."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def choose_qparams(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the range [low, high], widened to contain zero.
+
+    Args:
+        low, high: range ends, any common shape, float.
+        bits: 2 to 8.
+        symmetric: ``s = max(|low|, |high|) / (2^(b-1) - 1)``, z = 0; otherwise ``s = (high - low) / (2^b - 1)``,
+            ``z = round(-low / s)``.
+
+    Returns:
+        ``(scale float32, zero_point int32)`` of the shape of ``low``. An empty range (all zero) gets scale 1.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    span = torch.maximum(-low, high) if symmetric else high - low
+    scale = span / (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    if symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    quantum = 2**bits - 1
+    return scale, torch.round(-low / scale).clamp(0, quantum).to(torch.int32)
+
+
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, symmetric: bool
+) -> torch.Tensor:
+    """Integer codes of ``x`` as float32 (whole numbers); ``scale`` and ``zero_point`` broadcast against ``x``."""
+    lowest, highest = code_range(bits, symmetric)
+    return torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, lowest, highest)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """``scale * (codes - zero_point)`` in float32."""
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, symmetric: bool
+) -> torch.Tensor:
+    """Quantize then dequantize; float32 result of the shape of ``x`` (simulated quantization)."""
+    return dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)
+
+
+def dynamic_qparams(
+    x: torch.Tensor, bits: int, symmetric: bool, granularity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point from the input itself.
+
+    Returns:
+        ``per_token``: shape [..., 1] for ``x`` of shape [..., features]; ``per_tensor``: shape [].
+    """
+    x = x.float()
+    if granularity == "per_token":
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    else:
+        low, high = x.amin(), x.amax()
+    return choose_qparams(low, high, bits, symmetric)
+
+
+def weight_qparams(weight: torch.Tensor, bits: int, granularity: str, observer: str) -> torch.Tensor:
+    """Symmetric weight scales.
+
+    Args:
+        weight: [out, in].
+        bits: 2 to 8.
+        granularity: ``per_channel`` -> scale [out]; ``per_tensor`` -> scale [1].
+        observer: ``minmax`` (absolute maximum) or ``mse`` (best of 80 shrink factors 0.21 to 1.0, each row on its own).
+
+    Returns:
+        float32 scales.
+    """
+    rows = weight.float() if granularity == "per_channel" else weight.float().reshape(1, -1)
+    peak = rows.abs().amax(1)
+    scale, zero = choose_qparams(-peak, peak, bits, True)
+    if observer == "minmax":
+        return scale
+    best, best_error = scale, torch.full_like(scale, float("inf"))
+    for step in range(21, 101):
+        candidate = scale * (step / 100)
+        error = (fake_quantize(rows, candidate[:, None], zero[:, None], bits, True) - rows).pow(2).sum(1)
+        better = error < best_error
+        best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
+    return best
+
+
+def codes_per_word(bits: int) -> int:
+    """How many ``bits``-wide codes fit into one 32-bit word."""
+    return 32 // bits
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack signed codes along the last axis into int32 words, lowest bits first.
+
+    Args:
+        codes: [rows, n] whole numbers in ``[-2^(b-1), 2^(b-1) - 1]``.
+        bits: 2 to 8.
+
+    Returns:
+        int32 [rows, ceil(n / (32 // bits))]; unused positions hold zero.
+    """
+    per_word = codes_per_word(bits)
+    unsigned = codes.to(torch.int64) & (2**bits - 1)
+    padding = -unsigned.shape[-1] % per_word
+    unsigned = torch.nn.functional.pad(unsigned, (0, padding)).reshape(codes.shape[0], -1, per_word)
+    shifts = torch.arange(per_word, device=codes.device) * bits
+    words = (unsigned << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of :func:`pack_codes`.
+
+    Args:
+        words: int32 [rows, ceil(columns / (32 // bits))].
+        bits: 2 to 8.
+        columns: number of codes per row.
+
+    Returns:
+        int8 [rows, columns].
+
+    Raises:
+        ValueError: the number of words does not belong to ``columns``.
+    """
+    expected = -(-columns // codes_per_word(bits))
+    if words.shape[-1] != expected:
+        raise ValueError(
+            f"Packed weight has {words.shape[-1]} words per row, but {columns} columns of {bits}-bit codes need "
+            f"{expected}. The checkpoint does not belong to this model or bit width."
+        )
+    shifts = torch.arange(codes_per_word(bits), device=words.device, dtype=torch.int32) * bits
+    unsigned = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    signed = torch.where(unsigned >= 2 ** (bits - 1), unsigned - 2**bits, unsigned)
+    return signed.reshape(words.shape[0], -1)[:, :columns].to(torch.int8).contiguous()

@@ -1,0 +1,165 @@
+"""Observers: statistics of a static activation in, (scale, zero_point) out. All are per tensor.
+
+Shape contract: ``update`` takes any float tensor and never keeps it; ``qparams`` returns two 0-dim tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from optimum_regcache import numerics
+from optimum_regcache.config import ActivationsConfig
+
+_BINS = 16384
+_SHRINK_STEPS = 100
+
+
+class Observer(ABC):
+    """Accumulates statistics of one activation site over calibration batches."""
+
+    def __init__(self, config: ActivationsConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def update(self, x: torch.Tensor) -> None:
+        """Take one batch of activations, any shape."""
+
+    @abstractmethod
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen ends (low, high), 0-dim float32.
+
+        Raises:
+            ValueError: nothing was observed yet.
+        """
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(scale float32 [], zero_point int32 [])`` for the configured bits and symmetry."""
+        low, high = self.range()
+        return numerics.choose_qparams(low, high, self.config.bits, self.config.symmetric)
+
+
+def _nothing_observed() -> ValueError:
+    return ValueError("The observer has seen no activation. Run at least one calibration batch through the model.")
+
+
+class MinMaxObserver(Observer):
+    """Running minimum and maximum (H.1). Independent of batch order."""
+
+    def __init__(self, config: ActivationsConfig) -> None:
+        super().__init__(config)
+        self._low: torch.Tensor | None = None
+        self._high: torch.Tensor | None = None
+
+    def update(self, x: torch.Tensor) -> None:
+        low, high = x.amin().float(), x.amax().float()
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._low is None or self._high is None:
+            raise _nothing_observed()
+        return self._low, self._high
+
+
+class MovingAverageObserver(MinMaxObserver):
+    """Exponential moving average of each batch's minimum and maximum; depends on batch order and size."""
+
+    def update(self, x: torch.Tensor) -> None:
+        low, high, past = x.amin().float(), x.amax().float(), self.config.momentum
+        self._low = low if self._low is None else past * self._low + (1 - past) * low
+        self._high = high if self._high is None else past * self._high + (1 - past) * high
+
+
+class _HistogramObserver(Observer):
+    """Histogram over [-R, R] with R a power of two that doubles on demand, so batch order cannot change the result."""
+
+    def __init__(self, config: ActivationsConfig) -> None:
+        super().__init__(config)
+        self._counts = torch.zeros(_BINS, dtype=torch.float64)
+        self._radius = 0.0
+
+    def update(self, x: torch.Tensor) -> None:
+        x = x.detach().float().flatten()
+        peak = float(x.abs().amax())
+        if peak == 0.0 and self._radius == 0.0:
+            peak = torch.finfo(torch.float32).tiny
+        needed = 2.0 ** torch.tensor(max(peak, 1e-30)).log2().ceil().item()
+        if self._radius == 0.0:
+            self._radius = needed
+        while self._radius < needed:  # merge pairs of bins around the centre
+            merged = self._counts.reshape(-1, 2).sum(1)
+            self._counts = torch.zeros_like(self._counts)
+            self._counts[_BINS // 4 : 3 * _BINS // 4] = merged
+            self._radius *= 2
+        self._counts += torch.histc(x, _BINS, -self._radius, self._radius).to("cpu", torch.float64)
+
+    def _centres(self) -> torch.Tensor:
+        if not bool(self._counts.sum() > 0):
+            raise _nothing_observed()
+        width = 2 * self._radius / _BINS
+        return -self._radius + width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+
+    def _occupied(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest observed value, to a bin's outer edge."""
+        centres, half = self._centres(), self._radius / _BINS
+        seen = centres[self._counts > 0]
+        return (seen[0] - half).float(), (seen[-1] + half).float()
+
+
+class PercentileObserver(_HistogramObserver):
+    """Range that leaves ``100 - percentile`` percent of the values outside (H.2).
+
+    Symmetric: percentile of |x|; otherwise that share is cut from each tail separately.
+    """
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        centres, half = self._centres(), self._radius / _BINS
+        keep = self.config.percentile / 100
+        if self.config.symmetric:
+            folded = self._counts[: _BINS // 2].flip(0) + self._counts[_BINS // 2 :]
+            index = _quantile_bin(folded, keep)
+            edge = (centres[_BINS // 2 + index] + half).float()
+            return -edge, edge
+        high = (centres[_quantile_bin(self._counts, keep)] + half).float()
+        low = (centres[_BINS - 1 - _quantile_bin(self._counts.flip(0), keep)] - half).float()
+        return low, high
+
+
+def _quantile_bin(counts: torch.Tensor, keep: float) -> int:
+    cumulative = counts.cumsum(0)
+    return int(torch.searchsorted(cumulative, keep * cumulative[-1]).clamp(max=len(counts) - 1))
+
+
+class MSEObserver(_HistogramObserver):
+    """Range that minimises the squared quantization error over 100 shrink factors of the full range (H.3)."""
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        centres = self._centres().float()
+        low, high = self._occupied()
+        used = self._counts > 0
+        values, weights = centres[used], self._counts[used].float()
+        factors = torch.arange(1, _SHRINK_STEPS + 1) / _SHRINK_STEPS
+        scale, zero = numerics.choose_qparams(
+            low * factors, high * factors, self.config.bits, self.config.symmetric
+        )
+        rebuilt = numerics.fake_quantize(
+            values, scale[:, None], zero[:, None], self.config.bits, self.config.symmetric
+        )
+        best = int(((rebuilt - values).pow(2) * weights).sum(1).argmin())
+        return low * factors[best], high * factors[best]
+
+
+OBSERVERS: dict[str, Callable[[ActivationsConfig], Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    "mse": MSEObserver,
+}
+
+
+def make_observer(config: ActivationsConfig) -> Observer:
+    """The observer named by ``config.observer``."""
+    return OBSERVERS[config.observer](config)

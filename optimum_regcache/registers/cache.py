@@ -1,0 +1,112 @@
+"""`RegisterCache`: constant K and V rows per block, in the shape of a transformers `Cache`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RegisterLayer(CacheLayerMixin):
+    """Prefix rows of one block. ``update`` returns prefix + new rows and stores nothing: the cache never grows."""
+
+    is_compileable = True
+
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = keys is not None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to initialise: the rows are given."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, H, N, d] -> [B, H, n + N, d]; the prefix comes first."""
+        if self.keys is None or self.values is None:
+            return key_states, value_states
+        batch = key_states.shape[0]
+        prefix_k = self.keys.to(key_states).unsqueeze(0).expand(batch, -1, -1, -1)
+        prefix_v = self.values.to(value_states).unsqueeze(0).expand(batch, -1, -1, -1)
+        return torch.cat((prefix_k, key_states), 2), torch.cat((prefix_v, value_states), 2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + self.get_seq_length(), 0
+
+    def get_max_length(self) -> int:
+        return self.get_seq_length()
+
+
+class RegisterCache(Cache):
+    """K and V of the universal outlier token for some blocks (RegCache, arXiv 2510.04547, A.6).
+
+    Args:
+        keys, values: block index -> [H, n, d]; the same blocks in both. n is the number of distinct registers.
+        num_blocks: blocks of the encoder; blocks without rows are left alone.
+        num_copies: tau > 0; tau copies of each row are the row with logit bias ln(tau) (A.7-1).
+
+    Raises:
+        ValueError: blocks or shapes that do not fit together.
+
+    Passing one as ``past_key_values`` to a RegCache model overrides the registers stored in it.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[int, torch.Tensor],
+        values: Mapping[int, torch.Tensor],
+        num_blocks: int,
+        num_copies: float = 1.0,
+    ) -> None:
+        if set(keys) != set(values):
+            raise ValueError(f"keys are given for blocks {sorted(keys)}, values for blocks {sorted(values)}.")
+        if keys and not 0 <= min(keys) <= max(keys) < num_blocks:
+            raise ValueError(f"Register blocks {sorted(keys)} lie outside the {num_blocks} blocks of the encoder.")
+        if num_copies <= 0:
+            raise ValueError(f"num_copies must be > 0, got {num_copies}.")
+        shapes = {tuple(t.shape) for t in (*keys.values(), *values.values())}
+        if len(shapes) > 1 or any(len(s) != 3 for s in shapes):
+            raise ValueError(f"All register rows must share one shape [heads, registers, head_dim], got {sorted(shapes)}.")
+        super().__init__(layers=[RegisterLayer(keys.get(i), values.get(i)) for i in range(num_blocks)])
+        self.num_copies = num_copies
+
+    @property
+    def logit_bias(self) -> float:
+        """ln(tau), added to the attention logits of every register row."""
+        return math.log(self.num_copies)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks that have rows, ascending."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.keys is not None)
+
+    @property
+    def num_registers(self) -> int:
+        """Distinct rows per block, 0 when empty."""
+        return max((layer.get_seq_length() for layer in self.layers), default=0)
+
+    def rows(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of a block, each [H, n, d].
+
+        Raises:
+            KeyError: the block has none.
+        """
+        layer = self.layers[block]
+        if layer.keys is None or layer.values is None:
+            raise KeyError(f"Block {block} has no registers; blocks with registers: {list(self.blocks)}.")
+        return layer.keys, layer.values
+
+    def restricted(self, blocks: tuple[int, ...], num_copies: float | None = None) -> RegisterCache:
+        """The same rows in fewer blocks and with another tau."""
+        return RegisterCache(
+            {b: self.rows(b)[0] for b in blocks},
+            {b: self.rows(b)[1] for b in blocks},
+            len(self.layers),
+            self.num_copies if num_copies is None else num_copies,
+        )

@@ -1,0 +1,333 @@
+"""Wiring of registers and deletion into a vision tower, by class swap of its blocks, attention modules and embeddings.
+
+The transformers forward functions stay as they are. Every swapped class is a subclass of the native one (hooks,
+``isinstance`` checks and state-dict names keep working); with nothing installed it calls the native code, so outputs are
+bit-identical.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.hf_private import attention_interface
+from optimum_regcache.registers import deletion as D
+from optimum_regcache.registers.cache import RegisterCache, RegisterLayer
+
+
+class _Pass:
+    """State of one forward pass, written by the first swapped module it meets and read by the later ones."""
+
+    grid: D.Grid = None
+    selection: D.Selection | None = None
+    valid: torch.Tensor | None = None
+
+
+class _ThreadPass(_Pass, threading.local):
+    """One `_Pass` per thread: a served model may run in several threads at once."""
+
+
+class TowerRuntime:
+    """Shared by all swapped modules of one tower.
+
+    Attributes:
+        deletion: what to delete.
+        num_copies: tau of the stored registers.
+        num_prefix_tokens: leading tokens that are never deleted.
+        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
+        patch_size: pixels (h, w) of a patch, None if the input is already patchified.
+        num_blocks: blocks of the tower.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        self.deletion = DeletionConfig()
+        self.num_copies = 1.0
+        self.num_prefix_tokens = tower.num_prefix_tokens
+        self.keep_positions = tower.is_backbone
+        self.num_blocks = len(tower.blocks)
+        patch = getattr(tower.config, "patch_size", None)
+        self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
+        self._eager = _ThreadPass()
+        self._traced = _Pass()  # torch.compile and torch.export see a plain object; it is empty between passes
+
+    @property
+    def current(self) -> _Pass:
+        """The pass under way in this thread."""
+        return self._traced if torch.compiler.is_compiling() else self._eager
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
+
+    def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
+        """Start a forward pass: remember the patch grid."""
+        state = self.current
+        state.selection = state.valid = None
+        state.grid = spatial_shapes
+        if spatial_shapes is None and self.patch_size is not None and pixel_values.ndim == 4:
+            state.grid = (
+                pixel_values.shape[-2] // self.patch_size[0],
+                pixel_values.shape[-1] // self.patch_size[1],
+            )
+
+    def delete(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking)."""
+        batch, tokens, _ = hidden.shape
+        config, lead, state = self.deletion, self.num_prefix_tokens, self.current
+        if tokens - lead < 2 * config.count:
+            raise ValueError(
+                f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
+                "input. Use larger images or a smaller count."
+            )
+        valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
+        candidates = valid & (torch.arange(tokens, device=hidden.device) >= lead)
+        dropped = D.choose_dropped(D.outlier_scores(hidden, candidates), valid, config)
+        masked = self.keep_positions or config.rule == "threshold"
+        kept = None if masked else D.kept_positions(dropped, config.count)
+        state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
+        state.valid = None if attention_mask is None else valid
+        return D.fill_deleted(hidden, state.selection, state.valid) if kept is None else D.gather_tokens(hidden, kept)
+
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """After the last block: restore the grid if the config asks for it, and forget the pass."""
+        state = self.current
+        selection, valid = state.selection, state.valid
+        state.selection = state.valid = None
+        if selection is None or self.deletion.fill == "none":
+            return hidden
+        return D.fill_deleted(D.scatter_tokens(hidden, selection), selection, valid)
+
+
+class _Swapped:
+    """Base of the mixins below; makes the dynamic classes copyable and picklable."""
+
+    _native: type
+    regcache: TowerRuntime
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin = type(self).__mro__[1]
+        return _rebuild, (mixin, self._native), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _rebuild(mixin: type, native: type) -> Any:
+    cls = _swapped_class(mixin, native)
+    return cls.__new__(cls)
+
+
+_SWAPPED: dict[tuple[type, type], type] = {}
+
+
+def _swapped_class(mixin: type, native: type) -> type:
+    key = (mixin, native)
+    if key not in _SWAPPED:
+        # the native name is kept: repr, no-split rules and output recorders go by it
+        _SWAPPED[key] = type(native.__name__, (mixin, native), {"_native": native, "__module__": native.__module__})
+    return _SWAPPED[key]
+
+
+class EmbeddingsMixin(_Swapped):
+    """Notes the patch grid at the start of each pass."""
+
+    def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes = kwargs.get("spatial_shapes", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+        if shapes is not None and (shapes.ndim != 2 or shapes.shape[-1] != 2 or shapes.is_floating_point()):
+            shapes = None
+        self.regcache.begin(pixel_values, shapes)
+        return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
+
+
+class BlockMixin(_Swapped):
+    """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block."""
+
+    block_index: int
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        runtime = self.regcache
+        if not runtime.deletion.active or runtime.deletion.block is None or self.block_index < runtime.deletion.block:
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        if self.block_index == runtime.deletion.block:
+            hidden_states = runtime.delete(hidden_states, attention_mask)
+        selection = runtime.current.selection
+        if selection is not None:
+            attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
+        output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        return runtime.finish(output) if self.block_index == runtime.num_blocks - 1 else output
+
+
+class AttentionMixin(_Swapped):
+    """Self-attention whose keys and values start with register rows (RegCache A.7).
+
+    Buffers ``register_key`` and ``register_value`` [H, n, d] hold the stored registers; None where the block has none.
+    A `RegisterCache` passed as ``past_key_values`` takes their place.
+    """
+
+    block_index: int
+    tower_names: tuple[str, str, str, str, str, str]
+    register_key: torch.Tensor | None
+    register_value: torch.Tensor | None
+
+    def _registers(self, past_key_values: RegisterCache | None) -> tuple[RegisterLayer, float] | None:
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.block_index]
+            return (layer, past_key_values.num_copies) if layer.get_seq_length() else None
+        if self.register_key is None:
+            return None
+        return RegisterLayer(self.register_key, self.register_value), self.regcache.num_copies
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RegisterCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        registers = self._registers(past_key_values)
+        if registers is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        layer, copies = registers
+        module: Any = self
+        query, key, value, out, scaling, dropout = self.tower_names
+        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+        q, k, v = (
+            getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in (query, key, value)
+        )
+        k, v = layer.update(k, v)
+        attention = attention_interface(module, self._native)
+        output, weights = attention(
+            module,
+            q,
+            k,
+            v,
+            widen_mask(attention_mask, layer.get_seq_length(), copies, q),
+            scaling=getattr(module, scaling),
+            dropout=getattr(module, dropout) if module.training else 0.0,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return getattr(module, out)(output), weights
+
+
+def widen_mask(
+    attention_mask: torch.Tensor | None, rows: int, num_copies: float, query: torch.Tensor
+) -> torch.Tensor | None:
+    """Add ``rows`` leading columns with logit bias ln(num_copies) to the mask of queries [B, H, N, d].
+
+    Returns:
+        None if no mask is needed, else additive float [B or 1, 1, N, rows + N].
+    """
+    bias = float(torch.tensor(num_copies).log())
+    tokens = query.shape[2]
+    if attention_mask is None:
+        if bias == 0.0:
+            return None
+        attention_mask = query.new_zeros(1, 1, 1, tokens)
+    elif not attention_mask.dtype.is_floating_point:
+        attention_mask = query.new_zeros(attention_mask.shape).masked_fill(
+            ~attention_mask.bool(), torch.finfo(query.dtype).min
+        )
+    attention_mask = attention_mask.to(query.dtype)
+    column = attention_mask.new_full((*attention_mask.shape[:-1], rows), bias)
+    return torch.cat((column, attention_mask), -1).expand(-1, -1, tokens, -1)
+
+
+def _swap(module: nn.Module, mixin: type, runtime: TowerRuntime) -> Any:
+    if not isinstance(module, mixin):
+        module.__class__ = _swapped_class(mixin, type(module))
+    target: Any = module
+    target.regcache = runtime
+    return target
+
+
+def prepare_tower(model: nn.Module) -> TowerRuntime:
+    """Make the vision tower of ``model`` ready for registers and deletion, in place. Repeated calls change nothing.
+
+    Raises:
+        ValueError: ``model`` holds no supported encoder.
+    """
+    tower = find_tower(model)
+    embeddings = tower.module.get_submodule(tower.family.embeddings)
+    if isinstance(embeddings, EmbeddingsMixin):
+        return embeddings.regcache
+    runtime = TowerRuntime(tower)
+    _swap(embeddings, EmbeddingsMixin, runtime)
+    family = tower.family
+    for index, block in enumerate(tower.blocks):
+        _swap(block, BlockMixin, runtime).block_index = index
+        attention = _swap(tower.attention(index), AttentionMixin, runtime)
+        attention.block_index = index
+        attention.tower_names = (family.query, family.key, family.value, family.out, family.scaling, family.dropout)
+        attention.register_buffer("register_key", None)
+        attention.register_buffer("register_value", None)
+    return runtime
+
+
+def set_registers(model: nn.Module, cache: RegisterCache | None) -> None:
+    """Store ``cache`` in the tower as ordinary buffers (None removes the registers), in the tower's dtype and device.
+
+    Raises:
+        ValueError: the cache belongs to an encoder of another shape.
+    """
+    runtime, tower = prepare_tower(model), find_tower(model)
+    if cache is not None and len(cache.layers) != len(tower.blocks):
+        raise ValueError(
+            f"The register cache is for {len(cache.layers)} blocks, {type(tower.module).__name__} has {len(tower.blocks)}."
+        )
+    for index in range(len(tower.blocks)):
+        attention: Any = tower.attention(index)
+        if cache is None or index not in cache.blocks:
+            attention.register_key = attention.register_value = None
+            continue
+        keys, values = cache.rows(index)
+        heads = tower.config.num_attention_heads
+        if keys.shape[0] != heads or keys.shape[2] != attention.head_dim:
+            raise ValueError(
+                f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
+                f"[{heads}, registers, {attention.head_dim}]."
+            )
+        like = tower.blocks[index].get_parameter(_norm_name(tower.blocks[index]))
+        attention.register_key, attention.register_value = keys.detach().to(like), values.detach().to(like)
+    runtime.num_copies = 1.0 if cache is None else cache.num_copies
+
+
+def _norm_name(block: nn.Module) -> str:
+    """Name of a parameter that is never quantized: the first norm weight of the block."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            return f"{name}.weight"
+    raise ValueError(f"{type(block).__name__} has no LayerNorm.")
+
+
+def get_register_cache(model: nn.Module) -> RegisterCache | None:
+    """The registers stored in the tower, None if there are none."""
+    runtime, tower = prepare_tower(model), find_tower(model)
+    keys: dict[int, torch.Tensor] = {}
+    values: dict[int, torch.Tensor] = {}
+    for index in range(len(tower.blocks)):
+        attention: Any = tower.attention(index)
+        if attention.register_key is not None:
+            keys[index], values[index] = attention.register_key, attention.register_value
+    return RegisterCache(keys, values, len(tower.blocks), runtime.num_copies) if keys else None
+
+
+def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
+    """Choose which tokens the tower deletes.
+
+    Raises:
+        ValueError: the block does not exist, or the encoder cannot work with ``fill="none"``.
+    """
+    runtime, tower = prepare_tower(model), find_tower(model)
+    if config.block is not None and config.block >= len(tower.blocks):
+        raise ValueError(f"deletion.block={config.block}, but the encoder has blocks 0 to {len(tower.blocks) - 1}.")
+    if config.active and config.fill == "none" and (tower.family.always_mask or tower.is_backbone):
+        raise ValueError(
+            f"{type(tower.module).__name__} needs the whole patch grid after the last block; use "
+            "deletion.fill='neighbour_mean'."
+        )
+    runtime.deletion = config

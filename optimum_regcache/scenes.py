@@ -1,0 +1,205 @@
+"""Procedural scenes: the project's own images, so that nothing third-party has to be shipped or downloaded.
+
+A scene is one coloured shape on a plain or textured background, with a caption. The class is ``(colour, shape)``: 8 x 8 = 64
+zero-shot classes. Image ``i`` of a split is a pure function of ``(split, seed, i)``; splits draw from separate random streams
+(:class:`numpy.random.SeedSequence` spawn keys), hence they are disjoint by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (240, 208, 40),
+    "purple": (136, 58, 178),
+    "orange": (240, 134, 32),
+    "cyan": (48, 200, 214),
+    "pink": (240, 128, 180),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "crescent")
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "grey": (128, 128, 128),
+    "white": (238, 238, 238),
+    "black": (24, 24, 24),
+    "brown": (104, 78, 54),
+    "beige": (214, 200, 170),
+    "slate": (72, 84, 98),
+}
+TEXTURES = ("plain", "striped", "checkered", "dotted", "noisy", "shaded")
+SPLITS = ("train", "search", "calibration", "report")
+CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+SIZE = 64
+_SUPERSAMPLING = 2
+
+
+def prompt(name: str) -> str:
+    """Zero-shot prompt of a class name: ``"red circle"`` -> ``"a red circle"``."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rendered scene.
+
+    Attributes:
+        image: RGB picture of ``size`` x ``size`` pixels.
+        label: index into :data:`CLASS_NAMES`.
+        caption: a sentence that always names colour and shape, sometimes size, place and background.
+    """
+
+    image: Image.Image
+    label: int
+    caption: str
+
+
+def _generator(split: str, seed: int, index: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"Unknown scene split {split!r}; expected one of {', '.join(SPLITS)}.")
+    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(SPLITS.index(split), index)))
+
+
+def _background(rng: np.random.Generator, texture: str, base: tuple[int, int, int], size: int) -> Image.Image:
+    """Fill a canvas: two tones of ``base`` arranged by ``texture``."""
+    colour = np.asarray(base, dtype=np.float32)
+    other = np.clip(colour + rng.choice([-1, 1]) * rng.uniform(14, 34), 0, 255)
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    period = rng.uniform(10, 24)
+    phase = rng.uniform(0, period)
+    if texture == "plain":
+        mix = np.zeros((size, size), np.float32)
+    elif texture == "striped":
+        angle = rng.uniform(0, math.pi)
+        mix = (((x * math.cos(angle) + y * math.sin(angle) + phase) % period) < period / 2).astype(np.float32)
+    elif texture == "checkered":
+        mix = ((((x + phase) // period) + ((y + phase) // period)) % 2).astype(np.float32)
+    elif texture == "dotted":
+        mix = (np.hypot((x + phase) % period - period / 2, (y + phase) % period - period / 2) < period / 4).astype(
+            np.float32
+        )
+    elif texture == "noisy":
+        mix = rng.random((size, size), dtype=np.float32)
+    else:  # shaded
+        angle = rng.uniform(0, 2 * math.pi)
+        ramp = x * math.cos(angle) + y * math.sin(angle)
+        mix = (ramp - ramp.min()) / (ramp.max() - ramp.min())
+    canvas = colour + mix[..., None] * (other - colour)
+    return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def _polygon(n: int, radii: tuple[float, ...], angle: float, cx: float, cy: float) -> list[tuple[float, float]]:
+    points = []
+    for i in range(n):
+        r, a = radii[i % len(radii)], angle + 2 * math.pi * i / n
+        points.append((cx + r * math.cos(a), cy + r * math.sin(a)))
+    return points
+
+
+def _shape_mask(shape: str, r: float, angle: float, cx: float, cy: float, size: int) -> Image.Image:
+    """Draw ``shape`` of radius ``r`` around (cx, cy) as an 8-bit mask."""
+    mask = Image.new("L", (size, size), 0)
+    draw = ImageDraw.Draw(mask)
+    if shape in ("circle", "ring", "crescent"):
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
+        if shape == "ring":
+            inner = 0.55 * r
+            draw.ellipse((cx - inner, cy - inner, cx + inner, cy + inner), fill=0)
+        elif shape == "crescent":
+            dx, dy = 0.55 * r * math.cos(angle), 0.55 * r * math.sin(angle)
+            draw.ellipse((cx + dx - r, cy + dy - r, cx + dx + r, cy + dy + r), fill=0)
+    elif shape == "square":
+        draw.polygon(_polygon(4, (r * 1.1,), math.pi / 4 + 0.25 * math.sin(angle), cx, cy), fill=255)
+    elif shape == "diamond":
+        draw.polygon([(cx, cy - 1.25 * r), (cx + 0.7 * r, cy), (cx, cy + 1.25 * r), (cx - 0.7 * r, cy)], fill=255)
+    elif shape == "triangle":
+        draw.polygon(_polygon(3, (r * 1.15,), angle, cx, cy), fill=255)
+    elif shape == "star":
+        draw.polygon(_polygon(10, (r * 1.2, r * 0.5), angle, cx, cy), fill=255)
+    else:  # cross
+        tilt = 0.25 * math.sin(angle)
+        for a in (tilt, tilt + math.pi / 2):
+            c, s, w = math.cos(a), math.sin(a), 0.3 * r
+            draw.polygon(
+                [
+                    (cx + 1.1 * r * c - w * s, cy + 1.1 * r * s + w * c),
+                    (cx + 1.1 * r * c + w * s, cy + 1.1 * r * s - w * c),
+                    (cx - 1.1 * r * c + w * s, cy - 1.1 * r * s - w * c),
+                    (cx - 1.1 * r * c - w * s, cy - 1.1 * r * s + w * c),
+                ],
+                fill=255,
+            )
+    return mask
+
+
+def _caption(rng: np.random.Generator, name: str, large: bool, place: str, texture: str, background: str) -> str:
+    subject = f"a {'large' if large else 'small'} {name}" if rng.random() < 0.3 else prompt(name)
+    if rng.random() < 0.3:
+        subject += f" at the {place}"
+    if rng.random() < 0.5:
+        subject += f" on a {texture} {background} background"
+    return subject
+
+
+def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
+    """Draw scene ``index`` of ``split``.
+
+    Args:
+        split: one of :data:`SPLITS`; their images never coincide.
+        index: position within the split, >= 0.
+        seed: entropy shared by all splits.
+        size: side in pixels.
+
+    Returns:
+        The scene; the same arguments always give the same pixels.
+
+    Raises:
+        ValueError: ``split`` is not one of :data:`SPLITS`.
+    """
+    rng = _generator(split, seed, index)
+    label = int(rng.integers(len(CLASS_NAMES)))
+    colour, shape = CLASS_NAMES[label].split(" ")
+    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    big = size * _SUPERSAMPLING
+    canvas = _background(rng, texture, BACKGROUNDS[background], big)
+    radius = rng.uniform(0.13, 0.30) * big
+    margin = 1.25 * radius
+    cx, cy = rng.uniform(margin, big - margin, size=2)
+    tone = np.clip(np.asarray(COLOURS[colour]) * rng.uniform(0.85, 1.1), 0, 255).astype(int)
+    fill = Image.new("RGB", (big, big), (int(tone[0]), int(tone[1]), int(tone[2])))
+    canvas.paste(fill, mask=_shape_mask(shape, radius, rng.uniform(0, 2 * math.pi), cx, cy, big))
+    image = canvas.resize((size, size), Image.Resampling.BOX)
+    vertical = "top" if cy < big / 2 else "bottom"
+    place = f"{vertical} {'left' if cx < big / 2 else 'right'}"
+    caption = _caption(rng, CLASS_NAMES[label], radius > 0.215 * big, place, texture, background)
+    return Scene(image, label, caption)
+
+
+def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
+    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption)."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    scenes = [render(split, i, seed=seed, size=size) for i in range(num_samples)]
+    return Dataset.from_dict(
+        {
+            "image": [s.image for s in scenes],
+            "label": [s.label for s in scenes],
+            "caption": [s.caption for s in scenes],
+        },
+        features=Features(
+            {"image": ImageFeature(), "label": ClassLabel(names=list(CLASS_NAMES)), "caption": Value("string")}
+        ),
+    )

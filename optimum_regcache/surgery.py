@@ -1,0 +1,112 @@
+"""From a float model to the module tree of a quantized checkpoint: the one place that replaces modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from optimum_regcache.architectures import Site, find_tower, quantization_sites
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.modules import QuantLinear, QuantPatchEmbedding, quant_linears
+from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+
+QParams = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def config_sites(model: nn.Module, config: RegCacheConfig) -> list[Site]:
+    """The modules that ``config`` quantizes in ``model``."""
+    m = config.modules
+    return quantization_sites(model, patch_embedding=m.patch_embedding, head=m.head, ignore=m.ignore)
+
+
+def _replace(model: nn.Module, site: Site, new: nn.Module) -> None:
+    parent = model.get_submodule(site.parent) if site.parent else model
+    setattr(parent, site.attribute, new)
+
+
+def quantize_modules(model: nn.Module, config: RegCacheConfig) -> None:
+    """Replace the float modules by quantized ones (round to nearest), in place. Works on the meta device too."""
+    for site in config_sites(model, config):
+        module = model.get_submodule(site.name)
+        kind = QuantPatchEmbedding if site.kind == "patch_embedding" else QuantLinear
+        _replace(model, site, kind.from_float(module, config.weights, config.activations))  # type: ignore[arg-type]
+
+
+def assign_input_qparams(model: nn.Module, qparams: QParams) -> None:
+    """Give every static quantized layer its activation scale.
+
+    Args:
+        qparams: name of the original float module -> (scale, zero_point).
+
+    Raises:
+        ValueError: a layer without qparams.
+    """
+    for name, module in quant_linears(model):
+        if module.input_scale is None:
+            continue
+        key = name if name in qparams else name.removesuffix(".linear")
+        if key not in qparams:
+            raise ValueError(
+                f"No activation statistics for {name}: the calibration batches never reached it. Check modules.ignore and "
+                "the calibration data."
+            )
+        module.set_input_qparams(*qparams[key])
+
+
+def validate_positions(model: nn.Module, config: RegCacheConfig) -> None:
+    """Check registers and deletion against the encoder's number of blocks.
+
+    Raises:
+        ValueError: a block that does not exist, or a config whose search was never run.
+    """
+    blocks = len(find_tower(model).blocks)
+    if config.registers.mode == "search":
+        raise ValueError(
+            "registers.mode='search' describes a model that is still to be searched. Run RegCacheQuantizer.quantize with "
+            "a calibration dataset, or set registers.mode to 'fixed' or 'off'."
+        )
+    if config.registers.blocks and config.registers.blocks[-1] >= blocks:
+        raise ValueError(
+            f"registers.blocks={list(config.registers.blocks)}, but the encoder has blocks 0 to {blocks - 1}."
+        )
+
+
+def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
+    """Registers (empty, of the right shape) and deletion of ``config``, in place: what a checkpoint is loaded into."""
+    validate_positions(model, config)
+    prepare_tower(model)
+    r = config.registers
+    if r.mode == "fixed":
+        tower = find_tower(model)
+        heads = tower.config.num_attention_heads
+        width = getattr(tower.attention(0), "head_dim")
+        rows = {b: torch.full((heads, r.num_registers, width), float("nan"), device="meta") for b in r.blocks}
+        set_registers(model, RegisterCache(rows, rows, len(tower.blocks), r.num_copies))
+    else:
+        set_registers(model, None)
+    set_deletion(model, config.deletion)
+
+
+def check_complete(model: nn.Module) -> None:
+    """Make sure that a loaded model holds real numbers wherever the config promises them.
+
+    Raises:
+        ValueError: naming every tensor that is missing, renamed or damaged.
+    """
+    bad = []
+    for name, module in quant_linears(model):
+        for field in ("weight_scale", "input_scale"):
+            value = getattr(module, field)
+            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
+                bad.append(f"{name}.{field}")
+    for name, buffer in model.named_buffers():
+        if name.endswith(("register_key", "register_value")) and not bool(torch.isfinite(buffer).all()):
+            bad.append(name)
+    if bad:
+        raise ValueError(
+            f"The checkpoint is incomplete or damaged: {', '.join(bad[:8])}"
+            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} missing or not finite. Download it again, or quantize "
+            "the model again."
+        )
