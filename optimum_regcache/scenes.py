@@ -186,7 +186,10 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
 
 
 def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
-    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption)."""
+    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption).
+
+    The class names are zero-shot prompts such as ``"a red circle"``.
+    """
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -200,6 +203,6 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
             "caption": [s.caption for s in scenes],
         },
         features=Features(
-            {"image": ImageFeature(), "label": ClassLabel(names=list(CLASS_NAMES)), "caption": Value("string")}
+            {"image": ImageFeature(), "label": ClassLabel(names=[prompt(n) for n in CLASS_NAMES]), "caption": Value("string")}
         ),
     )

@@ -82,7 +82,8 @@ def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
         tower = find_tower(model)
         heads = tower.config.num_attention_heads
         width = getattr(tower.attention(0), "head_dim")
-        rows = {b: torch.full((heads, r.num_registers, width), float("nan"), device="meta") for b in r.blocks}
+        like = next(tower.module.parameters())
+        rows = {b: like.new_full((heads, r.num_registers, width), float("nan")) for b in r.blocks}
         set_registers(model, RegisterCache(rows, rows, len(tower.blocks), r.num_copies))
     else:
         set_registers(model, None)

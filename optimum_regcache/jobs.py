@@ -1,0 +1,359 @@
+"""The three jobs behind the command line: quantize, analyze, evaluate. Each returns what it wrote."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_regcache import reference
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.data import Batch, ImageInputs, choose_split, class_names, load_splits, subsample
+from optimum_regcache.evaluation.features import encode
+from optimum_regcache.evaluation.norms import measure_token_norms
+from optimum_regcache.evaluation.objective import (
+    DEFAULT_TEMPLATE,
+    AccuracyObjective,
+    has_classifier,
+    make_objective,
+    zero_shot_features,
+)
+from optimum_regcache.hf_integration import read_quantization_config
+from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.modules import quant_linears
+from optimum_regcache.quantizer import FitResult, RegCacheQuantizer, build_quantized, write_json
+from optimum_regcache.recipe import Recipe
+from optimum_regcache.report import (
+    Reporter,
+    Row,
+    draw_outliers,
+    environment,
+    plot_analysis,
+    render_table,
+    write_model_card,
+)
+from optimum_regcache.search.mining import mine_tokens
+from optimum_regcache.search.sensitivity import scan_sensitivity
+from optimum_regcache.search.workbench import Workbench
+
+logger = logging.get_logger(__name__)
+
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with its reference and report images; the two share none.
+
+    Attributes:
+        name, dataset_name: for reports.
+        model, processor: opened.
+        search_images, report_images: `datasets.Dataset`.
+        template: zero-shot prompt.
+        note: what the model is, when it is one of ours.
+    """
+
+    name: str
+    dataset_name: str
+    model: PreTrainedModel
+    processor: Any
+    search_images: Any
+    report_images: Any
+    template: str
+    note: str
+
+
+def open_source(
+    model: str | None, dataset: str | None, recipe: Recipe, *, template: str | None = None, device: str = "cpu"
+) -> Source:
+    """Open model and data by name; without a model the embedded encoder, without data the encoder's own scenes.
+
+    Raises:
+        ValueError: a model of the user's without a data set, or a data set too small to hold back report images.
+    """
+    name = model or recipe.model or reference.DEFAULT
+    dataset = dataset or recipe.dataset
+    seed, data = recipe.search.seed, recipe.data
+    if name in reference.names():
+        ref = reference.load(name)
+        opened, processor, note, default_template = ref.model, ref.processor, ref.note, ref.template
+    else:
+        opened, processor, note, default_template = load_model(name), load_processor(name), "", DEFAULT_TEMPLATE
+        if dataset is None:
+            raise ValueError(
+                f"--dataset is needed for {name}: a Hub id, an image folder or a parquet file. Only the reference encoders "
+                f"({', '.join(reference.names())}) bring their own images."
+            )
+    if dataset is None:
+        ref_data = reference.load(name).dataset
+        search_images = ref_data("search", data.num_samples, seed)
+        report_images = ref_data("report", data.num_report, seed)
+        dataset = f"{name} scenes"
+    else:
+        search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
+    return Source(
+        name, dataset, opened.to(device), processor, search_images, report_images, template or default_template, note
+    )
+
+
+def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
+    """Reference images from the training split; report images from the validation or test split, else held back.
+
+    Raises:
+        ValueError: fewer than 8 images.
+    """
+    splits = load_splits(dataset)
+    images = choose_split(splits, None, dataset)
+    for split in ("validation", "valid", "val", "test"):
+        if split in splits and splits[split] is not images:
+            return subsample(images, num_samples, seed), subsample(splits[split], num_report, seed)
+    images = images.shuffle(seed=seed)
+    count = len(images)
+    if count < 8:
+        raise ValueError(f"{dataset} has {count} images; at least 8 are needed to keep search and report apart.")
+    report_count = min(num_report, max(1, count // 3))
+    if num_samples + report_count > count:
+        num_samples = count - report_count
+        logger.warning(f"{dataset} has {count} images: {num_samples} for the search, {report_count} for the report.")
+    return images.select(range(report_count, report_count + num_samples)), images.select(range(report_count))
+
+
+def _accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels, text features) if top-1 accuracy can be computed, else (None, None)."""
+    labels, names = inputs.labels(), class_names(images)
+    if labels is None:
+        return None, None
+    if has_classifier(source.model):
+        same = names is None or len(names) == source.model.config.num_labels
+        return (labels, None) if same and int(labels.max()) < source.model.config.num_labels else (None, None)
+    if names is None or not hasattr(source.model, "get_text_features") or not hasattr(source.processor, "tokenizer"):
+        return None, None
+    return labels, zero_shot_features(source.model, source.processor, names, source.template)
+
+
+def quantize_job(
+    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Search, quantize, save, open again, report.
+
+    Returns:
+        (results as written to ``results.json``, summary table as text).
+    """
+    begun = time.perf_counter()
+    path = Path(output)
+    path.mkdir(parents=True, exist_ok=True)
+    quantizer = RegCacheQuantizer(source.model, source.processor)
+    config, fit = recipe.quantization, None
+    data = replace(recipe.data, num_samples=min(recipe.data.num_samples, len(source.search_images)))
+    inputs = ImageInputs(source.search_images, source.processor)
+    calibration = list(quantizer.split_inputs(inputs, data, recipe.search.seed)[0].batches(data.batch_size))
+    if config.registers.mode == "search":
+        fit = quantizer.fit(
+            source.search_images,
+            config,
+            recipe.search,
+            data,
+            template=source.template,
+            work_dir=path / "search",
+            progress=progress,
+        )
+        config = fit.config
+        model = build_quantized(source.model, config, fit.cache, calibration)
+    else:
+        model = quantizer.quantize(
+            None, None, config, source.search_images, data.batch_size, search=recipe.search, progress=progress
+        )
+    recipe = recipe.with_quantization(config)
+    quantizer.save(model, path, recipe=recipe, results={})
+    rows, notes = _report(source, recipe, fit, model, path, calibration)
+    results: dict[str, Any] = {
+        "model": source.name,
+        "dataset": source.dataset_name,
+        "note": source.note,
+        "quantization": config.label,
+        "report_images": len(source.report_images),
+        "rows": [row.to_dict() for row in rows],
+        "fit": fit.to_dict() if fit else None,
+        "recipe": recipe.to_dict(),
+        "environment": environment(),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    write_json(path / "results.json", results)
+    title = f"{source.name} {config.label.upper()} on {len(source.report_images)} unseen images of {source.dataset_name}"
+    write_model_card(path, source.name, config.label, source.dataset_name, rows, notes, _pipeline_tag(source.model))
+    return results, render_table(rows, title, notes)
+
+
+def _report(
+    source: Source,
+    recipe: Recipe,
+    fit: FitResult | None,
+    model: PreTrainedModel,
+    path: Path,
+    calibration: list[Batch],
+) -> tuple[list[Row], list[str]]:
+    report = ImageInputs(source.report_images, source.processor)
+    labels, text = _accuracy_data(source, report, source.report_images)
+    bench = Workbench(source.model, recipe.quantization, calibration)
+    sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
+    reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
+    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
+    notes = [source.note] if source.note else []
+    if fit is not None:
+        for kind in ("prefix only", "delete only"):
+            if kind in fit.variants:
+                best = fit.search.best_prefix if kind == "prefix only" else fit.search.best_delete
+                rows.append(reporter.row(kind, *fit.variants[kind], best.setup.describe() if best else ""))
+        chosen, cache = fit.search.chosen, fit.cache
+        opened = load_model(path, dtype=next(source.model.parameters()).dtype).to(source.model.device)
+        deletion = recipe.quantization.deletion
+        rows.append(reporter.model_row("RegCache", opened, cache, deletion, chosen.describe()))
+        top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
+        notes += [
+            f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
+            f"chosen: {chosen.describe()}; {fit.search.reason}",
+            "prefix only / delete only: the best of their kind in the search, whether installed or not",
+            "the RegCache row is the saved checkpoint, opened again from disk",
+        ]
+        _pictures(source, recipe, fit, reporter, report, path, notes)
+    elif recipe.quantization.registers.mode == "fixed":
+        rows.append(reporter.model_row("RegCache", model, None, DeletionConfig(), "registers of the recipe"))
+    notes.append("norms: patch tokens, float model with the same registers and deletion")
+    return rows, notes
+
+
+def _pictures(
+    source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, report: ImageInputs, path: Path, notes: list[str]
+) -> None:
+    try:
+        norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
+        per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
+        plot_analysis(path / "analysis.png", per_block, norms, source.name, fit.search and recipe.search.objective)
+        _draw_outliers(source, fit.sensitive_block, recipe.search.score_site, path / "outliers.png")
+    except ImportError as error:
+        notes.append(f"no pictures: {error}")
+
+
+def _draw_outliers(source: Source, block: int, score_site: str, path: Path, count: int = 12) -> None:
+    """The three largest tokens of the first report images."""
+    tower = find_tower(source.model)
+    images = ImageInputs(source.report_images.select(range(min(count, len(source.report_images)))), source.processor)
+    pictures, positions, grid = [], [], 0
+    for index in range(len(images)):
+        batch = next(images.subset([index]).batches(1))
+        if batch["pixel_values"].ndim != 4:
+            return  # SigLIP2: patches of varying grids
+        mined = mine_tokens(source.model, [batch], [block], top=3, score_site=score_site, progress=False)[block]
+        pictures.append(_to_picture(batch["pixel_values"][0]))
+        positions.append(mined.position.tolist())
+        grid = batch["pixel_values"].shape[-1] // tower.config.patch_size
+    draw_outliers(path, pictures, positions, tower.num_prefix_tokens, grid)
+
+
+def _to_picture(pixels: torch.Tensor) -> Any:
+    """Model input [3, H, W] as a picture, contrast stretched."""
+    from PIL import Image
+
+    low, high = pixels.amin(), pixels.amax()
+    scaled = ((pixels - low) / (high - low).clamp(min=1e-6) * 255).byte()
+    return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())
+
+
+def _pipeline_tag(model: PreTrainedModel) -> str:
+    if hasattr(model, "get_text_features"):
+        return "zero-shot-image-classification"
+    return "image-classification" if has_classifier(model) else "image-feature-extraction"
+
+
+def analyze_job(
+    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``."""
+    path = Path(output)
+    path.mkdir(parents=True, exist_ok=True)
+    inputs = ImageInputs(source.search_images, source.processor)
+    quantizer = RegCacheQuantizer(source.model, source.processor)
+    parts = quantizer.split_inputs(inputs, recipe.data, recipe.search.seed)
+    calibration, images = (list(p.batches(recipe.data.batch_size)) for p in parts[:2])
+    bench = Workbench(source.model, recipe.quantization, calibration)
+    labels, text = _accuracy_data(source, parts[1], source.search_images)
+    objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
+    scan = scan_sensitivity(
+        bench.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
+    )
+    norms = measure_token_norms(bench.float_model, images)
+    site = recipe.search.score_site
+    mined = mine_tokens(bench.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
+    tokens = mined[scan.sensitive_block]
+    results: dict[str, Any] = {
+        "model": source.name,
+        "dataset": source.dataset_name,
+        "note": source.note,
+        "quantization": recipe.quantization.label,
+        "images": len(parts[1]),
+        "sensitivity": scan.to_dict(),
+        "norms": norms.to_dict(),
+        "outlier_cosine": tokens.outlier_cosine(),
+        "normal_cosine": tokens.normal_cosine(),
+        "environment": environment(),
+    }
+    write_json(path / "analysis.json", results)
+    plot_analysis(path / "analysis.png", scan.per_block(), {"float": norms}, source.name, objective.name)
+    _draw_outliers(source, scan.sensitive_block, site, path / "outliers.png")
+    lines = [f"{source.name}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
+    lines += [f"  {name}: drop {drop:.4f}" for name, drop in scan.top()]
+    for block, per in enumerate(zip(norms.max_block_input, norms.median_block_input, norms.max_fc2_input, strict=True)):
+        lines.append(f"  block {block}: input max {per[0]:.2f}, median {per[1]:.2f}; fc2 input max {per[2]:.2f}")
+    return results, "\n".join([*lines, f"written: {path}/analysis.json, analysis.png, outliers.png"])
+
+
+def evaluate_job(
+    model_dir: str, source_model: str | None, dataset: str | None, recipe: Recipe, output: str | Path, template: str | None
+) -> tuple[dict[str, Any], str]:
+    """Evaluate a saved model (float or quantized); beside its float original if that is given or recorded.
+
+    Returns:
+        (results, text).
+    """
+    stored = Path(model_dir) / "recipe.yaml"
+    saved = Recipe.load(stored) if stored.exists() else Recipe()
+    original = source_model or saved.model or (reference.DEFAULT if not Path(model_dir).exists() else None)
+    data_name = dataset or saved.dataset
+    base = original if original is not None else model_dir
+    source = open_source(base, data_name, recipe, template=template)
+    model = load_model(model_dir)
+    report = ImageInputs(source.report_images, source.processor)
+    batches = list(report.batches(recipe.data.batch_size))
+    labels, text = _accuracy_data(source, report, source.report_images)
+    results: dict[str, Any] = {
+        "model": model_dir,
+        "float_model": original,
+        "dataset": source.dataset_name,
+        "images": len(report),
+        "quantized_layers": sum(1 for _ in quant_linears(model)),
+        "environment": environment(),
+    }
+    if labels is not None:
+        accuracy = AccuracyObjective(batches, labels, text)
+        results["accuracy"] = float(accuracy.scores(model).mean())
+        if original is not None:
+            results["float_accuracy"] = float(accuracy.scores(source.model).mean())
+            results["recovery"] = results["accuracy"] / results["float_accuracy"]
+    if original is not None:
+        ours, theirs = encode(model, batches), encode(source.model, batches)
+        results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())
+    results["norms"] = measure_token_norms(model, batches).to_dict()
+    config = read_quantization_config(model_dir) if Path(model_dir).exists() else None
+    results["quantization"] = config.label if config else None
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, results)
+    shown = {k: v for k, v in results.items() if k not in ("norms", "environment")}
+    return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {path}"

@@ -1,0 +1,256 @@
+"""The main job's report: float, naive, prefix only, delete only and RegCache side by side on unseen images."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
+from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: variant.
+        cosine: mean feature cosine to the float model.
+        accuracy: top-1, None without labels.
+        recovery: quantized metric / float metric (accuracy if there is one, else cosine).
+        max_block_norm, max_fc2_norm: largest patch-token l_inf norm at the input of any block, and at the MLP output
+            projection's input of the sensitive block, measured in the float model with the same registers and deletion.
+        installed: what was installed.
+    """
+
+    name: str
+    cosine: float
+    accuracy: float | None
+    recovery: float
+    max_block_norm: float
+    max_fc2_norm: float
+    installed: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        return dict(self.__dict__)
+
+
+class Reporter:
+    """Measures variants on report images that no search or calibration saw.
+
+    Args:
+        bench: models and calibration data.
+        batches: report images.
+        labels, text_features: for accuracy; None to leave it out.
+        sensitive_block: l_q.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        batches: list[Batch],
+        labels: torch.Tensor | None,
+        text_features: torch.Tensor | None,
+        sensitive_block: int,
+    ) -> None:
+        self.bench, self.batches, self.block = bench, batches, sensitive_block
+        self.cosine = CosineObjective(bench.float_model, batches)
+        self.accuracy = None if labels is None else AccuracyObjective(batches, labels, text_features)
+        self.norms: dict[str, TokenNorms] = {}
+        self._float_metric = 1.0
+
+    def _row(self, name: str, model: nn.Module, installed: str) -> Row:
+        cosine = float(self.cosine.scores(model).mean())
+        accuracy = None if self.accuracy is None else float(self.accuracy.scores(model).mean())
+        norms = self.norms[name] = measure_token_norms(self.bench.float_model, self.batches)
+        metric = cosine if accuracy is None else accuracy
+        if name == "float":
+            self._float_metric = metric
+        return Row(
+            name,
+            cosine,
+            accuracy,
+            metric / self._float_metric if self._float_metric else float("nan"),
+            float(norms.max_block_input.max()),
+            float(norms.max_fc2_input[self.block]),
+            installed,
+        )
+
+    def float_row(self) -> Row:
+        """The float model; must be asked for first, the recovery of the others refers to it."""
+        self.bench.reset()
+        return self._row("float", self.bench.float_model, "-")
+
+    def row(self, name: str, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
+        """Install, recalibrate, measure."""
+        self.bench.install(cache, deletion)
+        row = self._row(name, self.bench.quantized, installed)
+        self.bench.reset()
+        return row
+
+    def model_row(self, name: str, model: nn.Module, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
+        """Measure a finished model (for example one opened from disk); norms come from the float twin."""
+        self.bench.install(cache, deletion)
+        row = self._row(name, model, installed)
+        self.bench.reset()
+        return row
+
+
+def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:
+    """The summary as text for a terminal."""
+    table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
+    table.add_column("variant")
+    with_accuracy = any(r.accuracy is not None for r in rows)
+    if with_accuracy:
+        table.add_column("top-1", justify="right")
+    for heading in ("cosine", "recovery", "max norm", "max fc2 input"):
+        table.add_column(heading, justify="right")
+    table.add_column("installed")
+    for r in rows:
+        accuracy = [f"{100 * r.accuracy:.2f} %" if r.accuracy is not None else "-"] if with_accuracy else []
+        table.add_row(
+            r.name,
+            *accuracy,
+            f"{r.cosine:.4f}",
+            f"{100 * r.recovery:.1f} %",
+            f"{r.max_block_norm:.2f}",
+            f"{r.max_fc2_norm:.2f}",
+            r.installed,
+        )
+    console = Console(width=width or 120, record=True, file=open_null())
+    console.print(table)
+    return console.export_text()
+
+
+def open_null() -> Any:
+    """A text sink."""
+    import io
+
+    return io.StringIO()
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The summary for a model card."""
+    lines = [
+        "| variant | top-1 | feature cosine | recovery | max token norm | max fc2 input | installed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        accuracy = "-" if r.accuracy is None else f"{100 * r.accuracy:.2f} %"
+        lines.append(
+            f"| {r.name} | {accuracy} | {r.cosine:.4f} | {100 * r.recovery:.1f} % | {r.max_block_norm:.2f} | "
+            f"{r.max_fc2_norm:.2f} | {r.installed} |"
+        )
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for results."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("optimum-regcache", "torch", "transformers", "optimum", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+def plot_analysis(
+    path: str | Path, sensitivity: dict[int, float], norms: dict[str, TokenNorms], title: str, objective: str
+) -> None:
+    """Sensitivity per block over token norms per block, as a picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'optimum-regcache[plots]'.") from error
+
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    blocks = sorted(sensitivity)
+    top.bar(blocks, [sensitivity[b] for b in blocks], color="#b0413e")
+    top.set_ylabel(f"drop of {objective}")
+    top.set_title(f"{title}\nlargest drop when one layer of the block is quantized", fontsize=10)
+    for axis, site, label in ((middle, "block_input", "block input"), (bottom, "fc2_input", "fc2 input")):
+        for name, values in norms.items():
+            peak = getattr(values, f"max_{site}")
+            axis.plot(range(len(peak)), peak, marker="o", label=f"{name}: max")
+        median = getattr(next(iter(norms.values())), f"median_{site}")
+        axis.plot(range(len(median)), median, linestyle="--", color="grey", label="median")
+        axis.set_yscale("log")
+        axis.set_ylabel(f"token l_inf, {label}")
+        axis.legend(fontsize=8)
+    bottom.set_xlabel("block")
+    bottom.set_xticks(range(len(median)))
+    figure.savefig(path, dpi=130)
+
+
+def draw_outliers(path: str | Path, images: list[Any], positions: list[list[int]], lead: int, grid: int) -> None:
+    """Images with their outlier tokens framed.
+
+    Args:
+        path: PNG to write.
+        images: PIL images as the model saw them (square).
+        positions: token positions per image (prefix tokens counted).
+        lead: number of prefix tokens.
+        grid: patches per side.
+    """
+    from PIL import Image, ImageDraw
+
+    side, columns = 192, min(6, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8)), "white")
+    for number, (image, tokens) in enumerate(zip(images, positions, strict=True)):
+        picture = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(picture)
+        cell = side / grid
+        for token in tokens:
+            row, column = divmod(token - lead, grid)
+            box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
+            draw.rectangle(box, outline=(255, 0, 200), width=3)
+        sheet.paste(picture, ((number % columns) * (side + 8) + 4, (number // columns) * (side + 8) + 4))
+    sheet.save(path)
+
+
+def write_model_card(
+    directory: Path, base_model: str, label: str, dataset: str, rows: list[Row], notes: list[str], pipeline_tag: str
+) -> None:
+    """README.md with Hub metadata and the measured table."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=None if Path(base_model).exists() or "/" not in base_model else base_model,
+        base_model_relation="quantized" if "/" in base_model and not Path(base_model).exists() else None,
+        pipeline_tag=pipeline_tag,
+        tags=["optimum", "regcache", label],
+    )
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {directory.name}\n\n"
+        f"`{base_model}`, vision tower quantized to {label.upper()} with RegCache "
+        "([arXiv 2510.04547](https://arxiv.org/abs/2510.04547)) by "
+        "optimum-regcache.\n\n```python\nimport optimum_regcache  # registers the quantization method\n"
+        "from transformers import AutoModel\n\n"
+        f'model = AutoModel.from_pretrained("{directory.name}")\n```\n\n'
+        f"Measured on images of `{dataset}` that search and calibration never saw:\n\n{markdown_table(rows)}\n\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + "\n"
+    )
+    ModelCard(text).save(directory / "README.md")

@@ -1,0 +1,248 @@
+"""Curating and caching: find outlier tokens in reference images and keep their K and V (RegCache A.5, A.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.config import require
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.features import move
+from optimum_regcache.evaluation.norms import PaddingMask
+from optimum_regcache.registers import RegisterCache
+
+
+@dataclass
+class MinedTokens:
+    """The largest tokens at one block, with everything needed to build caches from them.
+
+    Attributes:
+        block: block at which they were ranked.
+        norms: float [k], descending.
+        image, position: int64 [k], where they came from (position in the sequence, CLS included).
+        states: float [k, D], hidden states at the input of the block.
+        keys, values: block >= ``block`` -> float [k, H, d], in context, after projection and bias.
+        normal_states: float [m, D]: one random token that is no outlier from each image.
+    """
+
+    block: int
+    norms: torch.Tensor
+    image: torch.Tensor
+    position: torch.Tensor
+    states: torch.Tensor
+    keys: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
+    normal_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def outlier_cosine(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the cosine between mined tokens of different images; None if all are of one."""
+        return _cross_cosine(self.states, self.image)
+
+    def normal_cosine(self) -> tuple[float, float] | None:
+        """The same for the normal tokens, one per image."""
+        return _cross_cosine(self.normal_states, torch.arange(len(self.normal_states)))
+
+    def average(self, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
+        """v4: K and V averaged over all mined tokens, after projection (A.6 a)."""
+        return RegisterCache(
+            {b: self.keys[b].mean(0).unsqueeze(1) for b in blocks},
+            {b: self.values[b].mean(0).unsqueeze(1) for b in blocks},
+            num_blocks,
+        )
+
+    def single(self, index: int, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
+        """v2: K and V of one mined token."""
+        require(0 <= index < len(self.norms), f"There are {len(self.norms)} mined tokens, no number {index}.")
+        return RegisterCache(
+            {b: self.keys[b][index].unsqueeze(1) for b in blocks},
+            {b: self.values[b][index].unsqueeze(1) for b in blocks},
+            num_blocks,
+        )
+
+
+def _cross_cosine(states: torch.Tensor, image: torch.Tensor) -> tuple[float, float] | None:
+    if len(states) < 2:
+        return None
+    unit = F.normalize(states.float(), dim=-1)
+    pairs = (unit @ unit.T)[image[:, None] != image[None, :]]
+    return (float(pairs.mean()), float(pairs.std())) if len(pairs) else None
+
+
+class _Recorder:
+    """Hooks that keep, for the batch under way, block inputs, fc2 input norms and projected K and V."""
+
+    def __init__(self, tower: Tower, blocks: list[int], need_fc2: bool) -> None:
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.fc2: dict[int, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.handles: list[Any] = []
+        for index in range(min(blocks), len(tower.blocks)):
+            attention = tower.attention(index)
+            width: int = attention.head_dim  # type: ignore[assignment]
+            for name, store in ((tower.family.key, self.keys), (tower.family.value, self.values)):
+                projection = attention.get_submodule(name)
+                self.handles.append(projection.register_forward_hook(self._projected(store, index, width)))
+            if index in blocks:
+                self.handles.append(tower.blocks[index].register_forward_pre_hook(self._input(self.inputs, index)))
+                if need_fc2:
+                    self.handles.append(tower.mlp_out(index).register_forward_pre_hook(self._norms(self.fc2, index)))
+
+    @staticmethod
+    def _projected(store: dict[int, torch.Tensor], index: int, width: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            store[index] = output.detach().reshape(*output.shape[:-1], -1, width)  # [B, N, H, d]
+
+        return hook
+
+    @staticmethod
+    def _input(store: dict[int, torch.Tensor], index: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            store[index] = args[0].detach()
+
+        return hook
+
+    @staticmethod
+    def _norms(store: dict[int, torch.Tensor], index: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            store[index] = args[0].detach().abs().amax(-1).float()
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def mine_tokens(
+    float_model: nn.Module,
+    batches: Iterable[Batch],
+    blocks: list[int],
+    *,
+    top: int = 100,
+    score_site: str = "block_input",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[int, MinedTokens]:
+    """One pass over the images; keeps only the ``top`` tokens per block, so the stream may be of any length.
+
+    Args:
+        float_model: unquantized, without registers.
+        batches: model inputs.
+        blocks: blocks at which tokens are ranked.
+        top: tokens kept per block.
+        score_site: ``block_input`` (l_inf of the hidden state) or ``fc2_input`` (l_inf of the MLP output projection's
+            input in that block).
+        seed: for the sample of normal tokens.
+        progress: show a progress bar.
+
+    Returns:
+        block -> `MinedTokens`. Protected tokens (CLS, trained registers) and padding never enter.
+
+    Raises:
+        ValueError: no images, or an unknown ``score_site``.
+    """
+    require(score_site in ("block_input", "fc2_input"), f"Unknown score_site {score_site!r}.")
+    tower, padding = find_tower(float_model), PaddingMask()
+    generator = torch.Generator().manual_seed(seed)
+    recorder = _Recorder(tower, blocks, score_site == "fc2_input")
+    best: dict[int, MinedTokens] = {}
+    seen = 0
+    try:
+        for batch in tqdm(batches, desc="mining tokens", disable=not progress):
+            padding.start(batch)
+            tower.module(**move(batch, float_model))
+            for block in blocks:
+                state = recorder.inputs[block]
+                valid = padding.valid(state.shape[0], state.shape[1], state.device).clone()
+                valid[:, : tower.num_prefix_tokens] = False
+                norms = state.abs().amax(-1).float() if score_site == "block_input" else recorder.fc2[block]
+                found = _top_of_batch(recorder, block, norms.masked_fill(~valid, -1.0), top, seen, generator)
+                best[block] = found if block not in best else _merge(best[block], found, top)
+            seen += next(iter(recorder.inputs.values())).shape[0]
+    finally:
+        recorder.remove()
+    require(seen > 0, "No images to mine tokens from.")
+    return best
+
+
+def _top_of_batch(
+    recorder: _Recorder, block: int, scores: torch.Tensor, top: int, offset: int, generator: torch.Generator
+) -> MinedTokens:
+    tokens = scores.shape[1]
+    flat = scores.flatten()
+    order = torch.argsort(flat, descending=True, stable=True)[: min(top, int((flat >= 0).sum()))]
+    image, position = order // tokens, order % tokens
+    later = [b for b in sorted(recorder.keys) if b >= block]
+    # a normal token: uniformly among those of at most median norm
+    median = torch.where(scores >= 0, scores, torch.nan).nanmedian(1, keepdim=True).values
+    chance = torch.rand(scores.shape, generator=generator).to(scores.device)
+    normal = chance.masked_fill((scores < 0) | (scores > median), -1.0).argmax(1)
+    rows = torch.arange(len(normal), device=normal.device)
+    return MinedTokens(
+        block=block,
+        norms=flat[order].cpu(),
+        image=(image + offset).cpu(),
+        position=position.cpu(),
+        states=recorder.inputs[block][image, position].float().cpu(),
+        keys={b: recorder.keys[b][image, position].float().cpu() for b in later},
+        values={b: recorder.values[b][image, position].float().cpu() for b in later},
+        normal_states=recorder.inputs[block][rows, normal].float().cpu(),
+    )
+
+
+def _merge(a: MinedTokens, b: MinedTokens, top: int, max_normal: int = 512) -> MinedTokens:
+    order = torch.argsort(torch.cat([a.norms, b.norms]), descending=True, stable=True)[:top]
+
+    def pick(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, y])[order]
+
+    return MinedTokens(
+        block=a.block,
+        norms=pick(a.norms, b.norms),
+        image=pick(a.image, b.image),
+        position=pick(a.position, b.position),
+        states=pick(a.states, b.states),
+        keys={i: pick(a.keys[i], b.keys[i]) for i in a.keys},
+        values={i: pick(a.values[i], b.values[i]) for i in a.values},
+        normal_states=torch.cat([a.normal_states, b.normal_states])[:max_normal],
+    )
+
+
+@torch.inference_mode()
+def isolated_cache(float_model: nn.Module, state: torch.Tensor, start_block: int, blocks: tuple[int, ...]) -> RegisterCache:
+    """K and V of ``state`` run alone through the blocks from ``start_block`` (A.6 b).
+
+    No CLS, no position embedding. tau identical copies attending only to each other give the same K and V as one, so one
+    is run; each block normalises it before the projections.
+
+    Args:
+        float_model: unquantized, without registers.
+        state: [D], hidden state at the input of ``start_block``.
+        start_block: first block it runs through.
+        blocks: blocks to keep.
+    """
+    tower = find_tower(float_model)
+    recorder = _Recorder(tower, [start_block], False)
+    try:
+        hidden = state.reshape(1, 1, -1).to(next(tower.module.parameters()))
+        for block in tower.blocks[start_block:]:
+            output = block(hidden, None)
+            hidden = output[0] if isinstance(output, tuple) else output
+    finally:
+        recorder.remove()
+
+    def row(store: dict[int, torch.Tensor], block: int) -> torch.Tensor:
+        return store[block][0, 0].float().cpu().unsqueeze(1)  # [H, 1, d]
+
+    return RegisterCache(
+        {b: row(recorder.keys, b) for b in blocks}, {b: row(recorder.values, b) for b in blocks}, len(tower.blocks)
+    )

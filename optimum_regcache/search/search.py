@@ -1,0 +1,293 @@
+"""The search over start block (or token), tau, scope and k~ (RegCache A.8), resumable and never obliged to install."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.recipe import SearchConfig
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.mining import MinedTokens, isolated_cache
+from optimum_regcache.search.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration of the search.
+
+    Attributes:
+        start_block: l_p; None for no prefix.
+        scope: ``onwards`` or ``single``.
+        candidate: v2: number of the mined token; None for the average.
+        num_copies: tau.
+        count: k~.
+    """
+
+    start_block: int | None = None
+    scope: str = "onwards"
+    candidate: int | None = None
+    num_copies: float = 1.0
+    count: int = 0
+
+    @property
+    def key(self) -> str:
+        """Stable identity in the record."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks that get the prefix."""
+        if self.start_block is None:
+            return ()
+        return (self.start_block,) if self.scope == "single" else tuple(range(self.start_block, num_blocks))
+
+    def describe(self) -> str:
+        """Short text for tables."""
+        parts = []
+        if self.start_block is not None:
+            token = "" if self.candidate is None else f" token {self.candidate}"
+            only = " only" if self.scope == "single" else ""
+            parts.append(f"prefix from block {self.start_block}{only}{token}, tau {self.num_copies:g}")
+        if self.count:
+            parts.append(f"delete {self.count}")
+        return "; ".join(parts) or "nothing"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration and its score on each selection image."""
+
+    setup: Setup
+    scores: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean score."""
+        return float(self.scores.mean())
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome.
+
+    Attributes:
+        chosen: what is to be installed; ``Setup()`` means nothing.
+        best_prefix, best_delete, best_both: best of each kind on the selection images, None if never tried.
+        baseline: mean selection score with nothing installed.
+        gain, noise: paired gain of the best setup on the confirmation images, and its standard error.
+        reason: why ``chosen`` was chosen, in words.
+        trials: every configuration tried.
+    """
+
+    chosen: Setup
+    best_prefix: Trial | None
+    best_delete: Trial | None
+    best_both: Trial | None
+    baseline: float
+    gain: float
+    noise: float
+    reason: str
+    trials: list[Trial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible: every configuration with its score."""
+        kinds = {"prefix": self.best_prefix, "delete": self.best_delete, "both": self.best_both}
+        return {
+            "chosen": {**asdict(self.chosen), "text": self.chosen.describe()},
+            "reason": self.reason,
+            "baseline": self.baseline,
+            "confirmation": {"gain": self.gain, "standard_error": self.noise},
+            "best": {k: {**asdict(t.setup), "score": t.mean} for k, t in kinds.items() if t is not None},
+            "trials": [{**asdict(t.setup), "score": t.mean} for t in self.trials],
+        }
+
+
+class SearchRecord:
+    """Scores of finished configurations on disk; every write is atomic, so an interrupted search loses one trial at most.
+
+    Args:
+        path: JSON file; None keeps everything in memory.
+        fingerprint: identity of model, data and settings; a record with another one is refused.
+
+    Raises:
+        ValueError: the file belongs to another search, or is damaged.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.scores: dict[str, list[float]] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            data = json.loads(path.read_text())
+            stored, scores = data["fingerprint"], data["scores"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable search record ({error}). Delete it to start again.") from None
+        if stored != fingerprint:
+            raise ValueError(
+                f"{path} records a search with another model, data set or settings. Use another work directory, or delete "
+                "the file to start again."
+            )
+        self.scores = scores
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """Scores of a finished configuration."""
+        return torch.tensor(self.scores[key], dtype=torch.float32) if key in self.scores else None
+
+    def put(self, key: str, scores: torch.Tensor) -> None:
+        """Add a configuration and write the file."""
+        self.scores[key] = scores.tolist()
+        if self.path is not None:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "scores": self.scores}))
+            os.replace(temporary, self.path)
+
+
+class RegisterSearch:
+    """Searches with the quantizer of the workbench.
+
+    Args:
+        bench: models and calibration data.
+        config: search settings.
+        mined: start block -> mined tokens.
+        delete_block: l_del, the sensitive block.
+        selection, confirmation: objectives on disjoint images: configurations are ranked on the first; the best must beat
+            "install nothing" on the second.
+        max_delete: largest k~.
+        record: finished trials.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        config: SearchConfig,
+        mined: dict[int, MinedTokens],
+        delete_block: int,
+        selection: Objective,
+        confirmation: Objective,
+        max_delete: int,
+        record: SearchRecord,
+        num_blocks: int,
+        progress: bool = True,
+    ) -> None:
+        self.bench, self.config, self.mined = bench, config, mined
+        self.delete_block, self.num_blocks, self.max_delete = delete_block, num_blocks, max_delete
+        self.selection, self.confirmation, self.record = selection, confirmation, record
+        self.progress = progress
+        self.trials: dict[str, Trial] = {}
+        self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
+
+    def cache(self, setup: Setup) -> RegisterCache | None:
+        """The registers of a configuration."""
+        if setup.start_block is None:
+            return None
+        tokens, blocks = self.mined[setup.start_block], setup.blocks(self.num_blocks)
+        if self.config.kv_mode == "isolated":
+            key = (setup.start_block, setup.candidate)
+            if key not in self._isolated:
+                state = tokens.states.mean(0) if setup.candidate is None else tokens.states[setup.candidate]
+                every = tuple(range(setup.start_block, self.num_blocks))
+                self._isolated[key] = isolated_cache(self.bench.float_model, state, setup.start_block, every)
+            return self._isolated[key].restricted(blocks, setup.num_copies)
+        if setup.candidate is None:
+            cache = tokens.average(blocks, self.num_blocks)
+        else:
+            cache = tokens.single(setup.candidate, blocks, self.num_blocks)
+        return cache.restricted(blocks, setup.num_copies)
+
+    def deletion(self, setup: Setup) -> DeletionConfig:
+        """The deletion of a configuration, with rule and fill of the workbench's config."""
+        template = self.bench.config.deletion
+        if not setup.count:
+            return replace(template, block=None, count=0)
+        return replace(template, block=self.delete_block, count=setup.count)
+
+    def _prefix_setups(self) -> list[Setup]:
+        c = self.config
+        if c.strategy == "v2":
+            block = self.delete_block
+            numbers: list[int | None] = list(range(min(c.num_candidates, len(self.mined[block].norms))))
+            starts = [(block, n) for n in numbers]
+        else:
+            starts = [(block, None) for block in sorted(self.mined)]
+        return [
+            Setup(block, scope, number, copies)
+            for block, number in starts
+            for scope in c.scopes
+            for copies in c.num_copies
+        ]
+
+    def _evaluate(self, setup: Setup, bar: Any) -> Trial:
+        scores = self.record.get(setup.key)
+        if scores is None:
+            scores = self.bench.score(self.cache(setup), self.deletion(setup), self.selection)
+            self.record.put(setup.key, scores)
+        trial = self.trials[setup.key] = Trial(setup, scores)
+        bar.set_postfix_str(f"{setup.describe()}: {trial.mean:.4f}", refresh=False)
+        bar.update()
+        return trial
+
+    def run(self) -> SearchResult:
+        """Evaluate everything and decide. Interrupt and call again with the same record: the result is the same."""
+        prefixes = self._prefix_setups()
+        counts = range(1, self.max_delete + 1)
+        total = 1 + len(prefixes) + 2 * len(counts)
+        with tqdm(total=total, desc="search", disable=not self.progress) as bar:
+            base = self._evaluate(Setup(), bar)
+            best_prefix = _best([self._evaluate(s, bar) for s in prefixes])
+            best_delete = _best([self._evaluate(Setup(count=k), bar) for k in counts])
+            both = [self._evaluate(replace(best_prefix.setup, count=k), bar) for k in counts] if best_prefix else []
+        return self._decide(base, best_prefix, best_delete, _best(both))
+
+    def _decide(
+        self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None
+    ) -> SearchResult:
+        """Install the best setup only if it beats "nothing" on images that did not choose it (A.13-1)."""
+        c = self.config
+        ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
+        # a simpler setup of equal score comes first: prefix, delete, both is the order of the tuple above
+        nothing = self._confirm(Setup())
+        chosen, gain, noise, reason = Setup(), 0.0, 0.0, "no configuration was tried"
+        for trial in ranked:
+            difference = self._confirm(trial.setup) - nothing
+            gain = float(difference.mean())
+            noise = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
+            needed = max(c.min_gain, c.noise_sigmas * noise)
+            if gain >= needed:
+                chosen = trial.setup
+                reason = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images (needed {needed:.4f})"
+                break
+            reason = (
+                f"nothing installed: best gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {needed:.4f}"
+            )
+        return SearchResult(
+            chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values())
+        )
+
+    def _confirm(self, setup: Setup) -> torch.Tensor:
+        key = f"confirm {setup.key}"
+        scores = self.record.get(key)
+        if scores is None:
+            scores = self.bench.score(self.cache(setup), self.deletion(setup), self.confirmation)
+            self.record.put(key, scores)
+        return scores
+
+
+def _best(trials: list[Trial]) -> Trial | None:
+    """Largest mean; the earliest of equals."""
+    best: Trial | None = None
+    for trial in trials:
+        if best is None or trial.mean > best.mean:
+            best = trial
+    return best
+
+

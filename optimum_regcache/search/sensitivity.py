@@ -1,0 +1,123 @@
+"""Sensitivity: which linear layer (or block) loses most when it alone is quantized (RegCache A.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from optimum_regcache import numerics
+from optimum_regcache.calibration import calibrate
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.surgery import config_sites
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """Result of the scan.
+
+    Attributes:
+        drops: name of the layer (or ``block N``) -> drop of the objective against the float model.
+        blocks: name -> block index.
+        sensitive_block: l_q, block of the largest drop.
+        objective: name of the objective.
+    """
+
+    drops: dict[str, float]
+    blocks: dict[str, int]
+    sensitive_block: int
+    objective: str
+
+    def top(self, count: int = 3) -> list[tuple[str, float]]:
+        """The most sensitive entries; ties keep execution order."""
+        return sorted(self.drops.items(), key=lambda item: -item[1])[:count]
+
+    def per_block(self) -> dict[int, float]:
+        """Largest drop in each block."""
+        result: dict[int, float] = {}
+        for name, drop in self.drops.items():
+            result[self.blocks[name]] = max(drop, result.get(self.blocks[name], float("-inf")))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        return {
+            "objective": self.objective,
+            "sensitive_block": self.sensitive_block,
+            "top": [{"layer": name, "drop": drop} for name, drop in self.top()],
+            "drops": self.drops,
+            "per_block": {str(k): v for k, v in self.per_block().items()},
+        }
+
+
+@contextmanager
+def quantized_inputs(
+    model: nn.Module, names: list[str], qparams: dict[str, tuple[torch.Tensor, torch.Tensor]], config: RegCacheConfig
+) -> Iterator[None]:
+    """Fake-quantize the inputs of the named modules of a float model, weights untouched."""
+    a = config.activations
+
+    def hook(name: str) -> Any:
+        def quantize(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x = args[0]
+            scale, zero = qparams.get(name) or numerics.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
+            return (numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric).to(x.dtype), *args[1:])
+
+        return quantize
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def scan_sensitivity(
+    float_model: nn.Module,
+    config: RegCacheConfig,
+    calibration: list[Batch],
+    objective: Objective,
+    granularity: str = "linear",
+    progress: bool = True,
+) -> SensitivityReport:
+    """Quantize one linear layer (or all of one block) at a time and measure the drop of ``objective``.
+
+    Only activations are quantized: with per-channel weights the weight error would add a cause that registers cannot
+    cure (A.4, pitfalls).
+
+    Args:
+        float_model: the model, without registers.
+        config: activations and modules.
+        calibration: batches for the scales.
+        objective: scored on its own batches.
+        granularity: ``linear`` or ``block``.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: everything in the blocks is ignored by ``config``.
+    """
+    sites = [site for site in config_sites(float_model, config) if site.block is not None]
+    if not sites:
+        raise ValueError("No linear layer of the blocks is left to quantize; shorten modules.ignore.")
+    qparams = calibrate(float_model, config, calibration)
+    groups: dict[str, list[str]] = {}
+    blocks: dict[str, int] = {}
+    for site in sites:
+        key = site.name if granularity == "linear" else f"block {site.block}"
+        groups.setdefault(key, []).append(site.name)
+        blocks[key] = int(site.block)  # type: ignore[arg-type]
+    reference = float(objective.scores(float_model).mean())
+    drops: dict[str, float] = {}
+    for key, names in tqdm(groups.items(), desc="sensitivity", disable=not progress):
+        with quantized_inputs(float_model, names, qparams, config):
+            drops[key] = reference - float(objective.scores(float_model).mean())
+    most = max(drops, key=lambda name: drops[name])
+    return SensitivityReport(drops, blocks, blocks[most], objective.name)

@@ -1,0 +1,57 @@
+"""A float model and its quantized twin, so that one configuration after another can be calibrated and scored."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from optimum_regcache.calibration import calibrate
+from optimum_regcache.config import DeletionConfig, RegCacheConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.surgery import assign_input_qparams, quantize_modules
+
+
+class Workbench:
+    """Calibrates and scores configurations that share their weights.
+
+    Weights are quantized once; activation scales are found anew for every configuration (A.8: the range is the point).
+
+    Args:
+        model: the float model; it is copied, not changed.
+        config: weights, activations and modules.
+        calibration: batches for the activation scales.
+
+    Attributes:
+        float_model: float copy, wired for registers.
+        quantized: quantized copy, wired the same way.
+    """
+
+    def __init__(self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch]) -> None:
+        self.config, self.calibration = config, calibration
+        self.float_model = copy.deepcopy(model).eval().requires_grad_(False)
+        prepare_tower(self.float_model)
+        self.quantized = copy.deepcopy(self.float_model)
+        quantize_modules(self.quantized, config)
+
+    def install(self, cache: RegisterCache | None, deletion: DeletionConfig) -> None:
+        """Put registers and deletion into both models and recalibrate the quantized one."""
+        for model in (self.float_model, self.quantized):
+            set_registers(model, cache)
+            set_deletion(model, deletion)
+        assign_input_qparams(self.quantized, calibrate(self.float_model, self.config, self.calibration))
+
+    def reset(self) -> None:
+        """Remove registers and deletion from the float model."""
+        set_registers(self.float_model, None)
+        set_deletion(self.float_model, DeletionConfig())
+
+    def score(self, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective) -> torch.Tensor:
+        """Install, recalibrate and score; float32 [n]."""
+        self.install(cache, deletion)
+        scores = objective.scores(self.quantized)
+        self.reset()
+        return scores
