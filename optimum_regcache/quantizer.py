@@ -214,14 +214,17 @@ class RegCacheQuantizer(OptimumQuantizer):
 
         def objective(part: int, batches: list[Batch]) -> Any:
             labels = parts[part].labels() if search.objective == "accuracy" else None
+            count = sum(len(b["pixel_values"]) for b in batches)
+            labels = None if labels is None else labels[:count]
             return make_objective(search.objective, bench.float_model, batches, labels, text)
 
         selecting, confirming = objective(1, selection), objective(2, confirmation)
         begun = time.perf_counter()
         scan = None
         if search.sensitive_block is None:
+            scanned = objective(1, selection[: -(-search.sensitivity_images // data.batch_size)])
             scan = scan_sensitivity(
-                bench.float_model, config, calibration, selecting, search.sensitivity, progress=progress
+                bench.float_model, config, calibration, scanned, search.sensitivity, progress=progress
             )
         sensitive = scan.sensitive_block if scan else int(search.sensitive_block or 0)
         require(
@@ -243,8 +246,9 @@ class RegCacheQuantizer(OptimumQuantizer):
         begun = time.perf_counter()
         record = self._record(work_dir, config, search, data, inputs, sensitive)
         max_delete = min(search.max_delete, smallest_patch_count(bench, calibration[0]) // 4)
+        ceiling = float(selecting.scores(bench.float_model).mean())
         engine = RegisterSearch(
-            bench, search, mined, sensitive, selecting, confirming, max_delete, record, depth, progress
+            bench, search, mined, sensitive, selecting, confirming, max_delete, record, depth, ceiling, progress
         )
         result = engine.run()
         seconds["search"] = time.perf_counter() - begun

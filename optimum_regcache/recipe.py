@@ -20,6 +20,7 @@ class SearchConfig:
             tokens of the sensitive block; token x tau, then k~).
         objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
         sensitivity: ``linear`` (one linear layer quantized at a time) or ``block`` (all linears of a block).
+        sensitivity_images: at most this many selection images are used by the scan.
         sensitive_block: skip the scan and take this block as l_q.
         score_site: tokens are ranked by l_inf at the ``block_input`` or at the ``fc2_input`` of the block.
         blocks_before: how many blocks before l_q may be the start block (v4).
@@ -38,6 +39,7 @@ class SearchConfig:
     strategy: str = "v4"
     objective: str = "cosine"
     sensitivity: str = "linear"
+    sensitivity_images: int = 64
     sensitive_block: int | None = None
     score_site: str = "block_input"
     blocks_before: int = 3
@@ -73,7 +75,7 @@ class SearchConfig:
         )
         for name in ("blocks_before", "max_delete", "min_gain", "noise_sigmas"):
             require(getattr(self, name) >= 0, f"search.{name} must be >= 0, got {getattr(self, name)}.")
-        for name in ("top_tokens", "num_candidates"):
+        for name in ("top_tokens", "num_candidates", "sensitivity_images"):
             require(getattr(self, name) >= 1, f"search.{name} must be at least 1, got {getattr(self, name)}.")
         require(
             self.sensitive_block is None or self.sensitive_block >= 0,

@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+from optimum_regcache.registers import RegisterCache
+
 BLOCKS, HEADS, WIDTH, HEAD_DIM, PIXELS, PATCH, PATCHES = 4, 4, 64, 16, 32, 8, 16
 SIGLIP2_GRIDS = ((4, 4), (3, 4), (2, 3))  # rows, columns of the images of a batch, repeated
 
@@ -211,3 +213,12 @@ DINOV2_BACKBONE = TinyModel(
     image_inputs,
     output="feature_maps",
 )
+
+
+def random_cache(
+    blocks: tuple[int, ...] = (1, 3), registers: int = 1, num_copies: float = 1.0, seed: int = 0, num_blocks: int = BLOCKS
+) -> RegisterCache:
+    """Register rows of about the size of the models' own keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = {b: torch.randn(2, HEADS, registers, HEAD_DIM, generator=generator) * 1.5 for b in blocks}
+    return RegisterCache({b: r[0] for b, r in rows.items()}, {b: r[1] for b, r in rows.items()}, num_blocks, num_copies)

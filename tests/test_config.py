@@ -193,8 +193,8 @@ def test_refused_values_say_what_to_do(part: type, values: dict[str, Any], messa
         ({"registers": {"mode": "fixed", "blocks": 3}}, r"registers\.blocks"),
         ({"registers": {"mode": "fixed", "blocks": [1.5]}}, r"registers\.blocks"),
         ({"registers": {"num_registers": 1.5}}, r"registers\.num_registers"),
-        ({"deletion": {"block": 1, "count": "2"}}, r"deletion\.count"),
-        ({"deletion": {"block": 1, "count": 1.5}}, r"deletion\.count"),
+        ({"registers": {"mode": "off"}, "deletion": {"block": 1, "count": "2"}}, r"deletion\.count"),
+        ({"registers": {"mode": "off"}, "deletion": {"block": 1, "count": 1.5}}, r"deletion\.count"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(values: dict[str, Any], field: str) -> None:

@@ -21,10 +21,11 @@ class Objective(ABC):
 
     Attributes:
         name: shown in reports.
-        better: what a larger value means, for axis labels.
+        batches: the images, in the order of the scores.
     """
 
     name: str
+    batches: list[Batch]
 
     @abstractmethod
     def scores(self, model: nn.Module) -> torch.Tensor:

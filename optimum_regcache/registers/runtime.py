@@ -8,6 +8,7 @@ bit-identical.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +27,27 @@ class _Pass:
     grid: D.Grid = None
     selection: D.Selection | None = None
     valid: torch.Tensor | None = None
+    replayed: torch.Tensor | None = None
 
 
 class _ThreadPass(_Pass, threading.local):
     """One `_Pass` per thread: a served model may run in several threads at once."""
+
+
+class Replay:
+    """Known inputs of one block, batch after batch: earlier blocks are skipped and the recorded states take over.
+
+    Args:
+        block: the block that gets the states.
+        states: [B, N, D] for each forward pass to come, in order.
+    """
+
+    def __init__(self, block: int, states: Sequence[torch.Tensor]) -> None:
+        self.block, self._states = block, iter(states)
+
+    def take(self) -> torch.Tensor:
+        """The state of the pass that begins."""
+        return next(self._states)
 
 
 class TowerRuntime:
@@ -42,6 +60,7 @@ class TowerRuntime:
         keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
+        replay: recorded block inputs, while a search measures later blocks only.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -52,6 +71,7 @@ class TowerRuntime:
         self.num_blocks = len(tower.blocks)
         patch = getattr(tower.config, "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
+        self.replay: Replay | None = None
         self._eager = _ThreadPass()
         self._traced = _Pass()  # torch.compile and torch.export see a plain object; it is empty between passes
 
@@ -70,6 +90,7 @@ class TowerRuntime:
         """Start a forward pass: remember the patch grid."""
         state = self.current
         state.selection = state.valid = None
+        state.replayed = None if self.replay is None else self.replay.take()
         state.grid = spatial_shapes
         if spatial_shapes is None and self.patch_size is not None and pixel_values.ndim == 4:
             state.grid = (
@@ -150,6 +171,11 @@ class BlockMixin(_Swapped):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         runtime = self.regcache
+        if runtime.replay is not None and self.block_index <= runtime.replay.block:
+            if self.block_index < runtime.replay.block:
+                return hidden_states
+            replayed = runtime.current.replayed
+            hidden_states = hidden_states if replayed is None else replayed
         if not runtime.deletion.active or runtime.deletion.block is None or self.block_index < runtime.deletion.block:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         if self.block_index == runtime.deletion.block:

@@ -163,6 +163,7 @@ class RegisterSearch:
             "install nothing" on the second.
         max_delete: largest k~.
         record: finished trials.
+        ceiling: mean selection score of the float model.
         progress: show a progress bar.
     """
 
@@ -177,12 +178,13 @@ class RegisterSearch:
         max_delete: int,
         record: SearchRecord,
         num_blocks: int,
+        ceiling: float = 1.0,
         progress: bool = True,
     ) -> None:
         self.bench, self.config, self.mined = bench, config, mined
         self.delete_block, self.num_blocks, self.max_delete = delete_block, num_blocks, max_delete
         self.selection, self.confirmation, self.record = selection, confirmation, record
-        self.progress = progress
+        self.ceiling, self.progress = ceiling, progress
         self.trials: dict[str, Trial] = {}
         self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
 
@@ -256,19 +258,21 @@ class RegisterSearch:
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
         # a simpler setup of equal score comes first: prefix, delete, both is the order of the tuple above
         nothing = self._confirm(Setup())
-        chosen, gain, noise, reason = Setup(), 0.0, 0.0, "no configuration was tried"
+        loss = self.ceiling - base.mean
+        chosen, gain, noise = Setup(), 0.0, 0.0
+        reason = "nothing to install: no configuration was tried"
         for trial in ranked:
             difference = self._confirm(trial.setup) - nothing
             gain = float(difference.mean())
             noise = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
             needed = max(c.min_gain, c.noise_sigmas * noise)
+            measured = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {needed:.4f}"
             if gain >= needed:
-                chosen = trial.setup
-                reason = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images (needed {needed:.4f})"
+                chosen, reason = trial.setup, measured
                 break
-            reason = (
-                f"nothing installed: best gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {needed:.4f}"
-            )
+            if trial is ranked[0]:
+                why = f"nothing to repair (naive loses {loss:.4f})" if loss < c.min_gain else "nothing helped enough"
+                reason = f"{why}; best candidate: {measured}"
         return SearchResult(
             chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values())
         )

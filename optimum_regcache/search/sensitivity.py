@@ -16,6 +16,7 @@ from optimum_regcache.calibration import calibrate
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.search.replay import record_block_inputs, replaying
 from optimum_regcache.surgery import config_sites
 
 
@@ -116,8 +117,12 @@ def scan_sensitivity(
         blocks[key] = int(site.block)  # type: ignore[arg-type]
     reference = float(objective.scores(float_model).mean())
     drops: dict[str, float] = {}
+    recorded, states = -1, []
     for key, names in tqdm(groups.items(), desc="sensitivity", disable=not progress):
-        with quantized_inputs(float_model, names, qparams, config):
+        if blocks[key] != recorded:  # blocks before this one run as in the float model: do not run them again
+            recorded = blocks[key]
+            states = record_block_inputs(float_model, objective.batches, recorded)
+        with quantized_inputs(float_model, names, qparams, config), replaying(float_model, recorded, states):
             drops[key] = reference - float(objective.scores(float_model).mean())
     most = max(drops, key=lambda name: drops[name])
     return SensitivityReport(drops, blocks, blocks[most], objective.name)

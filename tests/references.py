@@ -1,0 +1,53 @@
+"""Independent, slow references for what the package computes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def epilogue_attention(
+    attention: Any,
+    hidden: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tau: float,
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention with tau copies of one register in form 2 of A.7: ``o' = (1 - p) o + p v`` behind ordinary attention.
+
+    Args:
+        attention: the module whose projections are used.
+        hidden: [B, N, D], its input.
+        keys, values: [H, 1, d], the register.
+        tau: copies.
+        token_mask: [B, N], 0 at padding.
+    """
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (keys.shape[0], keys.shape[2])).transpose(1, 2)
+
+    q, k, v = (heads(getattr(attention, f"{name}_proj")(hidden)) for name in "qkv")
+    scale = 1 / math.sqrt(keys.shape[2])
+    logits = q @ k.transpose(-1, -2) * scale
+    if token_mask is not None:
+        logits = logits.masked_fill(token_mask[:, None, None] == 0, float("-inf"))
+    log_sum_exp = logits.logsumexp(-1, keepdim=True)
+    p = torch.sigmoid((q * keys).sum(-1, keepdim=True) * scale + math.log(tau) - log_sum_exp)
+    output = (1 - p) * (logits.softmax(-1) @ v) + p * values
+    out = getattr(attention, "out_proj", None) or attention.o_proj
+    return out(output.transpose(1, 2).flatten(2))
+
+
+def neighbour_mean(tokens: np.ndarray, dropped: list[int], grid: tuple[int, int]) -> np.ndarray:
+    """``tokens`` [patches, D] with every dropped patch replaced by the mean of its kept neighbours."""
+    kept = [p for p in range(grid[0] * grid[1]) if p not in dropped]
+    filled = tokens.copy()
+    for patch in dropped:
+        row, column = divmod(patch, grid[1])
+        near = [p for p in kept if abs(p // grid[1] - row) <= 1 and abs(p % grid[1] - column) <= 1]
+        filled[patch] = tokens[near or kept].mean(0)
+    return filled
