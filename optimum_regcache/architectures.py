@@ -222,10 +222,10 @@ def quantization_sites(
         candidates += [(f"{prefix}.{name}", "linear", index) for name in tower.block_linears(index)]
     if head:
         candidates += [(path, "linear", None) for path in tower.family.head if _get(tower.module, path) is not None]
-        outer = [
-            path for path in OUTER_HEADS if tower.name and hasattr(_get(model, path), "in_features")
-        ]
-    unused = [p for p in ignore if not any(_matches(c[0], p) for c in candidates) and not any(fnmatch(o, p) for o in outer)]
+        outer = [path for path in OUTER_HEADS if tower.name and hasattr(_get(model, path), "in_features")]
+    unused = [
+        p for p in ignore if not any(_matches(c[0], p) for c in candidates) and not any(fnmatch(o, p) for o in outer)
+    ]
     if unused:
         raise ValueError(
             f"modules.ignore pattern{'s' if len(unused) > 1 else ''} {', '.join(unused)} match no module that would be "

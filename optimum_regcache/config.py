@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_regcache.files import write_text
+
 QUANT_METHOD = "regcache"
 FORMAT_VERSION = 1
 
@@ -107,9 +109,7 @@ class ActivationsConfig:
             "activations.granularity='per_token' needs activations.mode='dynamic': a stored scale cannot know how many "
             "tokens an input has. Use mode='dynamic', or granularity='per_tensor'.",
         )
-        require(
-            50.0 < self.percentile <= 100.0, f"activations.percentile must be in (50, 100], got {self.percentile}."
-        )
+        require(50.0 < self.percentile <= 100.0, f"activations.percentile must be in (50, 100], got {self.percentile}.")
         require(0.0 <= self.momentum < 1.0, f"activations.momentum must be in [0, 1), got {self.momentum}.")
 
 
@@ -340,7 +340,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         """YAML text; written to ``path`` as well if given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text)
+            write_text(path, text)
         return text
 
     @classmethod

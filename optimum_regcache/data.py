@@ -221,10 +221,7 @@ class ImageInputs(Sequence[Batch]):
         """Batches of model inputs, without labels, in order."""
         for start in range(0, len(self), batch_size):
             items = [self[i] for i in range(start, min(start + batch_size, len(self)))]
-            if self.data_collator is not None:
-                batch = dict(self.data_collator(items))
-            else:
-                batch = collate(items)
+            batch = collate(items) if self.data_collator is None else dict(self.data_collator(items))
             yield {k: v for k, v in batch.items() if k not in ("labels", "label")}
 
     def fingerprint(self) -> str:

@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.hf_private import mark_quantized
@@ -77,7 +81,7 @@ def _check_files(files: Any, model: nn.Module, expected: set[str]) -> None:
     stored: dict[str, list[str]] = {kind: [] for kind in _OWN_STATE}
     for path in paths:
         with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 if _is_own(name):
                     stored[name.rpartition(".")[2]].append(name)
     for kind, names in stored.items():

@@ -25,10 +25,12 @@ from optimum_regcache.evaluation.objective import (
     make_objective,
     zero_shot_features,
 )
+from optimum_regcache.files import write_json
+from optimum_regcache.fitting import FitResult, split_inputs
 from optimum_regcache.hf_integration import read_quantization_config
 from optimum_regcache.loading import load_model, load_processor
 from optimum_regcache.modules import quant_linears
-from optimum_regcache.quantizer import FitResult, RegCacheQuantizer, build_quantized, write_json
+from optimum_regcache.quantizer import RegCacheQuantizer, build_quantized
 from optimum_regcache.recipe import Recipe
 from optimum_regcache.report import (
     Reporter,
@@ -91,6 +93,7 @@ def open_source(
                 f"--dataset is needed for {name}: a Hub id, an image folder or a parquet file. Only the reference encoders "
                 f"({', '.join(reference.names())}) bring their own images."
             )
+    network: Any = opened
     if dataset is None:
         ref_data = reference.load(name).dataset
         search_images = ref_data("search", data.num_samples, seed)
@@ -99,7 +102,7 @@ def open_source(
     else:
         search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
     return Source(
-        name, dataset, opened.to(device), processor, search_images, report_images, template or default_template, note
+        name, dataset, network.to(device), processor, search_images, report_images, template or default_template, note
     )
 
 
@@ -131,8 +134,9 @@ def _accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[to
     if labels is None:
         return None, None
     if has_classifier(source.model):
-        same = names is None or len(names) == source.model.config.num_labels
-        return (labels, None) if same and int(labels.max()) < source.model.config.num_labels else (None, None)
+        classes = int(source.model.config.num_labels or 0)
+        same = (names is None or len(names) == classes) and int(labels.max()) < classes
+        return (labels, None) if same else (None, None)
     if names is None or not hasattr(source.model, "get_text_features") or not hasattr(source.processor, "tokenizer"):
         return None, None
     return labels, zero_shot_features(source.model, source.processor, names, source.template)
@@ -153,7 +157,7 @@ def quantize_job(
     config, fit = recipe.quantization, None
     data = replace(recipe.data, num_samples=min(recipe.data.num_samples, len(source.search_images)))
     inputs = ImageInputs(source.search_images, source.processor)
-    calibration = list(quantizer.split_inputs(inputs, data, recipe.search.seed)[0].batches(data.batch_size))
+    calibration = list(split_inputs(inputs, data, recipe.search.seed).calibration.batches(data.batch_size))
     if config.registers.mode == "search":
         fit = quantizer.fit(
             source.search_images,
@@ -186,7 +190,9 @@ def quantize_job(
         "seconds": round(time.perf_counter() - begun, 1),
     }
     write_json(path / "results.json", results)
-    title = f"{source.name} {config.label.upper()} on {len(source.report_images)} unseen images of {source.dataset_name}"
+    title = (
+        f"{source.name} {config.label.upper()} on {len(source.report_images)} unseen images of {source.dataset_name}"
+    )
     write_model_card(path, source.name, config.label, source.dataset_name, rows, notes, _pipeline_tag(source.model))
     return results, render_table(rows, title, notes)
 
@@ -212,7 +218,8 @@ def _report(
                 best = fit.search.best_prefix if kind == "prefix only" else fit.search.best_delete
                 rows.append(reporter.row(kind, *fit.variants[kind], best.setup.describe() if best else ""))
         chosen, cache = fit.search.chosen, fit.cache
-        opened = load_model(path, dtype=next(source.model.parameters()).dtype).to(source.model.device)
+        opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
+        opened = opened.to(source.model.device)
         deletion = recipe.quantization.deletion
         rows.append(reporter.model_row("RegCache", opened, cache, deletion, chosen.describe()))
         top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
@@ -230,7 +237,13 @@ def _report(
 
 
 def _pictures(
-    source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, report: ImageInputs, path: Path, notes: list[str]
+    source: Source,
+    recipe: Recipe,
+    fit: FitResult,
+    reporter: Reporter,
+    report: ImageInputs,
+    path: Path,
+    notes: list[str],
 ) -> None:
     try:
         norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
@@ -279,11 +292,11 @@ def analyze_job(
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
     inputs = ImageInputs(source.search_images, source.processor)
-    quantizer = RegCacheQuantizer(source.model, source.processor)
-    parts = quantizer.split_inputs(inputs, recipe.data, recipe.search.seed)
-    calibration, images = (list(p.batches(recipe.data.batch_size)) for p in parts[:2])
+    parts = split_inputs(inputs, recipe.data, recipe.search.seed)
+    calibration = list(parts.calibration.batches(recipe.data.batch_size))
+    images = list(parts.selection.batches(recipe.data.batch_size))
     bench = Workbench(source.model, recipe.quantization, calibration)
-    labels, text = _accuracy_data(source, parts[1], source.search_images)
+    labels, text = _accuracy_data(source, parts.selection, source.search_images)
     objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
     scan = scan_sensitivity(
         bench.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
@@ -297,7 +310,7 @@ def analyze_job(
         "dataset": source.dataset_name,
         "note": source.note,
         "quantization": recipe.quantization.label,
-        "images": len(parts[1]),
+        "images": len(parts.selection),
         "sensitivity": scan.to_dict(),
         "norms": norms.to_dict(),
         "outlier_cosine": tokens.outlier_cosine(),
@@ -315,7 +328,12 @@ def analyze_job(
 
 
 def evaluate_job(
-    model_dir: str, source_model: str | None, dataset: str | None, recipe: Recipe, output: str | Path, template: str | None
+    model_dir: str,
+    source_model: str | None,
+    dataset: str | None,
+    recipe: Recipe,
+    output: str | Path,
+    template: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a saved model (float or quantized); beside its float original if that is given or recorded.
 

@@ -55,7 +55,9 @@ class QuantLinear(nn.Module):
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         static = activations.mode == "static"
-        self.register_buffer("input_scale", torch.tensor(float("nan"), dtype=torch.float32, device=device) if static else None)
+        self.register_buffer(
+            "input_scale", torch.tensor(float("nan"), dtype=torch.float32, device=device) if static else None
+        )
         self.register_buffer("input_zero_point", torch.tensor(0, dtype=torch.int32, device=device) if static else None)
 
     @classmethod
@@ -193,7 +195,8 @@ class QuantPatchEmbedding(nn.Module):
             )
         flat = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
         flat.weight = nn.Parameter(module.weight.detach().flatten(1), requires_grad=False)
-        flat.bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
+        if module.bias is not None:
+            flat.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         kernel = (module.kernel_size[0], module.kernel_size[1])
         return cls(QuantLinear.from_float(flat, weights, activations), kernel, module.weight.dtype)
 

@@ -60,9 +60,7 @@ def fake_quantize(
     return dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)
 
 
-def dynamic_qparams(
-    x: torch.Tensor, bits: int, symmetric: bool, granularity: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def dynamic_qparams(x: torch.Tensor, bits: int, symmetric: bool, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point from the input itself.
 
     Returns:

@@ -142,12 +142,8 @@ class MSEObserver(_HistogramObserver):
         used = self._counts > 0
         values, weights = centres[used], self._counts[used].float()
         factors = torch.arange(1, _SHRINK_STEPS + 1) / _SHRINK_STEPS
-        scale, zero = numerics.choose_qparams(
-            low * factors, high * factors, self.config.bits, self.config.symmetric
-        )
-        rebuilt = numerics.fake_quantize(
-            values, scale[:, None], zero[:, None], self.config.bits, self.config.symmetric
-        )
+        scale, zero = numerics.choose_qparams(low * factors, high * factors, self.config.bits, self.config.symmetric)
+        rebuilt = numerics.fake_quantize(values, scale[:, None], zero[:, None], self.config.bits, self.config.symmetric)
         best = int(((rebuilt - values).pow(2) * weights).sum(1).argmin())
         return low * factors[best], high * factors[best]
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from optimum_regcache.config import PRESETS, RegCacheConfig, build_part, require
+from optimum_regcache.files import write_text
 
 
 @dataclass(frozen=True)
@@ -222,4 +223,4 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))

@@ -101,7 +101,9 @@ class Reporter:
         self.bench.reset()
         return row
 
-    def model_row(self, name: str, model: nn.Module, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
+    def model_row(
+        self, name: str, model: nn.Module, cache: RegisterCache | None, deletion: DeletionConfig, installed: str
+    ) -> Row:
         """Measure a finished model (for example one opened from disk); norms come from the float twin."""
         self.bench.install(cache, deletion)
         row = self._row(name, model, installed)

@@ -203,6 +203,10 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
             "caption": [s.caption for s in scenes],
         },
         features=Features(
-            {"image": ImageFeature(), "label": ClassLabel(names=[prompt(n) for n in CLASS_NAMES]), "caption": Value("string")}
+            {
+                "image": ImageFeature(),
+                "label": ClassLabel(names=[prompt(n) for n in CLASS_NAMES]),
+                "caption": Value("string"),
+            }
         ),
     )

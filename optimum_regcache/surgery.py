@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
     if r.mode == "fixed":
         tower = find_tower(model)
         heads = tower.config.num_attention_heads
-        width = getattr(tower.attention(0), "head_dim")
+        width: Any = tower.attention(0).head_dim
         like = next(tower.module.parameters())
         rows = {b: like.new_full((heads, r.num_registers, width), float("nan")) for b in r.blocks}
         set_registers(model, RegisterCache(rows, rows, len(tower.blocks), r.num_copies))

@@ -31,13 +31,31 @@ MAX_TEXT_TOKENS = 32
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer (byte-level BPE) whose merges cover the captions; any other text still tokenizes byte by byte."""
     words = [*scenes.COLOURS, *scenes.SHAPES, *scenes.BACKGROUNDS, *scenes.TEXTURES]
-    words += "a an small large at the top bottom left right on background photo of picture".split()
+    words += [
+        "a",
+        "an",
+        "small",
+        "large",
+        "at",
+        "the",
+        "top",
+        "bottom",
+        "left",
+        "right",
+        "on",
+        "background",
+        "photo",
+        "of",
+        "picture",
+    ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False, end_of_word_suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, show_progress=False, end_of_word_suffix="</w>"
+    )
     bpe.train_from_iterator(sorted(words) * 50, trainer)
     learned = json.loads(bpe.to_str())["model"]
     vocab = dict(learned["vocab"])
@@ -76,7 +94,9 @@ def build_model(tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
     return CLIPModel(config)
 
 
-def render_pixels(split: str, count: int, seed: int, processor: CLIPImageProcessorPil) -> tuple[torch.Tensor, list[str], list[int]]:
+def render_pixels(
+    split: str, count: int, seed: int, processor: CLIPImageProcessorPil
+) -> tuple[torch.Tensor, list[str], list[int]]:
     """Render ``count`` scenes; pixels stay uint8 [count, 3, H, W] until a batch is normalised."""
     rendered = [scenes.render(split, i, seed=seed) for i in tqdm(range(count), desc=f"rendering {split}")]
     pixels = np.stack([np.asarray(s.image) for s in rendered]).transpose(0, 3, 1, 2)
@@ -107,7 +127,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("clip-scenes.ckpt"))
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--images", type=int, default=32768, help="training scenes, visited again in a new order each epoch")
+    parser.add_argument(
+        "--images", type=int, default=32768, help="training scenes, visited again in a new order each epoch"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -126,7 +148,9 @@ def main() -> None:
     warmup = min(100, args.steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, s - warmup) / max(1, args.steps - warmup))) + 0.01),
+        lambda s: min(
+            (s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, s - warmup) / max(1, args.steps - warmup))) + 0.01
+        ),
     )
     start = 0
     if args.checkpoint.exists():
@@ -155,12 +179,16 @@ def main() -> None:
         order = torch.randperm(args.images, generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
         rows = order[position * args.batch_size : (position + 1) * args.batch_size]
         output = model(
-            input_ids=input_ids[rows], attention_mask=attention_mask[rows], pixel_values=normalise(pixels[rows], image_processor)
+            input_ids=input_ids[rows],
+            attention_mask=attention_mask[rows],
+            pixel_values=normalise(pixels[rows], image_processor),
         )
         # identical captions in a batch are all positives
         same = caption_ids[rows][:, None].eq(caption_ids[rows][None, :]).float()
         target = same / same.sum(1, keepdim=True)
-        loss = 0.5 * (F.cross_entropy(output.logits_per_image, target) + F.cross_entropy(output.logits_per_text, target))
+        loss = 0.5 * (
+            F.cross_entropy(output.logits_per_image, target) + F.cross_entropy(output.logits_per_text, target)
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,8 +200,16 @@ def main() -> None:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             accuracy = zero_shot_accuracy(model, tokenizer, dev_pixels, dev_labels)
-            print(f"step {step + 1}: loss {loss.item():.3f}, search-split zero-shot {accuracy:.4f}, {time.time() - begun:.0f} s", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
+            print(
+                f"step {step + 1}: loss {loss.item():.3f}, search-split zero-shot {accuracy:.4f}, {time.time() - begun:.0f} s",
+                flush=True,
+            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
             temporary = args.checkpoint.with_suffix(".tmp")
             torch.save(state, temporary)
             os.replace(temporary, args.checkpoint)

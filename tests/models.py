@@ -6,6 +6,7 @@ much wider than transformers initialises them, so that attention is far from uni
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from optimum_regcache.registers import RegisterCache
+from optimum_regcache import RegCacheConfig, RegisterCache
+from optimum_regcache.quantizer import build_quantized
 
 BLOCKS, HEADS, WIDTH, HEAD_DIM, PIXELS, PATCH, PATCHES = 4, 4, 64, 16, 32, 8, 16
 SIGLIP2_GRIDS = ((4, 4), (3, 4), (2, 3))  # rows, columns of the images of a batch, repeated
@@ -99,7 +101,9 @@ def randomize(model: Any, seed: int) -> Any:
 
 def pixels(seed: int, batch: int, height: int = PIXELS, width: int = PIXELS) -> torch.Tensor:
     """[batch, 3, height, width] in [-1, 1]; image i depends on seed and i only."""
-    images = [torch.rand(3, height, width, generator=torch.Generator().manual_seed(100 * seed + i)) for i in range(batch)]
+    images = [
+        torch.rand(3, height, width, generator=torch.Generator().manual_seed(100 * seed + i)) for i in range(batch)
+    ]
     return torch.stack(images) * 2 - 1
 
 
@@ -152,13 +156,17 @@ TOWERS: dict[str, TinyModel] = {
         TinyModel("siglip", _config(hf.SiglipVisionConfig, **_VISION), hf.SiglipVisionModel, image_inputs, lead=0),
         TinyModel(
             "siglip2",
-            _config(hf.Siglip2VisionConfig, **{k: v for k, v in _VISION.items() if k != "image_size"}, num_patches=PATCHES),
+            _config(
+                hf.Siglip2VisionConfig, **{k: v for k, v in _VISION.items() if k != "image_size"}, num_patches=PATCHES
+            ),
             hf.Siglip2VisionModel,
             siglip2_inputs,
             lead=0,
         ),
         TinyModel("dinov2", _config(hf.Dinov2Config, **_DINOV2), hf.Dinov2Model, image_inputs),
-        TinyModel("dinov2_swiglu", _config(hf.Dinov2Config, **_DINOV2, use_swiglu_ffn=True), hf.Dinov2Model, image_inputs),
+        TinyModel(
+            "dinov2_swiglu", _config(hf.Dinov2Config, **_DINOV2, use_swiglu_ffn=True), hf.Dinov2Model, image_inputs
+        ),
         TinyModel(
             "dinov2_registers",
             _config(hf.Dinov2WithRegistersConfig, **_DINOV2, num_register_tokens=4),
@@ -216,9 +224,42 @@ DINOV2_BACKBONE = TinyModel(
 
 
 def random_cache(
-    blocks: tuple[int, ...] = (1, 3), registers: int = 1, num_copies: float = 1.0, seed: int = 0, num_blocks: int = BLOCKS
+    blocks: tuple[int, ...] = (1, 3),
+    registers: int = 1,
+    num_copies: float = 1.0,
+    seed: int = 0,
+    num_blocks: int = BLOCKS,
 ) -> RegisterCache:
     """Register rows of about the size of the models' own keys and values."""
     generator = torch.Generator().manual_seed(seed)
     rows = {b: torch.randn(2, HEADS, registers, HEAD_DIM, generator=generator) * 1.5 for b in blocks}
     return RegisterCache({b: r[0] for b, r in rows.items()}, {b: r[1] for b, r in rows.items()}, num_blocks, num_copies)
+
+
+def quantized(
+    tiny: TinyModel,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+    *,
+    cls: type[PreTrainedModel] | None = None,
+    **parts: dict[str, Any],
+) -> Any:
+    """The model quantized with registers in blocks 2 and 3 and two tokens deleted; ``parts`` change its config."""
+    config = RegCacheConfig.from_preset(f"w{bits}a{bits}" if bits != 2 else "w8a8").replace(
+        weights={"bits": bits},
+        registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0},
+        deletion={"block": 2, "count": 2},
+    )
+    config = config.replace(**parts)
+    r = config.registers
+    cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
+    return build_quantized(tiny.build(cls=cls).to(dtype), config, cache, [tiny.inputs(seed=2)])
+
+
+def aligned(model: Any) -> Any:
+    """A copy whose tensors lie in memory like those of a model built here.
+
+    Tensors of a loaded checkpoint point into the file at any offset, and float32 matrix products may round differently
+    on such addresses: only for copies does equal state mean bit-equal outputs.
+    """
+    return copy.deepcopy(model.eval())

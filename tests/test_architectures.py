@@ -17,7 +17,9 @@ from optimum_regcache.architectures import (
     supported_encoders,
 )
 
-every_model = pytest.mark.parametrize("tiny", [*MODELS.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name)
+every_model = pytest.mark.parametrize(
+    "tiny", [*MODELS.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name
+)
 every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
 
 FAMILY_NAMES = {

@@ -124,7 +124,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (WeightsConfig, {"observer": "percentile"}, r"weights\.observer must be one of minmax, mse; got 'percentile'\."),
     (ActivationsConfig, {"bits": 8.0}, r"activations\.bits must be an integer from 2 to 8, got 8\.0\."),
     (ActivationsConfig, {"mode": "fast"}, r"activations\.mode must be one of static, dynamic; got 'fast'\."),
-    (ActivationsConfig, {"granularity": "per_row"}, r"activations\.granularity must be one of per_tensor, per_token; got"),
+    (
+        ActivationsConfig,
+        {"granularity": "per_row"},
+        r"activations\.granularity must be one of per_tensor, per_token; got",
+    ),
     (
         ActivationsConfig,
         {"observer": "kl"},
@@ -175,7 +179,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (
         DeletionConfig,
         {"rule": "threshold", "fill": "none"},
-        r"deletion\.rule='threshold' removes a different number.*fill='neighbour_mean'\. Use that fill, or rule='topk'\.",
+        r"deletion\.rule='threshold' removes a different number.*='neighbour_mean'\. Use that fill, or rule='topk'\.",
     ),
 ]
 
@@ -250,7 +254,9 @@ def test_unknown_keys_of_the_config() -> None:
 
 
 def test_another_quantization_method_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"This is a RegCacheConfig \(quant_method 'regcache'\); got quant_method 'gptq'"):
+    with pytest.raises(
+        ValueError, match=r"This is a RegCacheConfig \(quant_method 'regcache'\); got quant_method 'gptq'"
+    ):
         RegCacheConfig(quant_method="gptq")
 
 
@@ -263,7 +269,9 @@ def test_another_format_version_is_refused(version: int) -> None:
 
 def test_the_search_and_an_own_deletion_exclude_each_other() -> None:
     deletion = {"block": 3, "count": 2}
-    with pytest.raises(ValueError, match=r"deletion\.count is found by the search.*Set registers\.mode to 'fixed' or 'off'"):
+    with pytest.raises(
+        ValueError, match=r"deletion\.count is found by the search.*Set registers\.mode to 'fixed' or 'off'"
+    ):
         RegCacheConfig(deletion=deletion)
     assert RegCacheConfig(registers={"mode": "off"}, deletion=deletion).deletion.count == 2
 

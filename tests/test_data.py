@@ -1,12 +1,10 @@
-"""Images from data sets and sequences to model inputs; the split of the reference images; loading from disk."""
+"""Images from data sets and sequences to model inputs; the split of the reference images."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+import itertools
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,15 +18,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from optimum_regcache import scenes
 from optimum_regcache.data import (
     ImageInputs,
-    choose_split,
-    class_names,
     collate,
-    image_column,
-    label_column,
-    load_images,
-    load_splits,
     split_reference,
-    subsample,
 )
 
 SIDE = 8
@@ -42,11 +33,6 @@ def processor() -> CLIPImageProcessorPil:
 @pytest.fixture(scope="module")
 def pictures() -> Dataset:
     return scenes.load_dataset("report", 6, size=16)
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def pixel_items(count: int = 5) -> list[dict[str, Any]]:
@@ -78,7 +64,8 @@ def test_a_full_processor_lends_its_image_processor(pictures: Dataset, processor
     assert torch.equal(both[0][0]["pixel_values"], both[1][0]["pixel_values"])
 
 
-def test_grey_and_transparent_pictures_become_rgb(processor: CLIPImageProcessorPil) -> None:
+def test_grey_and_transparent_pictures_become_rgb() -> None:
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, do_convert_rgb=False)
     modes = [Image.new(mode, (SIDE, SIDE)) for mode in ("L", "RGBA", "P")]
     inputs = ImageInputs(Dataset.from_dict({"picture": modes}), processor)
     assert [tuple(item["pixel_values"].shape) for item in inputs] == [(3, SIDE, SIDE)] * 3
@@ -87,7 +74,9 @@ def test_grey_and_transparent_pictures_become_rgb(processor: CLIPImageProcessorP
 
 
 def test_pictures_need_a_processor(pictures: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"A data set of images needs the model's processor\. Save the processor beside"):
+    with pytest.raises(
+        ValueError, match=r"A data set of images needs the model's processor\. Save the processor beside"
+    ):
         ImageInputs(pictures)
 
 
@@ -152,7 +141,12 @@ def processed_dataset() -> Dataset:
     values = [np.full((3, 4, 4), i, np.float32) for i in range(3)]
     features = {"pixel_values": Array3D((3, 4, 4), "float32"), "label": ClassLabel(names=["a", "b"])}
     features |= {"image": ImageFeature(), "caption": Value("string")}
-    columns = {"pixel_values": values, "label": [1, 0, 1], "image": [Image.new("RGB", (4, 4))] * 3, "caption": ["x"] * 3}
+    columns = {
+        "pixel_values": values,
+        "label": [1, 0, 1],
+        "image": [Image.new("RGB", (4, 4))] * 3,
+        "caption": ["x"] * 3,
+    }
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -173,10 +167,19 @@ def test_columns_that_are_no_model_input_stay_behind() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([torch.zeros(3, 4, 4)], r"Item 0 of the data is a Tensor without 'pixel_values'\. Give a datasets\.Dataset of"),
+        (
+            [torch.zeros(3, 4, 4)],
+            r"Item 0 of the data is a Tensor without 'pixel_values'\. Give a datasets\.Dataset of",
+        ),
         ([(torch.zeros(3, 4, 4), 1)], r"Item 0 of the data is a tuple without 'pixel_values'"),
-        ([*pixel_items(1), {"pixels": 0}], r"Item 1 of the data is a dict without 'pixel_values'.*such as \{'pixel_values'"),
-        ([{"pixel_values": torch.zeros(4, 4)}], r"Item 0 has pixel_values of shape \(4, 4\); expected 3 axes, or 4 for a"),
+        (
+            [*pixel_items(1), {"pixels": 0}],
+            r"Item 1 of the data is a dict without 'pixel_values'.*such as \{'pixel_values'",
+        ),
+        (
+            [{"pixel_values": torch.zeros(4, 4)}],
+            r"Item 0 has pixel_values of shape \(4, 4\); expected 3 axes, or 4 for a",
+        ),
         ([siglip2_item(0.0) | {"pixel_values": torch.zeros(6)}], r"shape \(6,\); expected 2 axes, or 3 for a batch\."),
         ([], r"The data set is empty\."),
         (Dataset.from_dict({"text": ["a"]}), r"The data set has no image column; its columns are text\. Cast one with"),
@@ -226,7 +229,9 @@ def test_batches_cover_everything_once_in_order_without_labels(size: int, sizes:
 
 
 def test_collate_stacks_every_key() -> None:
-    batch = collate([{"pixel_values": torch.zeros(3, 2, 2), "labels": 1}, {"pixel_values": torch.ones(3, 2, 2), "labels": 0}])
+    batch = collate(
+        [{"pixel_values": torch.zeros(3, 2, 2), "labels": 1}, {"pixel_values": torch.ones(3, 2, 2), "labels": 0}]
+    )
     assert batch["pixel_values"].shape == (2, 3, 2, 2)
     assert batch["labels"].tolist() == [1, 0]
 
@@ -234,8 +239,8 @@ def test_collate_stacks_every_key() -> None:
 def test_collate_names_the_shapes_that_differ() -> None:
     items = [{"pixel_values": torch.zeros(3, side, side)} for side in (6, 4)]
     expected = (
-        r"Items of one batch have different shapes of 'pixel_values': \[\(3, 4, 4\), \(3, 6, 6\)\]\. Use a processor that "
-        r"resizes, or batch_size=1, or a data_collator\."
+        r"Items of one batch have different shapes of 'pixel_values': \[\(3, 4, 4\), \(3, 6, 6\)\]\. Use a processor "
+        r"that resizes, or batch_size=1, or a data_collator\."
     )
     with pytest.raises(ValueError, match=expected):
         collate(items)
@@ -268,7 +273,7 @@ def test_reference_parts_are_disjoint_complete_and_never_empty(
     count: int, calibration: float, confirm: float, seed: int
 ) -> None:
     parts = split_reference(count, calibration, confirm, seed)
-    assert sorted(sum(parts, [])) == list(range(count))
+    assert sorted(itertools.chain(*parts)) == list(range(count))
     assert all(part and part == sorted(part) for part in parts)
     assert len(parts[0]) <= 128
     assert parts == split_reference(count, calibration, confirm, seed)
@@ -283,122 +288,8 @@ def test_reference_parts_have_the_asked_sizes_and_follow_the_seed() -> None:
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_too_few_reference_images(count: int) -> None:
-    expected = rf"{count} reference images are too few to keep calibration, selection and confirmation apart; give at least 4"
+    expected = (
+        rf"{count} reference images are too few to keep calibration, selection and confirmation apart; give at least 4"
+    )
     with pytest.raises(ValueError, match=expected):
         split_reference(count, 0.25, 0.33, 0)
-
-
-# --- columns
-
-
-def test_columns_are_found_by_their_feature(pictures: Dataset) -> None:
-    renamed = pictures.rename_columns({"image": "photo", "label": "kind"})
-    assert (image_column(renamed), label_column(renamed)) == ("photo", "kind")
-    names = class_names(renamed)
-    assert names is not None
-    assert names[:2] == ["a red circle", "a red square"]
-    plain = Dataset.from_dict({"label": [0], "other": ["x"]})
-    assert label_column(plain) == "label"
-    assert class_names(plain) is None
-    assert label_column(plain.remove_columns("label")) is None
-    assert class_names(plain.remove_columns("label")) is None
-    with pytest.raises(ValueError, match=r"no image column; its columns are label, other\. Cast one with dataset\.cast_col"):
-        image_column(plain)
-
-
-# --- loading from disk
-
-
-def write_image_folder(folder: Path) -> None:
-    for split, names in (("train", ["cat", "dog"]), ("test", ["cat"])):
-        for position, name in enumerate(names):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (SIDE, SIDE), (i, position, 0)).save(folder / split / name / f"{i}.png")
-
-
-def test_image_folder(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "pets")
-    name = str(tmp_path / "pets")
-    assert {split: len(rows) for split, rows in load_splits(name).items()} == {"train": 6, "test": 3}
-    dataset = load_images(name)
-    assert class_names(dataset) == ["cat", "dog"]
-    assert dataset["label"][:] == [0, 0, 0, 1, 1, 1]
-    assert len(load_images(name, split="test")) == 3
-    with pytest.raises(ValueError, match=r"pets has no split 'dev'; it has train, test\."):
-        load_images(name, split="dev")
-
-
-def test_parquet_file_and_directory(tmp_path: Path, pictures: Dataset) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    pictures.to_parquet(folder / "report.parquet")
-    pictures.select(range(2)).to_parquet(folder / "calibration.parquet")
-    for name in (folder, folder / "report.parquet"):
-        dataset = load_images(str(name), split="report")
-        assert dataset["label"][:] == pictures["label"][:]
-        assert class_names(dataset) == class_names(pictures)
-        assert np.array_equal(np.asarray(dataset[1]["image"]), np.asarray(pictures[1]["image"]))
-    assert len(load_images(str(folder))) == 2  # no split "train": the first
-    assert len(load_images(str(folder / "report.parquet"))) == 6
-    with pytest.raises(ValueError, match=r"images has no split 'train'; it has calibration, report\."):
-        load_images(str(folder), split="train")
-
-
-@pytest.mark.parametrize(
-    "names",
-    [["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"], ["train/0000", "train/0001", "test/0000"]],
-    ids=["shards", "folders"],
-)
-def test_parquet_shards_of_a_split_belong_together(tmp_path: Path, pictures: Dataset, names: list[str]) -> None:
-    """The two layouts in which the Hub stores data sets."""
-    for position, name in enumerate(names):
-        path = tmp_path / "images" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.select([2 * position, 2 * position + 1]).to_parquet(path)
-    splits = load_splits(str(tmp_path / "images"))
-    labels = {split: rows["label"][:] for split, rows in splits.items()}
-    assert labels == {"train": pictures["label"][:4], "test": pictures["label"][4:]}
-
-
-def test_subset_is_seeded_and_random(tmp_path: Path, pictures: Dataset) -> None:
-    path = str(tmp_path / "report.parquet")
-    pictures.to_parquet(path)
-    captions = [load_images(path, num_samples=4, seed=seed)["caption"][:] for seed in (0, 0, 1)]
-    assert captions[0] == captions[1] != captions[2]
-    assert len(captions[0]) == 4
-    assert set(captions[0]) <= set(pictures["caption"][:])
-    for count in (None, 6, 99):
-        assert load_images(path, num_samples=count)["caption"][:] == pictures["caption"][:]
-        assert subsample(pictures, count, 0) is pictures
-
-
-def test_choose_split_prefers_train_then_the_first(pictures: Dataset) -> None:
-    first, second = pictures.select([0]), pictures.select([1])
-    assert choose_split({"report": first, "train": second}, None, "x") is second
-    assert choose_split({"report": first, "dev": second}, None, "x") is first
-    assert choose_split({"report": first, "dev": second}, "dev", "x") is second
-    with pytest.raises(ValueError, match=r"^x has no split 'all'; it has report, dev\.$"):
-        choose_split({"report": first, "dev": second}, "all", "x")
-
-
-@pytest.mark.parametrize("name", ["./absent", "~/absent", "absent.parquet", "{tmp}/absent"])
-def test_missing_path(tmp_path: Path, name: str) -> None:
-    name = name.format(tmp=tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"No such data set file or directory: {name}"):
-        load_images(name)
-
-
-def test_home_directory_is_expanded(tmp_path: Path, pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures.to_parquet(tmp_path / "mine.parquet")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert len(load_images("~/mine.parquet")) == 6
-
-
-def test_data_without_images(tmp_path: Path) -> None:
-    path = str(tmp_path / "text.parquet")
-    Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(path)
-    with pytest.raises(ValueError, match=r"The data set has no image column; its columns are text, label\."):
-        load_images(path)
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)

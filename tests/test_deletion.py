@@ -166,7 +166,9 @@ def test_planted_outliers_go_and_nothing_else(tiny: TinyModel) -> None:
     plant(tiny, model, planted)
     dropped = dropped_by(model)
     tiny.run(model, inputs)
-    assert [d.nonzero().flatten().tolist() for d in dropped()] == [sorted(tiny.lead + p for p in mine) for mine in patches]
+    assert [d.nonzero().flatten().tolist() for d in dropped()] == [
+        sorted(tiny.lead + p for p in mine) for mine in patches
+    ]
 
 
 @every_tower

@@ -209,15 +209,20 @@ def test_a_cast_is_effective_at_once() -> None:
     assert torch.equal(module(x), copy.deepcopy(module)(x))
 
 
-def test_changes_of_state_are_effective_at_once() -> None:
+@backends
+def test_changes_of_state_are_effective_at_once(backend: str) -> None:
     module, x = quantized(), sample(3, IN)
+    set_backend(module, backend)
     outputs = [module(x)]
-    module.set_input_qparams(torch.tensor(0.5), torch.tensor(0))
-    outputs.append(module(x))
-    module.set_float_weight(torch.ones(OUT, IN))
-    outputs.append(module(x))
-    module.load_state_dict(quantized(WeightsConfig(granularity="per_channel", observer="mse")).state_dict())
-    outputs.append(module(x))
+    other = quantized(WeightsConfig(observer="mse"))
+    for change in (
+        lambda: module.set_input_qparams(torch.tensor(0.5), torch.tensor(0)),
+        lambda: module.set_float_weight(torch.ones(OUT, IN)),
+        lambda: module.load_state_dict(other.state_dict()),
+    ):
+        change()
+        outputs.append(module(x))
+        assert torch.equal(outputs[-1], copy.deepcopy(module)(x))
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
 
 
@@ -289,7 +294,9 @@ def test_from_float_leaves_the_float_layer_alone() -> None:
 
 def test_repr_says_how_it_is_quantized() -> None:
     text = repr(quantized(WeightsConfig(bits=4), DYNAMIC, bias=False))
-    expected = "in_features=37, out_features=11, bias=False, weights=int4 per_channel, activations=int8 dynamic per_token"
+    expected = (
+        "in_features=37, out_features=11, bias=False, weights=int4 per_channel, activations=int8 dynamic per_token"
+    )
     assert expected in text
     assert "backend=auto" in text
 
@@ -387,6 +394,8 @@ def test_unfolded_patches_are_channel_major_rows() -> None:
     ids=["overlap", "padding", "dilation", "groups", "1d", "identity"],
 )
 def test_other_patch_embeddings_are_refused(module: nn.Module) -> None:
-    expected = r"Only a patch embedding that is a linear layer, or a Conv2d.*Set modules\.patch_embedding=False for this"
+    expected = (
+        r"Only a patch embedding that is a linear layer, or a Conv2d.*Set modules\.patch_embedding=False for this"
+    )
     with pytest.raises(TypeError, match=expected):
         QuantPatchEmbedding.from_float(module, WeightsConfig(), STATIC)

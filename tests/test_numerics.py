@@ -137,6 +137,16 @@ def test_per_row_equals_torch(x: np.ndarray, bits: int, symmetric: bool) -> None
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("scale", [0.0237, 0.1, 1 / 3, 0.7, 1.3])
+def test_values_next_to_a_rounding_boundary_get_torchs_codes(scale: float) -> None:
+    """Here multiplying by the inverse scale, as integer kernels do, differs from dividing by the scale."""
+    boundaries = (torch.arange(-127, 127) + 0.5) * scale
+    infinity = torch.tensor(float("inf"))
+    values = torch.cat([boundaries, boundaries.nextafter(infinity), boundaries.nextafter(-infinity)])
+    got = numerics.fake_quantize(values, torch.tensor(scale), torch.tensor(0), 8, True)
+    assert torch.equal(got, torch.fake_quantize_per_tensor_affine(values, scale, 0, -128, 127))
+
+
 def test_ties_round_to_even_before_the_zero_point_is_added() -> None:
     ties = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
     codes = numerics.quantize(ties, torch.tensor(1.0), torch.tensor(11), 8, False)

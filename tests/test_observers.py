@@ -59,7 +59,7 @@ def batch_lists(draw: st.DrawFn) -> list[torch.Tensor]:
 def test_every_configured_name_has_its_observer() -> None:
     kinds = {"minmax": MinMaxObserver, "moving_average": MovingAverageObserver}
     kinds |= {"percentile": PercentileObserver, "mse": MSEObserver}
-    assert OBSERVERS == kinds
+    assert kinds == OBSERVERS
     for name, kind in kinds.items():
         assert type(make_observer(ActivationsConfig(observer=name))) is kind
 

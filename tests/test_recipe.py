@@ -135,7 +135,9 @@ def test_load_names_the_presets_when_there_is_no_such_file(tmp_path: Path) -> No
 def test_load_refuses_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"bad\.yaml is not a recipe: expected a mapping with keys such as 'quantization'"):
+    with pytest.raises(
+        ValueError, match=r"bad\.yaml is not a recipe: expected a mapping with keys such as 'quantization'"
+    ):
         Recipe.load(path)
 
 

@@ -276,9 +276,7 @@ def test_registers_are_ordinary_buffers_in_the_model_dtype() -> None:
     model = CLIP.build().to(torch.bfloat16)
     set_registers(model, cache)
     names = [n for n in model.state_dict() if "register" in n]
-    assert names == [
-        f"encoder.layers.{b}.self_attn.register_{kind}" for b in (1, 3) for kind in ("key", "value")
-    ]
+    assert names == [f"encoder.layers.{b}.self_attn.register_{kind}" for b in (1, 3) for kind in ("key", "value")]
     stored = get_register_cache(model)
     assert (stored.blocks, stored.num_registers, stored.num_copies) == ((1, 3), 2, 2.5)
     for b in stored.blocks:
@@ -302,7 +300,9 @@ def test_set_registers_errors() -> None:
         set_registers(model, random_cache(num_blocks=6))
     for heads, width in ((2, HEAD_DIM), (HEADS, 8)):
         rows = {1: torch.zeros(heads, 1, width)}
-        message = rf"Register rows of block 1 have shape \({heads}, 1, {width}\); this encoder needs \[4, registers, 16\]"
+        message = (
+            rf"Register rows of block 1 have shape \({heads}, 1, {width}\); this encoder needs \[4, registers, 16\]"
+        )
         with pytest.raises(ValueError, match=message):
             set_registers(model, RegisterCache(rows, rows, BLOCKS))
     with pytest.raises(ValueError, match="Linear contains no supported vision encoder"):

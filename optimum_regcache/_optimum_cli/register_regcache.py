@@ -19,7 +19,9 @@ def _add_common(parser: ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
     parser.add_argument("--num-report", type=int, help="unseen images for the report")
     parser.add_argument("--batch-size", type=int, help="images per forward pass")
-    parser.add_argument("--objective", choices=("cosine", "accuracy"), help="what the search maximises (default cosine)")
+    parser.add_argument(
+        "--objective", choices=("cosine", "accuracy"), help="what the search maximises (default cosine)"
+    )
     parser.add_argument("--template", help="zero-shot prompt template, for example 'a photo of a {}.'")
     parser.add_argument("--seed", type=int, help="seed of subsets and search (default 0)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -56,6 +58,8 @@ def resolve_recipe(args: Namespace) -> Any:
 
 class _Command(BaseOptimumCLICommand):
     """Turns expected errors into one line and exit code 2."""
+
+    args: Any
 
     def job(self) -> str:
         raise NotImplementedError

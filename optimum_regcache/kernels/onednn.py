@@ -55,9 +55,7 @@ class OneDNNLinear(LinearBackend):
             return "per-token zero points are not supported by the kernel."
         return machine_reason()
 
-    def _product(
-        self, codes: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _product(self, codes: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.onednn.qlinear_pointwise(
             codes, scale, zero_point, self._packed, self._weight_scale, self._weight_zero, bias,
             1.0, 0, torch.float32, "none", [], "",

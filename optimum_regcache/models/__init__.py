@@ -28,7 +28,7 @@ class RegCacheMixin:
     """Registers and deletion on a transformers vision model."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         prepare_tower(self._module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -60,9 +60,10 @@ def _clip_scenes(dtype: torch.dtype) -> Reference:
 def _planted(dtype: torch.dtype) -> Reference:
     from optimum_regcache.reference import planted
 
+    model: Any = planted.build_planted_model()
     return Reference(
         name="planted-outlier",
-        model=planted.build_planted_model().to(dtype),
+        model=model.to(dtype),
         processor=planted.build_processor(),
         dataset=planted.load_dataset,
         template="{}",

@@ -169,14 +169,13 @@ def _built() -> ViTForImageClassification:
         intermediate_size=_HIDDEN,
         image_size=_SIDE * _PATCH,
         patch_size=_PATCH,
-        num_labels=NUM_CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         layer_norm_eps=1e-6,
     )
     config.id2label = {i: f"class {i}" for i in range(NUM_CLASSES)}
     config.label2id = {v: k for k, v in config.id2label.items()}
-    model = ViTForImageClassification(config).eval().requires_grad_(False)
+    model: Any = ViTForImageClassification(config).eval().requires_grad_(False)
     vit: Any = model.vit
     content = _CONTENT.stop - _CONTENT.start
     projection = vit.embeddings.patch_embeddings.projection
@@ -199,7 +198,7 @@ def _built() -> ViTForImageClassification:
     return model
 
 
-def _fit_classifier(model: ViTForImageClassification) -> None:
+def _fit_classifier(model: Any) -> None:
     """Ridge regression on the CLS features of 600 training images; only the output channels are read."""
     processor = build_processor()
     rows = [render("train", i) for i in range(600)]

@@ -57,6 +57,8 @@ class RegisterCache(Cache):
     Passing one as ``past_key_values`` to a RegCache model overrides the registers stored in it.
     """
 
+    layers: list[RegisterLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         keys: Mapping[int, torch.Tensor],
@@ -72,7 +74,9 @@ class RegisterCache(Cache):
             raise ValueError(f"num_copies must be > 0, got {num_copies}.")
         shapes = {tuple(t.shape) for t in (*keys.values(), *values.values())}
         if len(shapes) > 1 or any(len(s) != 3 for s in shapes):
-            raise ValueError(f"All register rows must share one shape [heads, registers, head_dim], got {sorted(shapes)}.")
+            raise ValueError(
+                f"All register rows must share one shape [heads, registers, head_dim], got {sorted(shapes)}."
+            )
         super().__init__(layers=[RegisterLayer(keys.get(i), values.get(i)) for i in range(num_blocks)])
         self.num_copies = num_copies
 

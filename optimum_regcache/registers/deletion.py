@@ -103,8 +103,8 @@ def narrow_mask(attention_mask: torch.Tensor | None, selection: Selection, dtype
         if not attention_mask.dtype.is_floating_point:
             if attention_mask.ndim == 2:
                 return attention_mask.bool() & ~selection.dropped
-            attention_mask = torch.zeros_like(bias).expand_as(attention_mask).masked_fill(
-                ~attention_mask, torch.finfo(dtype).min
+            attention_mask = (
+                torch.zeros_like(bias).expand_as(attention_mask).masked_fill(~attention_mask, torch.finfo(dtype).min)
             )
         return torch.minimum(attention_mask, bias)
     if attention_mask is None:
@@ -115,9 +115,7 @@ def narrow_mask(attention_mask: torch.Tensor | None, selection: Selection, dtype
     attention_mask = attention_mask.expand(kept.shape[0], -1, -1, -1)
     heads, rows = attention_mask.shape[1], attention_mask.shape[2]
     if rows > 1:
-        attention_mask = attention_mask.gather(
-            2, kept[:, None, :, None].expand(-1, heads, -1, attention_mask.shape[3])
-        )
+        attention_mask = attention_mask.gather(2, kept[:, None, :, None].expand(-1, heads, -1, attention_mask.shape[3]))
     return attention_mask.gather(3, kept[:, None, None, :].expand(-1, heads, attention_mask.shape[2], -1))
 
 
@@ -156,9 +154,7 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
     return full.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), fill)
 
 
-def grid_size(
-    grid: Grid, patches: int, batch: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def grid_size(grid: Grid, patches: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Patch rows and columns, each int64 [B, 1]; a square is assumed if unknown, None if it is not one."""
     if isinstance(grid, torch.Tensor):
         return grid[:, :1].to(device), grid[:, 1:2].to(device)

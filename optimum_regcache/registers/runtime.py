@@ -138,7 +138,7 @@ class _Swapped:
 
 
 def _rebuild(mixin: type, native: type) -> Any:
-    cls = _swapped_class(mixin, native)
+    cls: Any = _swapped_class(mixin, native)
     return cls.__new__(cls)
 
 
@@ -221,9 +221,7 @@ class AttentionMixin(_Swapped):
         module: Any = self
         query, key, value, out, scaling, dropout = self.tower_names
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        q, k, v = (
-            getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in (query, key, value)
-        )
+        q, k, v = (getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in (query, key, value))
         k, v = layer.update(k, v)
         attention = attention_interface(module, self._native)
         output, weights = attention(

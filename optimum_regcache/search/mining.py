@@ -218,7 +218,9 @@ def _merge(a: MinedTokens, b: MinedTokens, top: int, max_normal: int = 512) -> M
 
 
 @torch.inference_mode()
-def isolated_cache(float_model: nn.Module, state: torch.Tensor, start_block: int, blocks: tuple[int, ...]) -> RegisterCache:
+def isolated_cache(
+    float_model: nn.Module, state: torch.Tensor, start_block: int, blocks: tuple[int, ...]
+) -> RegisterCache:
     """K and V of ``state`` run alone through the blocks from ``start_block`` (A.6 b).
 
     No CLS, no position embedding. tau identical copies attending only to each other give the same K and V as one, so one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.files import write_text
 from optimum_regcache.recipe import SearchConfig
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
@@ -146,9 +146,7 @@ class SearchRecord:
         """Add a configuration and write the file."""
         self.scores[key] = scores.tolist()
         if self.path is not None:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "scores": self.scores}))
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps({"fingerprint": self.fingerprint, "scores": self.scores}))
 
 
 class RegisterSearch:
@@ -250,9 +248,7 @@ class RegisterSearch:
             both = [self._evaluate(replace(best_prefix.setup, count=k), bar) for k in counts] if best_prefix else []
         return self._decide(base, best_prefix, best_delete, _best(both))
 
-    def _decide(
-        self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None
-    ) -> SearchResult:
+    def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
         """Install the best setup only if it beats "nothing" on images that did not choose it (A.13-1)."""
         c = self.config
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
@@ -273,9 +269,7 @@ class RegisterSearch:
             if trial is ranked[0]:
                 why = f"nothing to repair (naive loses {loss:.4f})" if loss < c.min_gain else "nothing helped enough"
                 reason = f"{why}; best candidate: {measured}"
-        return SearchResult(
-            chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values())
-        )
+        return SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
 
     def _confirm(self, setup: Setup) -> torch.Tensor:
         key = f"confirm {setup.key}"
@@ -293,5 +287,3 @@ def _best(trials: list[Trial]) -> Trial | None:
         if best is None or trial.mean > best.mean:
             best = trial
     return best
-
-

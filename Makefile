@@ -1,0 +1,36 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+OUT ?= regcache-out
+
+.PHONY: demo test slow lint types bench clean
+demo: $(VENV)/ready
+	$(BIN)/optimum-cli regcache quantize --output $(OUT)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_cpu_int8.py
+
+# torch first and pinned: an unpinned requirement may pull a build with CUDA
+$(VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info

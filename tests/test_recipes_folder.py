@@ -1,0 +1,177 @@
+"""The files in recipes/: what they promise, and that each runs on a tiny model of its architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from models import BLOCKS, MODELS, PIXELS
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from optimum_regcache import reference
+from optimum_regcache.config import ActivationsConfig, DeletionConfig, ModulesConfig, RegistersConfig, WeightsConfig
+from optimum_regcache.fitting import FitResult
+from optimum_regcache.modules import quant_linears
+from optimum_regcache.quantizer import RegCacheQuantizer
+from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
+
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+OFFLINE = ("clip-scenes-w8a8", "dinov2-small-imgfocus-w8a8", "planted-outlier-w8a8")
+NAMES = (
+    "clip-vit-base-patch16-w4a4",
+    "clip-vit-base-patch16-w6a6",
+    "clip-vit-base-patch16-w8a8",
+    "dinov2-base-w8a8",
+    "openclip-vit-base-patch16-laion2b-w8a8",
+    "siglip-base-patch16-224-w8a8",
+    "siglip2-base-patch16-224-w8a8",
+    *OFFLINE,
+)
+
+# recipe model -> key in `models.MODELS`. google/siglip2-base-patch16-224 is a SiglipModel: only NaFlex checkpoints are not.
+ARCHITECTURES = {
+    "openai/clip-vit-base-patch16": "clip_dual",
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "clip_dual",
+    "google/siglip-base-patch16-224": "siglip_dual",
+    "google/siglip2-base-patch16-224": "siglip_dual",
+    "facebook/dinov2-base": "dinov2",
+    "dinov2-small-imgfocus": "dinov2",
+}
+SMALL = (
+    "search.num_copies=[1, 2]",
+    "search.max_delete=1",
+    "search.sensitivity=block",
+    "data.num_samples=12",
+    "data.batch_size=4",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    """Twelve random images without labels."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (PIXELS, PIXELS, 3), dtype=np.uint8)) for _ in range(12)]
+    return Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
+
+
+def fit_and_quantize(model: Any, processor: Any, images: Any, recipe: Recipe) -> tuple[FitResult, Any]:
+    """What the main job does with a recipe."""
+    quantizer = RegCacheQuantizer.from_pretrained(model, processor=processor)
+    fit = quantizer.fit(images, recipe.quantization, recipe.search, recipe.data, progress=False)
+    return fit, quantizer.quantize(batch_size=recipe.data.batch_size)
+
+
+def check(fit: FitResult, quantized: Any, recipe: Recipe, blocks: int) -> None:
+    """The search tried what the recipe asks for; every linear layer of the blocks is quantized as it says."""
+    search = recipe.search
+    starts = list(range(max(0, fit.sensitive_block - search.blocks_before), fit.sensitive_block + 1))
+    assert sorted(fit.mined) == starts
+    deletions = 2 * search.max_delete  # alone, and with the best prefix
+    prefixes = len(starts) * len(search.scopes) * len(search.num_copies)
+    assert len(fit.search.trials) == 1 + prefixes + deletions
+    assert fit.config.label == recipe.quantization.label
+    assert fit.config.registers.mode in ("fixed", "off")
+    layers = [module for _, module in quant_linears(quantized)]
+    assert len(layers) == 6 * blocks  # q, k, v, out, fc1, fc2
+    assert {layer.weights.bits for layer in layers} == {recipe.quantization.weights.bits}
+    assert quantized.config.quantization_config == fit.config
+
+
+def test_the_folder_holds_the_listed_recipes() -> None:
+    assert set(FILES) == set(NAMES)
+    assert set(ARCHITECTURES) | set(reference.names()) == {Recipe.load(path).model for path in FILES.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_and_survives_saving(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(FILES[name])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_follows_the_paper_and_says_what_was_measured(name: str) -> None:
+    recipe = Recipe.load(FILES[name])
+    assert name.endswith(f"-{recipe.quantization.label}")
+    activations = recipe.quantization.activations
+    assert (activations.mode, activations.granularity, activations.observer) == ("static", "per_tensor", "minmax")
+    assert recipe.quantization.registers.mode == "search"
+    search = recipe.search
+    assert (search.strategy, search.blocks_before, search.max_delete) == ("v4", 3, 10)
+    assert search.num_copies == tuple(float(tau) for tau in range(1, 16))
+    assert recipe.model
+    assert (recipe.dataset is None) == (recipe.model in reference.names())  # reference encoders render their own images
+    if name in OFFLINE:
+        assert "docs/results.md" in recipe.notes
+    else:
+        assert recipe.notes.startswith("Not measured by this project: the weights need the Hub. Target in the paper")
+    zero_shot = ARCHITECTURES.get(str(recipe.model), "").endswith("_dual")
+    assert search.objective == ("accuracy" if zero_shot else "cosine")
+    assert search.scopes == (("onwards", "single") if "dinov2" in name else ("onwards",))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if Recipe.load(FILES[n]).model in ARCHITECTURES])
+def test_it_runs_on_a_tiny_model_of_its_architecture(name: str, pictures: Dataset) -> None:
+    recipe = Recipe.load(FILES[name]).override([*SMALL, "search.objective=cosine"])
+    model = MODELS[ARCHITECTURES[str(recipe.model)]].build()
+    side = {"height": PIXELS, "width": PIXELS}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
+    fit, quantized = fit_and_quantize(model, processor, pictures, recipe)
+    check(fit, quantized, recipe, BLOCKS)
+    with torch.no_grad():
+        pixel_values = processor(images=pictures[0]["image"], return_tensors="pt")["pixel_values"]
+        tower = getattr(quantized, "vision_model", quantized)
+        assert bool(tower(pixel_values).last_hidden_state.isfinite().all())
+
+
+def test_the_siglip2_recipe_runs_on_the_variable_resolution_class_too() -> None:
+    recipe = Recipe.load(FILES["siglip2-base-patch16-224-w8a8"]).override([*SMALL, "search.objective=cosine"])
+    siglip2 = MODELS["siglip2"]
+    fit, quantized = fit_and_quantize(siglip2.build(), None, [siglip2.inputs(batch=12)], recipe)
+    check(fit, quantized, recipe, BLOCKS)
+    assert bool(siglip2.run(quantized).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [
+        ("clip-scenes-w8a8", "clip-scenes"),
+        ("planted-outlier-w8a8", "planted-outlier"),
+        ("clip-vit-base-patch16-w8a8", "clip-scenes"),  # a CLIPModel with its tokenizer: the zero-shot objective
+    ],
+)
+def test_it_runs_on_a_reference_encoder(name: str, encoder: str) -> None:
+    recipe = Recipe.load(FILES[name]).override(list(SMALL))
+    source = reference.load(encoder)
+    fit, quantized = fit_and_quantize(source.model, source.processor, source.dataset("search", 12, 0), recipe)
+    vision = getattr(source.model.config, "vision_config", source.model.config)
+    check(fit, quantized, recipe, vision.num_hidden_layers)
+    if recipe.search.objective == "accuracy":
+        assert {float(score) for trial in fit.search.trials for score in trial.scores} <= {0.0, 1.0}
+
+
+def test_the_readme_lists_every_field() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    parts = {
+        "search": SearchConfig,
+        "data": DataConfig,
+        "quantization.weights": WeightsConfig,
+        "quantization.activations": ActivationsConfig,
+        "quantization.registers": RegistersConfig,
+        "quantization.deletion": DeletionConfig,
+        "quantization.modules": ModulesConfig,
+    }
+    known = {f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)}
+    assert {name for name, _ in rows} == known | {"model", "dataset", "notes", "preset"}
+    for name, default in rows:
+        if name != "preset":
+            assert Recipe().override([f"{name}={default.strip('`')}"]) == Recipe(), f"{name}: default is not {default}"
