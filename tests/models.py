@@ -6,7 +6,6 @@ much wider than transformers initialises them, so that attention is far from uni
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -254,12 +253,3 @@ def quantized(
     r = config.registers
     cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
     return build_quantized(tiny.build(cls=cls).to(dtype), config, cache, [tiny.inputs(seed=2)])
-
-
-def aligned(model: Any) -> Any:
-    """A copy whose tensors lie in memory like those of a model built here.
-
-    Tensors of a loaded checkpoint point into the file at any offset, and float32 matrix products may round differently
-    on such addresses: only for copies does equal state mean bit-equal outputs.
-    """
-    return copy.deepcopy(model.eval())
