@@ -148,16 +148,18 @@ def test_both_heads_of_a_distilled_classifier() -> None:
     assert names == ["cls_classifier", "distillation_classifier"]
 
 
+CLIP_LINEARS = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")))
+
+
 @pytest.mark.parametrize(
     ("pattern", "left_out"),
     [
         ("encoder.layers.3.mlp.fc2", ["encoder.layers.3.mlp.fc2"]),
         ("mlp.fc2", [f"encoder.layers.{i}.mlp.fc2" for i in range(BLOCKS)]),
-        ("encoder.layers.0.*", [f"encoder.layers.0.{n}" for n in
-                                ("mlp.fc1", "mlp.fc2", "self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj")]),
+        ("encoder.layers.0.*", [f"encoder.layers.0.{name}" for name in CLIP_LINEARS]),
         ("layers.[12].self_attn.q_proj", [f"encoder.layers.{i}.self_attn.q_proj" for i in (1, 2)]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["clip", "clip_dual"])
 def test_ignore_patterns(name: str, pattern: str, left_out: list[str]) -> None:
     tiny = MODELS[name]
@@ -179,15 +181,15 @@ def test_ignore_reaches_heads_and_patch_embedding() -> None:
 def test_unused_ignore_patterns_are_errors() -> None:
     model = TOWERS["clip"].build()
     message = (
-        "modules.ignore pattern typo match no module that would be quantized. Examples of names: "
-        r".*encoder.layers.3.mlp.fc2"
+        r"modules\.ignore pattern typo match no module that would be quantized\. Examples of names: "
+        r".*encoder\.layers\.3\.mlp\.fc2"
     )
     with pytest.raises(ValueError, match=message):
         quantization_sites(model, ignore=("mlp.fc1", "typo"))
-    with pytest.raises(ValueError, match="modules.ignore patterns one, two match no module"):
+    with pytest.raises(ValueError, match=r"modules\.ignore patterns one, two match no module"):
         quantization_sites(model, ignore=("one", "two"))
     # a module that exists but would stay float anyway is a mistake too
-    with pytest.raises(ValueError, match="pattern embeddings.patch_embedding match no module"):
+    with pytest.raises(ValueError, match=r"pattern embeddings\.patch_embedding match no module"):
         quantization_sites(model, ignore=("embeddings.patch_embedding",))
     with pytest.raises(ValueError, match="pattern visual_projection match no module"):
         quantization_sites(COMPOSITES["clip_dual"].build(), ignore=("visual_projection",))

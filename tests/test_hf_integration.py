@@ -249,16 +249,16 @@ def test_float_models_are_not_quantized_by_from_pretrained(tmp_path: Path) -> No
 def test_config_and_cache_must_agree() -> None:
     config = RegCacheConfig(registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0})
     model, batches = CLIP.build(), [CLIP.inputs()]
-    with pytest.raises(ValueError, match="registers.mode='fixed' and the register cache disagree"):
+    with pytest.raises(ValueError, match=r"registers\.mode='fixed' and the register cache disagree"):
         build_quantized(model, config, None, batches)
-    with pytest.raises(ValueError, match="registers.mode='off' and the register cache disagree"):
+    with pytest.raises(ValueError, match=r"registers\.mode='off' and the register cache disagree"):
         build_quantized(model, RegCacheConfig(registers={"mode": "off"}), random_cache(), batches)
     for wrong in (
         random_cache((1, 3), num_copies=2.0),
         random_cache((2, 3), num_copies=1.0),  # tau is saved in the config, not with the rows
         random_cache((2, 3), registers=2, num_copies=2.0),
     ):
-        with pytest.raises(ValueError, match="[Rr]egister"):
+        with pytest.raises(ValueError, match=r"[Rr]egister"):
             build_quantized(model, config, wrong, batches)
 
 

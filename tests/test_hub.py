@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,40 @@ assert torch.equal(outputs, expected), f"largest difference {(outputs - expected
 """
 
 
+# A quantized model with registers and a deletion; the processor of its float original.
+BUILD_QUANTIZED_DINOV2 = (
+    BUILD_TINY_DINOV2
+    + """
+from optimum_regcache import RegCacheConfig, RegisterCache
+from optimum_regcache.quantizer import build_quantized
+
+keys, values = {1: torch.randn(2, 1, 16)}, {1: torch.randn(2, 1, 16)}
+quantization_config = RegCacheConfig(
+    registers={"mode": "fixed", "blocks": [1], "num_copies": 3.0}, deletion={"block": 1, "count": 1}
+)
+batches = [{"pixel_values": torch.rand(4, 3, 28, 28)}]
+model = build_quantized(model, quantization_config, RegisterCache(keys, values, 2, 3.0), batches)
+torch.save(model.state_dict(), outputs_file + ".state")
+"""
+)
+
+CHECK_QUANTIZED = """
+from optimum_regcache.modules import quant_linears
+from optimum_regcache.registers import get_register_cache, prepare_tower
+
+state, expected = model.state_dict(), torch.load(outputs_file + ".state")
+assert list(state) == list(expected)
+assert all(torch.equal(state[name], expected[name]) for name in expected)
+assert [name for name in state if "register_" in name] == [
+    f"encoder.layer.1.attention.register_{kind}" for kind in ("key", "value")
+]
+assert get_register_cache(model).blocks == (1,)
+assert get_register_cache(model).num_copies == 3.0
+assert prepare_tower(model).deletion.count == 1
+assert len(list(quant_linears(model))) == 12
+"""
+
+
 def run_script(script: str, *args: str, hub: HubServer, cache: Path) -> None:
     """Run ``script`` in a fresh process whose Hub is ``hub`` and whose Hugging Face cache is ``cache``."""
     dropped = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -76,6 +111,16 @@ def test_push_then_load_gives_the_same_outputs(tmp_path: Path) -> None:
     with HubServer() as hub:
         run_script(PRELUDE + BUILD_TINY_DINOV2 + PUSH, "user/tiny", outputs, hub=hub, cache=tmp_path / "push")
         run_script(PRELUDE + LOAD, "user/tiny", outputs, hub=hub, cache=tmp_path / "load")
+
+
+def test_quantized_model_with_registers_travels_through_the_hub(tmp_path: Path) -> None:
+    outputs = str(tmp_path / "outputs.pt")
+    load = PRELUDE + "import optimum_regcache\n" + LOAD + CHECK_QUANTIZED
+    with HubServer() as hub:
+        run_script(PRELUDE + BUILD_QUANTIZED_DINOV2 + PUSH, "user/name", outputs, hub=hub, cache=tmp_path / "push")
+        files = list(hub.repos["user/name"].commits.values())[-1]
+        assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "regcache"
+        run_script(load, "user/name", outputs, hub=hub, cache=tmp_path / "load")
 
 
 def test_loopback_hub_answers_like_the_hub(tmp_path: Path) -> None:

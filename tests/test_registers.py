@@ -287,6 +287,18 @@ def test_registers_are_ordinary_buffers_in_the_model_dtype() -> None:
     assert CLIP.run(model, inputs).isfinite().all()
 
 
+def test_stored_registers_are_copies() -> None:
+    """Changing the cache later must not change the model, and shared memory cannot be saved as safetensors."""
+    rows = {b: torch.randn(HEADS, 1, HEAD_DIM, generator=torch.Generator().manual_seed(b)) for b in (1, 3)}
+    model = with_registers(CLIP, RegisterCache(rows, rows, BLOCKS))
+    before = CLIP.run(model)
+    buffers = [t for n, t in model.state_dict().items() if "register_" in n]
+    assert len({t.untyped_storage().data_ptr() for t in buffers}) == len(buffers) == 4
+    for row in rows.values():
+        row.zero_()
+    assert torch.equal(CLIP.run(model), before)
+
+
 def test_new_registers_replace_old_ones() -> None:
     model = with_registers(CLIP, random_cache((0, 1, 2), num_copies=4.0))
     set_registers(model, random_cache((2, 3), seed=1))

@@ -1,0 +1,197 @@
+"""`optimum-cli regcache` as a user runs it, and the jobs behind it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Image
+from transformers import AutoModel, AutoModelForImageClassification
+
+import optimum_regcache  # noqa: F401
+from optimum_regcache import reference
+from optimum_regcache.jobs import open_source, split_images
+from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.recipe import Recipe
+from optimum_regcache.reference import planted
+
+CLI = str(Path(sys.executable).with_name("optimum-cli"))
+
+
+def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([CLI, "regcache", *args], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("cli") / "planted"
+    result = run(
+        "quantize", "--model", "planted-outlier", "--preset", "w8a8", "--output", str(output), "--num-samples", "48",
+        "--num-report", "48", "--set", "search.max_delete=4", "--set", "search.num_copies=[1, 15]",
+    )  # fmt: skip
+    return output, result.stdout
+
+
+def test_quantize_prints_the_table_and_writes_everything(quantized):
+    output, stdout = quantized
+    for text in ("float", "naive", "prefix only", "delete only", "RegCache", "SYNTHETIC", "sensitive block 3"):
+        assert text in stdout
+    names = {p.name for p in output.iterdir()}
+    assert {"config.json", "model.safetensors", "recipe.yaml", "results.json", "README.md"} <= names
+    assert {"analysis.png", "outliers.png"} <= names
+    rows = {row["name"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+    assert list(rows) == ["float", "naive", "prefix only", "delete only", "RegCache"]
+    assert rows["naive"]["accuracy"] < rows["float"]["accuracy"] / 2
+    assert rows["RegCache"]["accuracy"] > 0.95 * rows["float"]["accuracy"]
+    assert rows["naive"]["max_fc2_norm"] > 50 * rows["RegCache"]["max_fc2_norm"]
+    recipe = Recipe.load(output / "recipe.yaml")
+    assert recipe.model == "planted-outlier"
+    assert recipe.search.num_copies == (1.0, 15.0)
+    assert recipe.quantization.registers.mode == "fixed"
+    card = (output / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "| RegCache |" in card
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert model.config.quantization_config.registers.blocks
+
+
+def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path):
+    output, _ = quantized
+    run("evaluate", "--model", str(output), "--output", str(tmp_path / "results.json"), "--num-report", "32")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["float_model"] == "planted-outlier"
+    assert results["accuracy"] > 0.9
+    assert results["recovery"] > 0.9
+    assert results["feature_cosine"] > 0.98
+    assert results["quantized_layers"] == 36
+    assert results["quantization"] == "w8a8"
+
+
+def test_analyze_writes_json_and_pictures(tmp_path):
+    result = run(
+        "analyze", "--model", "planted-outlier", "--output", str(tmp_path), "--num-samples", "24",
+        "--set", "search.sensitivity=block",
+    )  # fmt: skip
+    assert "sensitive block 3" in result.stdout
+    data = json.loads((tmp_path / "analysis.json").read_text())
+    assert data["sensitivity"]["sensitive_block"] == 3
+    assert len(data["norms"]["max_block_input"]) == 6
+    assert (tmp_path / "analysis.png").stat().st_size > 10_000
+    assert (tmp_path / "outliers.png").stat().st_size > 1_000
+
+
+def test_no_registers_gives_plain_quantization(tmp_path):
+    result = run(
+        "quantize", "--model", "planted-outlier", "--output", str(tmp_path), "--no-registers", "--num-samples", "16",
+        "--num-report", "16",
+    )  # fmt: skip
+    assert "RegCache" not in result.stdout
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert model.config.quantization_config.registers.mode == "off"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("quantize", "--output", "x", "--recipe", "no-such.yaml"), "No recipe 'no-such.yaml'"),
+        (("quantize", "--output", "x", "--set", "search.depth=3"), "Unknown recipe field 'search.depth'"),
+        (("quantize", "--output", "x", "--dataset", "./no-such-folder"), "No such data set file or directory"),
+    ],
+)
+def test_user_errors_are_one_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*args, code=2)
+    assert f"error: {message}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, runpy; sys.argv = ['optimum-cli', 'regcache', 'quantize', '--help'];"
+        "from optimum.commands.optimum_cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = [m for m in ('torch', 'transformers', 'optimum_regcache') if m in sys.modules]\n"
+        "print('HEAVY', heavy)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--no-registers" in result.stdout
+    assert "HEAVY []" in result.stdout
+
+
+def test_embedded_encoder_opens_by_name_with_its_processor():
+    model, processor = load_model("clip-scenes"), load_processor("clip-scenes")
+    assert type(model).__name__ == "CLIPModel"
+    assert model.dtype == torch.float32
+    assert processor.tokenizer("a red circle").input_ids[-1] == model.config.text_config.eos_token_id
+    with pytest.raises(ValueError, match="Unknown reference encoder 'clip'; available: clip-scenes, planted-outlier"):
+        reference.load("clip")
+
+
+def test_embedded_encoder_recognises_unseen_scenes():
+    from optimum_regcache.data import ImageInputs, class_names
+    from optimum_regcache.evaluation import AccuracyObjective
+    from optimum_regcache.evaluation.objective import zero_shot_features
+
+    ref = reference.load("clip-scenes")
+    images = ref.dataset("report", 96, 0)
+    inputs = ImageInputs(images, ref.processor)
+    text = zero_shot_features(ref.model, ref.processor, class_names(images), ref.template)
+    accuracy = AccuracyObjective(list(inputs.batches(48)), inputs.labels(), text).scores(ref.model).mean()
+    assert accuracy > 0.7  # chance is 1/64
+
+
+def parquet(path: Path, split: str, count: int, offset: int = 0) -> None:
+    images = [planted.render("train", offset + i)[0] for i in range(count)]
+    Dataset.from_dict({"image": images}).cast_column("image", Image()).to_parquet(path / f"{split}.parquet")
+
+
+def pixels_of(dataset) -> set[bytes]:
+    return {row["image"].tobytes() for row in dataset}
+
+
+def test_report_images_come_from_the_test_split_or_are_held_back(tmp_path):
+    (tmp_path / "two").mkdir()
+    parquet(tmp_path / "two", "train", 12)
+    parquet(tmp_path / "two", "test", 6, offset=12)
+    search, report = split_images(str(tmp_path / "two"), 10, 5, 0)
+    assert (len(search), len(report)) == (10, 5)
+    assert not pixels_of(search) & pixels_of(report)
+    (tmp_path / "one").mkdir()
+    parquet(tmp_path / "one", "all", 12)
+    search, report = split_images(str(tmp_path / "one"), 100, 100, 0)
+    assert (len(search), len(report)) == (8, 4)
+    assert not pixels_of(search) & pixels_of(report)
+    (tmp_path / "few").mkdir()
+    parquet(tmp_path / "few", "all", 5)
+    with pytest.raises(ValueError, match="has 5 images; at least 8 are needed"):
+        split_images(str(tmp_path / "few"), 4, 4, 0)
+
+
+def test_a_model_of_the_users_needs_a_data_set(tmp_path):
+    reference.load("planted-outlier").model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--dataset is needed for .*: a Hub id, an image folder or a parquet file"):
+        open_source(str(tmp_path), None, Recipe())
+
+
+def test_saved_clip_opens_with_automodel_and_vision_tower(tmp_path):
+    from transformers import CLIPVisionModel
+
+    from optimum_regcache import RegCacheConfig, RegCacheQuantizer
+
+    quantizer = RegCacheQuantizer.from_pretrained("clip-scenes")
+    images = reference.load("clip-scenes").dataset("search", 16, 0)
+    model = quantizer.quantize(
+        tmp_path, quantization_config=RegCacheConfig(registers={"mode": "off"}), calibration_dataset=images
+    )
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).get_image_features(pixels).pooler_output, expected)
+        tower = CLIPVisionModel.from_pretrained(tmp_path)
+        assert torch.equal(tower(pixels).pooler_output, model.vision_model(pixels).pooler_output)
