@@ -118,7 +118,8 @@ class RegistersConfig:
     """The prefixed register cache (RegCache A.6, A.7).
 
     Attributes:
-        mode: ``search`` (to be found by `RegCacheQuantizer.fit`), ``fixed`` (positions below are final), ``off``.
+        mode: ``search`` (to be found by `RegCacheQuantizer.fit`), ``fixed`` (positions below are final), ``none``
+            (not "off", which YAML reads as false).
         blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
         num_registers: distinct rows of K and V per block.
         num_copies: tau; copies of a row are one row with logit bias ln(tau) (A.7-1, exact), so it need not be an integer.
@@ -133,7 +134,7 @@ class RegistersConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(int(b) for b in self.blocks))
-        _one_of("registers", "mode", self.mode, ("search", "fixed", "off"))
+        _one_of("registers", "mode", self.mode, ("search", "fixed", "none"))
         _one_of("registers", "kv_mode", self.kv_mode, ("in_context", "isolated"))
         require(
             list(self.blocks) == sorted(set(self.blocks)) and all(b >= 0 for b in self.blocks),
@@ -143,11 +144,11 @@ class RegistersConfig:
         require(
             self.num_copies > 0,
             f"registers.num_copies must be > 0 (its logarithm is the logit bias), got {self.num_copies}. "
-            "To use no register set registers.mode='off'.",
+            "To use no register set registers.mode='none'.",
         )
         require(
             self.mode != "fixed" or bool(self.blocks),
-            "registers.mode='fixed' needs registers.blocks. Give the blocks, or use mode='search' or mode='off'.",
+            "registers.mode='fixed' needs registers.blocks. Give the blocks, or use mode='search' or mode='none'.",
         )
         require(
             self.mode == "fixed" or not self.blocks,
@@ -281,7 +282,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         self.modules = build_part(ModulesConfig, modules, "modules")
         require(
             not (self.registers.mode == "search" and self.deletion.active),
-            "deletion.count is found by the search when registers.mode='search'. Set registers.mode to 'fixed' or 'off' "
+            "deletion.count is found by the search when registers.mode='search'. Set registers.mode to 'fixed' or 'none' "
             "to use your own deletion.",
         )
 
@@ -350,7 +351,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         Raises:
             ValueError: not a mapping, or not a valid config.
         """
-        data = yaml.safe_load(Path(source).read_text())
+        data = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
         require(isinstance(data, dict), f"{source} does not hold a mapping of RegCacheConfig fields.")
         return cls(**data)
 

@@ -35,7 +35,8 @@ def load_splits(name: str, *, config_name: str | None = None, token: str | None 
     if path.exists():
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
         if files and files[0].suffix == ".parquet":
-            loaded = load_dataset("parquet", data_files={f.stem: str(f) for f in files})
+            named = {"train": str(files[0])} if len(files) == 1 else {f.stem: str(f) for f in files}
+            loaded = load_dataset("parquet", data_files=named)
         else:
             loaded = load_dataset("imagefolder", data_dir=str(path))
     elif name.startswith((".", "/", "~")) or name.endswith(".parquet"):

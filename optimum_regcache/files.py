@@ -12,7 +12,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` under a temporary name in the same directory, then rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

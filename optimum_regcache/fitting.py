@@ -32,7 +32,7 @@ class FitResult:
     """What `RegCacheQuantizer.fit` found.
 
     Attributes:
-        config: resolved config; registers are ``fixed`` or ``off``.
+        config: resolved config; registers are ``fixed`` or ``none``.
         cache: the registers, None if nothing is installed.
         sensitivity: the scan, None if the block was given.
         sensitive_block: l_q.
@@ -229,7 +229,7 @@ def resolve_config(
 ) -> RegCacheConfig:
     """``config`` with the searched positions filled in."""
     if cache is None:
-        registers = RegistersConfig(mode="off")
+        registers = RegistersConfig(mode="none")
     else:
         registers = RegistersConfig(
             mode="fixed",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +105,6 @@ def attach_quantizer(model: PreTrainedModel, config: RegCacheConfig) -> None:
     model.config.quantization_config = config
     mark_quantized(model, RegCacheHfQuantizer(config))
     _share_with_vision_config(model, config)
-
-
-def read_quantization_config(directory: str | Path) -> RegCacheConfig | None:
-    """The RegCache config of a local checkpoint, None if it is not one of ours."""
-    path = Path(directory) / "config.json"
-    data = json.loads(path.read_text()).get("quantization_config") if path.exists() else None
-    return RegCacheConfig(**data) if data and data.get("quant_method") == QUANT_METHOD else None
 
 
 def register() -> None:

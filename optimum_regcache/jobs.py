@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_regcache import reference
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.data import Batch, ImageInputs, choose_split, class_names, load_splits, subsample
+from optimum_regcache.data import Batch, ImageInputs
 from optimum_regcache.evaluation.features import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
-from optimum_regcache.evaluation.objective import (
-    DEFAULT_TEMPLATE,
-    AccuracyObjective,
-    has_classifier,
-    make_objective,
-    zero_shot_features,
-)
+from optimum_regcache.evaluation.objective import AccuracyObjective, has_classifier, make_objective
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import FitResult, split_inputs
-from optimum_regcache.hf_integration import read_quantization_config
-from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.loading import load_model
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import RegCacheQuantizer, build_quantized
 from optimum_regcache.recipe import Recipe
@@ -44,102 +36,9 @@ from optimum_regcache.report import (
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.sensitivity import scan_sensitivity
 from optimum_regcache.search.workbench import Workbench
-
-logger = logging.get_logger(__name__)
+from optimum_regcache.sources import EMBEDDED_IMAGES, Source, accuracy_data, open_source, saved_recipe
 
 NOTHING = "nothing"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model with its reference and report images; the two share none.
-
-    Attributes:
-        name, dataset_name: for reports.
-        model, processor: opened.
-        search_images, report_images: `datasets.Dataset`.
-        template: zero-shot prompt.
-        note: what the model is, when it is one of ours.
-    """
-
-    name: str
-    dataset_name: str
-    model: PreTrainedModel
-    processor: Any
-    search_images: Any
-    report_images: Any
-    template: str
-    note: str
-
-
-def open_source(
-    model: str | None, dataset: str | None, recipe: Recipe, *, template: str | None = None, device: str = "cpu"
-) -> Source:
-    """Open model and data by name; without a model the embedded encoder, without data the encoder's own scenes.
-
-    Raises:
-        ValueError: a model of the user's without a data set, or a data set too small to hold back report images.
-    """
-    name = model or recipe.model or reference.DEFAULT
-    dataset = dataset or recipe.dataset
-    seed, data = recipe.search.seed, recipe.data
-    if name in reference.names():
-        ref = reference.load(name)
-        opened, processor, note, default_template = ref.model, ref.processor, ref.note, ref.template
-    else:
-        opened, processor, note, default_template = load_model(name), load_processor(name), "", DEFAULT_TEMPLATE
-        if dataset is None:
-            raise ValueError(
-                f"--dataset is needed for {name}: a Hub id, an image folder or a parquet file. Only the reference encoders "
-                f"({', '.join(reference.names())}) bring their own images."
-            )
-    network: Any = opened
-    if dataset is None:
-        ref_data = reference.load(name).dataset
-        search_images = ref_data("search", data.num_samples, seed)
-        report_images = ref_data("report", data.num_report, seed)
-        dataset = f"{name} scenes"
-    else:
-        search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
-    return Source(
-        name, dataset, network.to(device), processor, search_images, report_images, template or default_template, note
-    )
-
-
-def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
-    """Reference images from the training split; report images from the validation or test split, else held back.
-
-    Raises:
-        ValueError: fewer than 8 images.
-    """
-    splits = load_splits(dataset)
-    images = choose_split(splits, None, dataset)
-    for split in ("validation", "valid", "val", "test"):
-        if split in splits and splits[split] is not images:
-            return subsample(images, num_samples, seed), subsample(splits[split], num_report, seed)
-    images = images.shuffle(seed=seed)
-    count = len(images)
-    if count < 8:
-        raise ValueError(f"{dataset} has {count} images; at least 8 are needed to keep search and report apart.")
-    report_count = min(num_report, max(1, count // 3))
-    if num_samples + report_count > count:
-        num_samples = count - report_count
-        logger.warning(f"{dataset} has {count} images: {num_samples} for the search, {report_count} for the report.")
-    return images.select(range(report_count, report_count + num_samples)), images.select(range(report_count))
-
-
-def _accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(labels, text features) if top-1 accuracy can be computed, else (None, None)."""
-    labels, names = inputs.labels(), class_names(images)
-    if labels is None:
-        return None, None
-    if has_classifier(source.model):
-        classes = int(source.model.config.num_labels or 0)
-        same = (names is None or len(names) == classes) and int(labels.max()) < classes
-        return (labels, None) if same else (None, None)
-    if names is None or not hasattr(source.model, "get_text_features") or not hasattr(source.processor, "tokenizer"):
-        return None, None
-    return labels, zero_shot_features(source.model, source.processor, names, source.template)
 
 
 def quantize_job(
@@ -174,7 +73,8 @@ def quantize_job(
         model = quantizer.quantize(
             None, None, config, source.search_images, data.batch_size, search=recipe.search, progress=progress
         )
-    recipe = recipe.with_quantization(config)
+    given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
+    recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
     quantizer.save(model, path, recipe=recipe, results={})
     rows, notes = _report(source, recipe, fit, model, path, calibration)
     results: dict[str, Any] = {
@@ -206,7 +106,7 @@ def _report(
     calibration: list[Batch],
 ) -> tuple[list[Row], list[str]]:
     report = ImageInputs(source.report_images, source.processor)
-    labels, text = _accuracy_data(source, report, source.report_images)
+    labels, text = accuracy_data(source, report, source.report_images)
     bench = Workbench(source.model, recipe.quantization, calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
     reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
@@ -263,7 +163,9 @@ def _draw_outliers(source: Source, block: int, score_site: str, path: Path, coun
         batch = next(images.subset([index]).batches(1))
         if batch["pixel_values"].ndim != 4:
             return  # SigLIP2: patches of varying grids
-        mined = mine_tokens(source.model, [batch], [block], top=3, score_site=score_site, progress=False)[block]
+        mined = mine_tokens(source.model, [batch], [block], top=3, per_image=3, score_site=score_site, progress=False)[
+            block
+        ]
         pictures.append(_to_picture(batch["pixel_values"][0]))
         positions.append(mined.position.tolist())
         grid = batch["pixel_values"].shape[-1] // tower.config.patch_size
@@ -296,7 +198,7 @@ def analyze_job(
     calibration = list(parts.calibration.batches(recipe.data.batch_size))
     images = list(parts.selection.batches(recipe.data.batch_size))
     bench = Workbench(source.model, recipe.quantization, calibration)
-    labels, text = _accuracy_data(source, parts.selection, source.search_images)
+    labels, text = accuracy_data(source, parts.selection, source.search_images)
     objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
     scan = scan_sensitivity(
         bench.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
@@ -333,23 +235,23 @@ def evaluate_job(
     dataset: str | None,
     recipe: Recipe,
     output: str | Path,
-    template: str | None,
+    template: str | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a saved model (float or quantized); beside its float original if that is given or recorded.
 
     Returns:
         (results, text).
     """
-    stored = Path(model_dir) / "recipe.yaml"
-    saved = Recipe.load(stored) if stored.exists() else Recipe()
-    original = source_model or saved.model or (reference.DEFAULT if not Path(model_dir).exists() else None)
-    data_name = dataset or saved.dataset
-    base = original if original is not None else model_dir
-    source = open_source(base, data_name, recipe, template=template)
-    model = load_model(model_dir)
+    saved = saved_recipe(model_dir)
+    original = source_model or (model_dir if model_dir in reference.names() else saved.model)
+    base, data_name = original or model_dir, dataset or saved.dataset
+    source = open_source(base, data_name, recipe, template=template, device=device)
+    model: Any = load_model(model_dir)
+    model = model.to(device)
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
-    labels, text = _accuracy_data(source, report, source.report_images)
+    labels, text = accuracy_data(source, report, source.report_images)
     results: dict[str, Any] = {
         "model": model_dir,
         "float_model": original,
@@ -368,7 +270,7 @@ def evaluate_job(
         ours, theirs = encode(model, batches), encode(source.model, batches)
         results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())
     results["norms"] = measure_token_norms(model, batches).to_dict()
-    config = read_quantization_config(model_dir) if Path(model_dir).exists() else None
+    config = getattr(model.config, "quantization_config", None)
     results["quantization"] = config.label if config else None
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,9 @@ def load_processor(name: str | Path) -> Any:
                 processor = auto.from_pretrained(name)
         except (OSError, ValueError, KeyError):
             continue
+        except ImportError as error:  # a tokenizer library; the image processor does not need it
+            logger.warning(f"{auto.__name__} of {name} could not be opened: {error}")
+            continue
         if hasattr(processor, "image_processor") or hasattr(processor, "image_mean"):
             return processor
     logger.warning(f"No image processor found in {name}; data sets of images cannot be used, ready pixel_values can.")

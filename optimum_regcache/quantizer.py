@@ -181,7 +181,7 @@ class RegCacheQuantizer(OptimumQuantizer):
 
         Registers are taken from an earlier :meth:`fit` with the same bits. Without one, ``registers.mode="search"`` (the
         presets) runs the search on ``calibration_dataset``; ``"fixed"`` mines the registers for the given blocks;
-        ``"off"`` is plain quantization.
+        ``"none"`` is plain quantization.
 
         Args:
             save_dir: where model, processor, recipe and results are written; nothing is saved if None.
@@ -210,7 +210,7 @@ class RegCacheQuantizer(OptimumQuantizer):
                 if calibration is None:
                     raise ValueError(
                         "registers.mode='search' needs images: pass calibration_dataset, call fit() first, or set "
-                        "registers.mode='off' for plain quantization."
+                        "registers.mode='none' for plain quantization."
                     )
                 data = replace(data, num_samples=max(len(calibration), 4))
                 self.fit(calibration_dataset, config, search, data, data_collator=data_collator, progress=progress)
@@ -287,7 +287,7 @@ def build_quantized(
 
     Args:
         model: float model, unchanged.
-        config: resolved (registers ``fixed`` or ``off``).
+        config: resolved (registers ``fixed`` or ``none``).
         cache: registers for ``fixed``.
         calibration: batches for static activations.
 

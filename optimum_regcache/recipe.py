@@ -29,8 +29,8 @@ class SearchConfig:
         num_copies: tau grid. The paper scans 1 to 15; the default is the same range on a coarser, roughly geometric grid,
             because tau enters as ln(tau).
         max_delete: largest k~ tried, at most a quarter of the patches.
-        top_tokens: tokens averaged per start block (v4).
-        num_candidates: single tokens tried (v2).
+        top_tokens: tokens averaged per start block (v4), at most one per reference image on average.
+        num_candidates: single tokens tried (v2), at most one per reference image on average.
         kv_mode: ``in_context`` or ``isolated``.
         min_gain: smallest mean gain of the objective worth installing anything for.
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
@@ -179,7 +179,7 @@ class Recipe:
             raise FileNotFoundError(
                 f"No recipe {str(source)!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file."
             )
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
         require(isinstance(data, dict), f"{path} is not a recipe: expected a mapping with keys such as 'quantization'.")
         return cls.from_dict(data)
 

@@ -66,7 +66,7 @@ def validate_positions(model: nn.Module, config: RegCacheConfig) -> None:
     if config.registers.mode == "search":
         raise ValueError(
             "registers.mode='search' describes a model that is still to be searched. Run RegCacheQuantizer.quantize with "
-            "a calibration dataset, or set registers.mode to 'fixed' or 'off'."
+            "a calibration dataset, or set registers.mode to 'fixed' or 'none'."
         )
     if config.registers.blocks and config.registers.blocks[-1] >= blocks:
         raise ValueError(

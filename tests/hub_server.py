@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers = {"X-Error-Code": code, "X-Error-Message": message}
                 self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    do_GET = do_HEAD = do_POST = _dispatch
+    do_GET = do_HEAD = do_POST = _dispatch  # noqa: N815 (names of http.server)
 
     def _route(self, parts: list[str], body: bytes) -> None:
         match [self.command, *parts]:

@@ -173,7 +173,7 @@ def test_registers_that_the_config_does_not_know(load_edited: Callable[..., Any]
         ({"modules": {"ignore": ["nothing"]}}, r"modules\.ignore pattern nothing match no module"),
         ({"registers": {"mode": "fixed", "blocks": [1, 2, 3]}}, r"holds 2 'register_key' tensors, .* needs 3"),
         # fewer than stored: the rest would be dropped in silence
-        ({"registers": {"mode": "off"}}, r"'register_key' tensors"),
+        ({"registers": {"mode": "none"}}, r"'register_key' tensors"),
         ({"registers": {"mode": "fixed", "blocks": [3]}}, r"'register_key' tensors"),
         ({"activations": {"mode": "dynamic"}}, r"'input_scale' tensors"),
     ],

@@ -65,7 +65,7 @@ def configs(draw: st.DrawFn) -> RegCacheConfig:
             momentum=draw(st.floats(0.0, 1.0, exclude_max=True)),
         ),
         registers=RegistersConfig(
-            "fixed" if fixed else "off",
+            "fixed" if fixed else "none",
             tuple(blocks),
             draw(st.integers(1, 9)),
             draw(st.floats(1e-3, 1e3)),
@@ -157,19 +157,19 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (
         RegistersConfig,
         {"num_copies": 0.0},
-        r"registers\.num_copies must be > 0 .*got 0\.0\. To use no register set registers\.mode='off'\.",
+        r"registers\.num_copies must be > 0 .*got 0\.0\. To use no register set registers\.mode='none'\.",
     ),
     (
         RegistersConfig,
         {"mode": "fixed"},
-        r"registers\.mode='fixed' needs registers\.blocks\. Give the blocks, or use mode='search' or mode='off'\.",
+        r"registers\.mode='fixed' needs registers\.blocks\. Give the blocks, or use mode='search' or mode='none'\.",
     ),
     (
         RegistersConfig,
         {"blocks": [1]},
         r"registers\.blocks=\[1\] contradicts registers\.mode='search'\. Use mode='fixed'\.",
     ),
-    (RegistersConfig, {"mode": "off", "blocks": [1]}, r"registers\.blocks=\[1\] contradicts registers\.mode='off'\."),
+    (RegistersConfig, {"mode": "none", "blocks": [1]}, r"registers\.blocks=\[1\] contradicts registers\.mode='none'\."),
     (DeletionConfig, {"rule": "all"}, r"deletion\.rule must be one of topk, threshold; got 'all'\."),
     (DeletionConfig, {"fill": "zero"}, r"deletion\.fill must be one of neighbour_mean, none; got 'zero'\."),
     (DeletionConfig, {"count": -1, "block": 0}, r"deletion\.count must be >= 0, got -1\."),
@@ -197,8 +197,8 @@ def test_refused_values_say_what_to_do(part: type, values: dict[str, Any], messa
         ({"registers": {"mode": "fixed", "blocks": 3}}, r"registers\.blocks"),
         ({"registers": {"mode": "fixed", "blocks": [1.5]}}, r"registers\.blocks"),
         ({"registers": {"num_registers": 1.5}}, r"registers\.num_registers"),
-        ({"registers": {"mode": "off"}, "deletion": {"block": 1, "count": "2"}}, r"deletion\.count"),
-        ({"registers": {"mode": "off"}, "deletion": {"block": 1, "count": 1.5}}, r"deletion\.count"),
+        ({"registers": {"mode": "none"}, "deletion": {"block": 1, "count": "2"}}, r"deletion\.count"),
+        ({"registers": {"mode": "none"}, "deletion": {"block": 1, "count": 1.5}}, r"deletion\.count"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(values: dict[str, Any], field: str) -> None:
@@ -270,10 +270,10 @@ def test_another_format_version_is_refused(version: int) -> None:
 def test_the_search_and_an_own_deletion_exclude_each_other() -> None:
     deletion = {"block": 3, "count": 2}
     with pytest.raises(
-        ValueError, match=r"deletion\.count is found by the search.*Set registers\.mode to 'fixed' or 'off'"
+        ValueError, match=r"deletion\.count is found by the search.*Set registers\.mode to 'fixed' or 'none'"
     ):
         RegCacheConfig(deletion=deletion)
-    assert RegCacheConfig(registers={"mode": "off"}, deletion=deletion).deletion.count == 2
+    assert RegCacheConfig(registers={"mode": "none"}, deletion=deletion).deletion.count == 2
 
 
 def test_replace_changes_only_the_given_fields() -> None:

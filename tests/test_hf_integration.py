@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForZeroShotImageClassification
 
 from optimum_regcache import RegCacheConfig, numerics
-from optimum_regcache.hf_integration import attach_quantizer, read_quantization_config, register
+from optimum_regcache.hf_integration import attach_quantizer, register
 from optimum_regcache.modules import QuantPatchEmbedding, quant_linears
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache, prepare_tower
@@ -58,6 +58,11 @@ def assert_same(tiny: TinyModel, loaded: Any, saved: Any) -> None:
     assert torch.equal(tiny.run(loaded.eval()), tiny.run(saved))
 
 
+def saved_config(folder: Path) -> dict[str, Any]:
+    """``quantization_config`` of a checkpoint."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
 # round trips
 
 
@@ -83,7 +88,7 @@ def test_round_trip_is_bit_exact(tiny: TinyModel, bits: int, dtype: torch.dtype,
     [
         ("clip", {"activations": {"mode": "dynamic", "granularity": "per_token"}}),
         ("dinov2", {"activations": {"symmetric": False}}),
-        ("vit", {"weights": {"granularity": "per_tensor"}, "registers": {"mode": "off", "blocks": ()}}),
+        ("vit", {"weights": {"granularity": "per_tensor"}, "registers": {"mode": "none", "blocks": ()}}),
         ("siglip2", {"modules": {"ignore": ("mlp.fc2",)}, "deletion": {"rule": "threshold", "kappa": 2.0}}),
         ("dinov2_registers", {"registers": {"num_registers": 3, "num_copies": 0.5}, "deletion": {"fill": "none"}}),
         ("clip_classifier", {"modules": EVERYTHING}),
@@ -112,7 +117,7 @@ def test_saving_again_and_in_shards(tiny: TinyModel, tmp_path: Path) -> None:
     assert list(files[0]) == list(files[1])
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     for folder in ("two", "shards"):
-        assert read_quantization_config(tmp_path / folder).to_dict() == first.config.quantization_config.to_dict()
+        assert saved_config(tmp_path / folder) == first.config.quantization_config.to_dict()
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert_same(tiny, type(first).from_pretrained(tmp_path / "shards"), first)
 
@@ -123,13 +128,10 @@ def test_checkpoint_is_small_and_self_describing(tmp_path: Path) -> None:
     weight = state["encoder.layers.0.mlp.fc1.weight"]
     assert (weight.dtype, tuple(weight.shape)) == (torch.int32, (128, 64 // 8))
     assert tuple(state["encoder.layers.2.self_attn.register_key"].shape) == (4, 1, 16)
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    config = saved_config(tmp_path)
     assert (config["quant_method"], config["version"], config["weights"]["bits"]) == ("regcache", 1, 4)
     assert config["registers"]["blocks"] == [2, 3]
-    assert read_quantization_config(tmp_path).to_dict() == config
-    CLIP.build().save_pretrained(tmp_path / "float")
-    assert read_quantization_config(tmp_path / "float") is None
-    assert read_quantization_config(tmp_path / "nowhere") is None
+    assert RegCacheConfig(**config).to_dict() == config
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip_dual"])
@@ -251,8 +253,8 @@ def test_config_and_cache_must_agree() -> None:
     model, batches = CLIP.build(), [CLIP.inputs()]
     with pytest.raises(ValueError, match=r"registers\.mode='fixed' and the register cache disagree"):
         build_quantized(model, config, None, batches)
-    with pytest.raises(ValueError, match=r"registers\.mode='off' and the register cache disagree"):
-        build_quantized(model, RegCacheConfig(registers={"mode": "off"}), random_cache(), batches)
+    with pytest.raises(ValueError, match=r"registers\.mode='none' and the register cache disagree"):
+        build_quantized(model, RegCacheConfig(registers={"mode": "none"}), random_cache(), batches)
     for wrong in (
         random_cache((1, 3), num_copies=2.0),
         random_cache((2, 3), num_copies=1.0),  # tau is saved in the config, not with the rows
@@ -270,7 +272,7 @@ def test_registration_and_quantizer_flags() -> None:
     assert quantizer.is_compileable
     assert quantizer.requires_calibration
     model = CLIP.build()
-    config = RegCacheConfig(registers={"mode": "off"})
+    config = RegCacheConfig(registers={"mode": "none"})
     attach_quantizer(model, config)
     assert model.config.quantization_config is config
     assert model.hf_quantizer.quantization_config is config

@@ -23,7 +23,7 @@ from optimum_regcache.registers import get_register_cache
 from optimum_regcache.search import Setup
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
-OFF = RegCacheConfig(registers={"mode": "off"})
+OFF = RegCacheConfig(registers={"mode": "none"})
 
 
 def items(name: str, count: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -44,7 +44,7 @@ def test_quantize_runs_the_whole_method_on_every_family(name):
     after = model.state_dict()  # the model that was given is untouched
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert quantized.config.quantization_config.registers.mode in ("fixed", "off")
+    assert quantized.config.quantization_config.registers.mode in ("fixed", "none")
 
 
 def test_batched_items_equal_single_ones():
@@ -59,7 +59,7 @@ def test_batched_items_equal_single_ones():
 
 
 def test_dynamic_preset_without_registers_needs_no_data():
-    config = RegCacheConfig.from_preset("w8a8-dynamic").replace(registers={"mode": "off"})
+    config = RegCacheConfig.from_preset("w8a8-dynamic").replace(registers={"mode": "none"})
     model = TOWERS["dinov2"].build()
     quantized = RegCacheQuantizer(model).quantize(quantization_config=config)
     cosine = torch.cosine_similarity(TOWERS["dinov2"].run(quantized), TOWERS["dinov2"].run(model), dim=-1)
@@ -101,7 +101,7 @@ def test_fixed_registers_are_mined_and_kept():
             quantization_config=RegCacheConfig(registers={"mode": "fixed", "blocks": [1, 9]}),
             calibration_dataset=items("vit"),
         )
-    with pytest.raises(ValueError, match="registers.num_registers must be 1"):
+    with pytest.raises(ValueError, match=r"registers\.num_registers must be 1"):
         quantizer.quantize(
             quantization_config=config.replace(registers={"num_registers": 2}), calibration_dataset=items("vit")
         )
@@ -112,7 +112,7 @@ def test_build_quantized_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="describes a model that is still to be searched"):
         build_quantized(model, RegCacheConfig(), None, [TOWERS["clip"].inputs()])
     fixed = RegCacheConfig(registers={"mode": "fixed", "blocks": [1]})
-    with pytest.raises(ValueError, match="registers.mode='fixed' and the register cache disagree"):
+    with pytest.raises(ValueError, match=r"registers\.mode='fixed' and the register cache disagree"):
         build_quantized(model, fixed, None, [TOWERS["clip"].inputs()])
 
 
@@ -144,7 +144,7 @@ def test_quantized_and_unsupported_models_are_refused():
 def test_search_settings_that_do_not_fit_are_refused():
     quantizer = RegCacheQuantizer(TOWERS["clip"].build())
     data = DataConfig(num_samples=8)
-    with pytest.raises(ValueError, match="search.sensitive_block=7, but the encoder has blocks 0 to 3"):
+    with pytest.raises(ValueError, match=r"search\.sensitive_block=7, but the encoder has blocks 0 to 3"):
         quantizer.fit(items("clip"), search=SearchConfig(sensitive_block=7), data=data, progress=False)
     with pytest.raises(ValueError, match="objective='accuracy' needs class names"):
         quantizer.fit(items("clip"), search=SearchConfig(objective="accuracy"), data=data, progress=False)
@@ -239,5 +239,5 @@ def test_everything_ignored_in_one_block_stays_float():
 
 def test_resolved_config_of_nothing_is_off():
     config = resolve_config(RegCacheConfig(), Setup(), None, DeletionConfig(), "in_context")
-    assert config.registers == RegistersConfig(mode="off")
+    assert config.registers == RegistersConfig(mode="none")
     assert not config.deletion.active

@@ -79,7 +79,7 @@ def check(fit: FitResult, quantized: Any, recipe: Recipe, blocks: int) -> None:
     prefixes = len(starts) * len(search.scopes) * len(search.num_copies)
     assert len(fit.search.trials) == 1 + prefixes + deletions
     assert fit.config.label == recipe.quantization.label
-    assert fit.config.registers.mode in ("fixed", "off")
+    assert fit.config.registers.mode in ("fixed", "none")
     layers = [module for _, module in quant_linears(quantized)]
     assert len(layers) == 6 * blocks  # q, k, v, out, fc1, fc2
     assert {layer.weights.bits for layer in layers} == {recipe.quantization.weights.bits}

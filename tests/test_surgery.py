@@ -28,7 +28,7 @@ every_model = pytest.mark.parametrize("tiny", MODELS.values(), ids=lambda t: t.n
 
 
 def config(**parts: Any) -> RegCacheConfig:
-    return RegCacheConfig(**{"registers": {"mode": "off"}, **parts})
+    return RegCacheConfig(**{"registers": {"mode": "none"}, **parts})
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -85,7 +85,7 @@ def test_validate_positions() -> None:
     validate_positions(model, config(registers={"mode": "fixed", "blocks": (0, BLOCKS - 1)}))
     message = (
         r"registers\.mode='search' describes a model that is still to be searched\. Run RegCacheQuantizer\.quantize with a "
-        r"calibration dataset, or set registers\.mode to 'fixed' or 'off'\."
+        r"calibration dataset, or set registers\.mode to 'fixed' or 'none'\."
     )
     with pytest.raises(ValueError, match=message):
         validate_positions(model, RegCacheConfig())

@@ -33,6 +33,8 @@ def _add_common(parser: ArgumentParser) -> None:
 
 def resolve_recipe(args: Namespace) -> Any:
     """Recipe of the file or preset with the command line on top."""
+    from dataclasses import replace
+
     from optimum_regcache.config import RegCacheConfig
     from optimum_regcache.recipe import Recipe
 
@@ -51,9 +53,9 @@ def resolve_recipe(args: Namespace) -> Any:
     }
     assignments = [f"{field}={value}" for field, value in flags.items() if value is not None]
     if getattr(args, "no_registers", False):
-        assignments.append("quantization.registers.mode=off")
-    assignments += [f"{name}={value}" for name in ("model", "dataset") if (value := getattr(args, name, None))]
-    return recipe.override([*assignments, *args.assignments])
+        assignments.append("quantization.registers.mode=none")
+    recipe = recipe.override([*assignments, *args.assignments])
+    return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
 
 
 class _Command(BaseOptimumCLICommand):
@@ -82,7 +84,8 @@ class QuantizeCommand(_Command):
         parser.add_argument("--no-registers", action="store_true", help="plain quantization, for comparison")
 
     def job(self) -> str:
-        from optimum_regcache.jobs import open_source, quantize_job
+        from optimum_regcache.jobs import quantize_job
+        from optimum_regcache.sources import open_source
 
         recipe = resolve_recipe(self.args)
         source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
@@ -99,7 +102,8 @@ class AnalyzeCommand(_Command):
         parser.add_argument("--output", required=True, help="directory of the analysis")
 
     def job(self) -> str:
-        from optimum_regcache.jobs import analyze_job, open_source
+        from optimum_regcache.jobs import analyze_job
+        from optimum_regcache.sources import open_source
 
         recipe = resolve_recipe(self.args)
         source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
@@ -122,7 +126,8 @@ class EvaluateCommand(_Command):
         model, dataset = self.args.model or DEFAULT, self.args.dataset
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args)
-        return evaluate_job(model, self.args.float_model, dataset, recipe, self.args.output, self.args.template)[1]
+        args = self.args
+        return evaluate_job(model, args.float_model, dataset, recipe, args.output, args.template, args.device)[1]
 
 
 class RegCacheCommand(BaseOptimumCLICommand):

@@ -85,6 +85,8 @@ class AccuracyObjective(Objective):
 def zero_shot_features(model: Any, processor: Any, names: list[str], template: str = DEFAULT_TEMPLATE) -> torch.Tensor:
     """Normalised text features [classes, D] of ``template.format(name)``.
 
+    Of a list of synonyms ("tench, Tinca tinca") the first is taken. SigLIP's text tower expects padding to its full length.
+
     Raises:
         ValueError: the model has no text tower, or the processor no tokenizer.
     """
@@ -94,9 +96,10 @@ def zero_shot_features(model: Any, processor: Any, names: list[str], template: s
     )
     tokenizer = getattr(processor, "tokenizer", None)
     require(tokenizer is not None, "Zero-shot accuracy needs the model's tokenizer; save the full processor beside it.")
+    length = model.config.text_config.max_position_embeddings
     padding = "max_length" if "siglip" in str(model.config.model_type) else True
-    prompts = [template.format(name) for name in names]
-    tokens = tokenizer(prompts, padding=padding, truncation=True, return_tensors="pt")  # type: ignore[misc]
+    prompts = [template.format(name.split(",")[0]) for name in names]
+    tokens = tokenizer(prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")  # type: ignore[misc]
     output = model.get_text_features(**move(dict(tokens), model))
     features = output if isinstance(output, torch.Tensor) else output.pooler_output
     return F.normalize(features.float().cpu(), dim=-1)

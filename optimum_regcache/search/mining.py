@@ -137,6 +137,7 @@ def mine_tokens(
     blocks: list[int],
     *,
     top: int = 100,
+    per_image: int = 1,
     score_site: str = "block_input",
     seed: int = 0,
     progress: bool = True,
@@ -147,8 +148,9 @@ def mine_tokens(
         float_model: unquantized, without registers.
         batches: model inputs.
         blocks: blocks at which tokens are ranked.
-        top: tokens kept per block, at most one per image on average: the paper takes 100 tokens from 50,000 images; the
-            100 largest tokens of 20 images would be ordinary ones for the most part and spoil the average.
+        top: tokens kept per block.
+        per_image: at most this many tokens per image on average. The paper takes 100 tokens from 50,000 images; the 100
+            largest tokens of 20 images would be ordinary ones for the most part and spoil the average.
         score_site: ``block_input`` (l_inf of the hidden state) or ``fc2_input`` (l_inf of the MLP output projection's
             input in that block).
         seed: for the sample of normal tokens.
@@ -181,7 +183,7 @@ def mine_tokens(
     finally:
         recorder.remove()
     require(seen > 0, "No images to mine tokens from.")
-    return {block: tokens.first(seen) for block, tokens in best.items()}
+    return {block: tokens.first(per_image * seen) for block, tokens in best.items()}
 
 
 def _top_of_batch(
