@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -14,8 +13,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
-from optimum_regcache.hf_private import mark_quantized
+from optimum_regcache.hf_private import loaded_key_names, mark_quantized
 from optimum_regcache.surgery import check_complete, install_structure, quantize_modules
 
 _OWN_STATE = ("weight_scale", "input_scale", "input_zero_point", "register_key", "register_value")
@@ -37,14 +37,14 @@ class RegCacheHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        quantize_modules(model, self.quantization_config)
+        quantize_modules(model, self.quantization_config, empty=True)
         install_structure(model, self.quantization_config)
-        self._expected = {name for name in model.state_dict() if _is_own(name)}
-        _check_files(kwargs.get("checkpoint_files"), model, self._expected)
+        _check_files(kwargs.get("checkpoint_files"), model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_complete(model)
+        model.requires_grad_(False)
         _share_with_vision_config(model, self.quantization_config)
         return model
 
@@ -60,37 +60,46 @@ class RegCacheHfQuantizer(HfQuantizer):
         return True
 
 
-def _is_own(name: str) -> bool:
-    return name.rpartition(".")[2] in _OWN_STATE
+def _check_files(files: Any, model: Any) -> None:
+    """Compare the names in the checkpoint with those that the config promises, after transformers' own renaming.
 
-
-def _check_files(files: Any, model: nn.Module, expected: set[str]) -> None:
-    """Compare the tensors of ours that the checkpoint holds with those the config promises.
-
-    Only counts per kind of tensor are compared, because transformers may store modules under other names.
+    Transformers would only warn about a missing tensor and initialise it at random.
 
     Raises:
-        ValueError: tensors are missing, or more are stored than the config describes.
+        ValueError: a tensor of the encoder is missing, or one of ours is stored that the config does not describe.
     """
     from safetensors import safe_open
 
     paths = [Path(f) for f in files or () if str(f).endswith(".safetensors")]
     if not paths:
         return
-    stored: dict[str, list[str]] = {kind: [] for kind in _OWN_STATE}
+    names: list[str] = []
     for path in paths:
         with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if _is_own(name):
-                    stored[name.rpartition(".")[2]].append(name)
-    for kind, names in stored.items():
-        wanted = sorted(n for n in expected if n.endswith(f".{kind}"))
-        if len(names) < len(wanted):
+            names += list(handle.keys())
+    stored, expected = loaded_key_names(model, names), set(model.state_dict())
+    modules = dict(model.named_modules())
+    for kind in _OWN_STATE:
+        wanted = {n for n in expected if n.rpartition(".")[2] == kind}
+        missing = sorted(wanted - stored)
+        extra = sorted(n for n in stored - wanted if n.endswith(f".{kind}") and n.rpartition(".")[0] in modules)
+        if missing or extra:
+            found = sum(n.rpartition(".")[2] == kind for n in names)
+            example = f"{missing[0]} is missing" if missing else f"{extra[0]} is not described"
             raise ValueError(
-                f"The checkpoint holds {len(names)} '{kind}' tensors, its quantization config needs {len(wanted)} "
-                f"(for example {wanted[0]}). Missing or renamed tensors would leave the model wrong. Download it again, "
-                "or quantize the model again."
+                f"The checkpoint holds {found} '{kind}' tensors, its quantization config needs {len(wanted)} (for example "
+                f"{example}). The model would be wrong. Download it again, or quantize the model again."
             )
+    tower = find_tower(model)
+    prefix = f"{tower.name}." if tower.name else ""
+    optional = tuple(f"{prefix}{part}." for part in ("pooler", "head"))  # a head that the checkpoint never had
+    missing = sorted(n for n in expected - stored if n.startswith(prefix) and not n.startswith(optional))
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(
+            f"The checkpoint is incomplete: {', '.join(missing[:8])}{more} missing. Download it again, or quantize the model "
+            "again."
+        )
 
 
 def _share_with_vision_config(model: Any, config: RegCacheConfig) -> None:

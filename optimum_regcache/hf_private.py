@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import conversion_mapping
+from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
@@ -35,6 +35,28 @@ def share_checkpoint_conversion(new_class: str, native_class: str) -> None:
     mapping = conversion_mapping.get_checkpoint_conversion_mapping(native_class)
     if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(new_class) is None:
         conversion_mapping.register_checkpoint_conversion_mapping(new_class, mapping)
+
+
+def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """Names in ``model`` under which `from_pretrained` would load the checkpoint tensors called ``names``."""
+    target: Any = model
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, found = model.state_dict(), set()
+    for name in names:
+        renamed, pattern = core_model_loading.rename_source_key(
+            name, renamings, converters, target.base_model_prefix, state
+        )
+        if renamed not in state and name in state:
+            renamed, pattern = core_model_loading.rename_source_key(name, [], [], target.base_model_prefix, state)
+        if pattern is None:
+            found.add(renamed)
+        else:  # one stored tensor becomes several
+            targets = by_pattern[pattern].target_patterns
+            found.update(renamed.replace(targets[0], t) for t in targets)
+    return found
 
 
 def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:

@@ -61,14 +61,19 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_zero_point", torch.tensor(0, dtype=torch.int32, device=device) if static else None)
 
     @classmethod
-    def from_float(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
-        """Round-to-nearest quantization of a float layer; static activations still need :meth:`set_input_qparams`."""
-        weight = module.weight.detach()
-        new = cls(
+    def empty_like(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
+        """A layer of the same shape without weights, to load a checkpoint into."""
+        weight = module.weight
+        return cls(
             weight.shape[1], weight.shape[0], module.bias is not None, weights, activations, weight.device, weight.dtype
         )
-        new.set_float_weight(weight)
-        if module.bias is not None and new.bias is not None:
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
+        """Round-to-nearest quantization of a float layer; static activations still need :meth:`set_input_qparams`."""
+        new = cls.empty_like(module, weights, activations)
+        new.set_float_weight(module.weight.detach())
+        if new.bias is not None:
             new.bias.data = module.bias.detach().clone()
         return new
 
@@ -178,6 +183,14 @@ class QuantPatchEmbedding(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=linear.weight.device), persistent=False)
 
     @classmethod
+    def empty_like(
+        cls, module: nn.Module, weights: WeightsConfig, activations: ActivationsConfig
+    ) -> QuantPatchEmbedding:
+        """The same shape without weights. Raises `TypeError` as :meth:`from_float`."""
+        flat, kernel = _flat_linear(module)
+        return cls(QuantLinear.empty_like(flat, weights, activations), kernel, flat.weight.dtype)
+
+    @classmethod
     def from_float(
         cls, module: nn.Module, weights: WeightsConfig, activations: ActivationsConfig
     ) -> QuantPatchEmbedding:
@@ -186,19 +199,8 @@ class QuantPatchEmbedding(nn.Module):
         Raises:
             TypeError: any other module.
         """
-        if isinstance(module, nn.Linear):
-            return cls(QuantLinear.from_float(module, weights, activations), None, module.weight.dtype)
-        if not isinstance(module, nn.Conv2d) or tuple(module.stride) != tuple(module.kernel_size):
-            raise TypeError(
-                "Only a patch embedding that is a linear layer, or a Conv2d with stride equal to its kernel, can be "
-                "quantized. Set modules.patch_embedding=False for this model."
-            )
-        flat = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
-        flat.weight = nn.Parameter(module.weight.detach().flatten(1), requires_grad=False)
-        if module.bias is not None:
-            flat.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-        kernel = (module.kernel_size[0], module.kernel_size[1])
-        return cls(QuantLinear.from_float(flat, weights, activations), kernel, module.weight.dtype)
+        flat, kernel = _flat_linear(module)
+        return cls(QuantLinear.from_float(flat, weights, activations), kernel, flat.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolution: [B, C, H, W] -> [B, out, H / kernel_h, W / kernel_w]; linear: [..., in] -> [..., out]."""
@@ -207,6 +209,22 @@ class QuantPatchEmbedding(nn.Module):
         height, width = x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1]
         y = self.linear(unfold_patches(x, self.kernel_size))
         return y.transpose(1, 2).reshape(x.shape[0], -1, height, width)
+
+
+def _flat_linear(module: nn.Module) -> tuple[nn.Linear, tuple[int, int] | None]:
+    """The patch embedding as a linear layer over unfolded patches, and its kernel size (None if it is linear)."""
+    if isinstance(module, nn.Linear):
+        return module, None
+    if not isinstance(module, nn.Conv2d) or tuple(module.stride) != tuple(module.kernel_size):
+        raise TypeError(
+            "Only a patch embedding that is a linear layer, or a Conv2d with stride equal to its kernel, can be "
+            "quantized. Set modules.patch_embedding=False for this model."
+        )
+    flat = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
+    flat.weight = nn.Parameter(module.weight.detach().flatten(1), requires_grad=False)
+    if module.bias is not None:
+        flat.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    return flat, (module.kernel_size[0], module.kernel_size[1])
 
 
 def unfold_patches(x: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:

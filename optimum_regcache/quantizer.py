@@ -21,7 +21,7 @@ from optimum_regcache.fitting import Collator, FitResult, fit_registers
 from optimum_regcache.hf_integration import attach_quantizer
 from optimum_regcache.loading import load_model, load_processor
 from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
-from optimum_regcache.registers import RegisterCache, get_register_cache, set_deletion, set_registers
+from optimum_regcache.registers import RegisterCache, set_deletion, set_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
 from optimum_regcache.surgery import assign_input_qparams, install_structure, quantize_modules, validate_positions
 
@@ -295,10 +295,11 @@ def build_quantized(
         ValueError: config and cache disagree.
     """
     validate_positions(model, config)
-    require(
-        (config.registers.mode == "fixed") == (cache is not None),
-        f"registers.mode={config.registers.mode!r} and the register cache disagree.",
-    )
+    r = config.registers
+    agree = cache is None if r.mode == "none" else cache is not None
+    if agree and cache is not None:
+        agree = (r.blocks, r.num_registers, r.num_copies) == (cache.blocks, cache.num_registers, cache.num_copies)
+    require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
     quantized = copy.deepcopy(model).eval().requires_grad_(False)
     install_structure(quantized, config)
     set_registers(quantized, cache)
@@ -307,8 +308,4 @@ def build_quantized(
     quantize_modules(quantized, config)
     assign_input_qparams(quantized, qparams)
     attach_quantizer(quantized, config)
-    stored = get_register_cache(quantized)
-    require(
-        stored is None or stored.blocks == config.registers.blocks, "Register blocks were not stored as configured."
-    )
     return quantized

@@ -27,12 +27,19 @@ def _replace(model: nn.Module, site: Site, new: nn.Module) -> None:
     setattr(parent, site.attribute, new)
 
 
-def quantize_modules(model: nn.Module, config: RegCacheConfig) -> None:
-    """Replace the float modules by quantized ones (round to nearest), in place. Works on the meta device too."""
+def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = False) -> None:
+    """Replace the float modules by quantized ones, in place.
+
+    Args:
+        model: float model; on the meta device if ``empty``.
+        config: what to quantize and how (round to nearest).
+        empty: leave the new modules without weights, for a checkpoint to be loaded into.
+    """
     for site in config_sites(model, config):
-        module = model.get_submodule(site.name)
+        module: Any = model.get_submodule(site.name)
         kind = QuantPatchEmbedding if site.kind == "patch_embedding" else QuantLinear
-        _replace(model, site, kind.from_float(module, config.weights, config.activations))  # type: ignore[arg-type]
+        build = kind.empty_like if empty else kind.from_float
+        _replace(model, site, build(module, config.weights, config.activations))
 
 
 def assign_input_qparams(model: nn.Module, qparams: QParams) -> None:
@@ -97,14 +104,13 @@ def check_complete(model: nn.Module) -> None:
     Raises:
         ValueError: naming every tensor that is missing, renamed or damaged.
     """
+    scales = {f"{name}.{field}" for name, _ in quant_linears(model) for field in ("weight_scale", "input_scale")}
     bad = []
-    for name, module in quant_linears(model):
-        for field in ("weight_scale", "input_scale"):
-            value = getattr(module, field)
-            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
-                bad.append(f"{name}.{field}")
-    for name, buffer in model.named_buffers():
-        if name.endswith(("register_key", "register_value")) and not bool(torch.isfinite(buffer).all()):
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        finite = torch.isfinite(tensor)
+        if not bool((finite & (tensor > 0)).all() if name in scales else finite.all()):
             bad.append(name)
     if bad:
         raise ValueError(

@@ -144,7 +144,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ActivationsConfig, {"percentile": float("nan")}, r"activations\.percentile must be in \(50, 100\], got nan\."),
     (ActivationsConfig, {"momentum": 1.0}, r"activations\.momentum must be in \[0, 1\), got 1\.0\."),
     (ActivationsConfig, {"momentum": -0.1}, r"activations\.momentum must be in \[0, 1\), got -0\.1\."),
-    (RegistersConfig, {"mode": "on"}, r"registers\.mode must be one of search, fixed, off; got 'on'\."),
+    (RegistersConfig, {"mode": "on"}, r"registers\.mode must be one of search, fixed, none; got 'on'\."),
     (RegistersConfig, {"kv_mode": "x"}, r"registers\.kv_mode must be one of in_context, isolated; got 'x'\."),
     (
         RegistersConfig,

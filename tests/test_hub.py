@@ -15,56 +15,41 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
-# Each script is what it shares (PRELUDE), one part that depends on the kind of model, and one that does not.
+# Both scripts begin with this. The first argument is where the pushing process leaves what the loading one must find.
 PRELUDE = """
 import sys
+from pathlib import Path
 import torch
 
-repo_id, outputs_file = sys.argv[1:]
+folder = Path(sys.argv[1])
 torch.manual_seed(0)
 torch.set_num_threads(1)
 pixel_values = torch.rand(2, 3, 28, 28)
 """
 
-# Defines `model` and `processor`.
-BUILD_TINY_DINOV2 = """
-from transformers import Dinov2Config, Dinov2Model
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-
-config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28)
-model = Dinov2Model(config).eval()
-processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
-"""
-
 PUSH = """
 import tempfile
 from huggingface_hub import HfApi
-
-model.push_to_hub(repo_id)
-with tempfile.TemporaryDirectory() as folder:
-    processor.save_pretrained(folder)
-    HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
-with torch.no_grad():
-    torch.save(model(pixel_values).last_hidden_state, outputs_file)
-"""
-
-# Whatever a model needs to have imported before AutoModel can load it goes in front.
-LOAD = """
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained(repo_id).eval()
-assert AutoImageProcessor.from_pretrained(repo_id).crop_size["height"] == 28
-with torch.no_grad():
-    outputs = model(pixel_values).last_hidden_state
-expected = torch.load(outputs_file)
-assert torch.equal(outputs, expected), f"largest difference {(outputs - expected).abs().max()}"
-"""
+from transformers import Dinov2Config, Dinov2Model
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 
-# A quantized model with registers and a deletion; the processor of its float original.
-BUILD_QUANTIZED_DINOV2 = (
-    BUILD_TINY_DINOV2
-    + """
+def push(model, repo_id):
+    model.push_to_hub(repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+        processor.save_pretrained(temporary)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=temporary)
+    with torch.no_grad():
+        outputs = model(pixel_values).last_hidden_state
+    torch.save((model.state_dict(), outputs), folder / repo_id.replace("/", "-"))
+
+
+config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+model = Dinov2Model(config).eval()
+push(model, "user/tiny")
+assert "optimum_regcache" not in sys.modules
+
 from optimum_regcache import RegCacheConfig, RegisterCache
 from optimum_regcache.quantizer import build_quantized
 
@@ -73,23 +58,39 @@ quantization_config = RegCacheConfig(
     registers={"mode": "fixed", "blocks": [1], "num_copies": 3.0}, deletion={"block": 1, "count": 1}
 )
 batches = [{"pixel_values": torch.rand(4, 3, 28, 28)}]
-model = build_quantized(model, quantization_config, RegisterCache(keys, values, 2, 3.0), batches)
-torch.save(model.state_dict(), outputs_file + ".state")
+push(build_quantized(model, quantization_config, RegisterCache(keys, values, 2, 3.0), batches), "user/name")
 """
-)
 
-CHECK_QUANTIZED = """
+LOAD = """
+from transformers import AutoImageProcessor, AutoModel
+
+
+def load(repo_id):
+    model = AutoModel.from_pretrained(repo_id).eval()
+    assert AutoImageProcessor.from_pretrained(repo_id).crop_size["height"] == 28
+    with torch.no_grad():
+        outputs = model(pixel_values).last_hidden_state
+    state, expected = torch.load(folder / repo_id.replace("/", "-"))
+    assert torch.equal(outputs, expected), f"largest difference {(outputs - expected).abs().max()}"
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    return model
+
+
+load("user/tiny")
+assert "optimum_regcache" not in sys.modules
+
+import optimum_regcache
+
+model = load("user/name")
+
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.registers import get_register_cache, prepare_tower
 
-state, expected = model.state_dict(), torch.load(outputs_file + ".state")
-assert list(state) == list(expected)
-assert all(torch.equal(state[name], expected[name]) for name in expected)
-assert [name for name in state if "register_" in name] == [
+assert [name for name in model.state_dict() if "register_" in name] == [
     f"encoder.layer.1.attention.register_{kind}" for kind in ("key", "value")
 ]
-assert get_register_cache(model).blocks == (1,)
-assert get_register_cache(model).num_copies == 3.0
+assert (get_register_cache(model).blocks, get_register_cache(model).num_copies) == ((1,), 3.0)
 assert prepare_tower(model).deletion.count == 1
 assert len(list(quant_linears(model))) == 12
 """
@@ -106,21 +107,15 @@ def run_script(script: str, *args: str, hub: HubServer, cache: Path) -> None:
     assert result.returncode == 0, f"{result.stderr}\nRequests so far:\n" + "\n".join(hub.requests)
 
 
-def test_push_then_load_gives_the_same_outputs(tmp_path: Path) -> None:
-    outputs = str(tmp_path / "outputs.pt")
+def test_push_then_load_gives_the_same_models(tmp_path: Path) -> None:
+    """A float model, then a quantized one with registers and a deletion: pushed by one process, opened by another."""
     with HubServer() as hub:
-        run_script(PRELUDE + BUILD_TINY_DINOV2 + PUSH, "user/tiny", outputs, hub=hub, cache=tmp_path / "push")
-        run_script(PRELUDE + LOAD, "user/tiny", outputs, hub=hub, cache=tmp_path / "load")
-
-
-def test_quantized_model_with_registers_travels_through_the_hub(tmp_path: Path) -> None:
-    outputs = str(tmp_path / "outputs.pt")
-    load = PRELUDE + "import optimum_regcache\n" + LOAD + CHECK_QUANTIZED
-    with HubServer() as hub:
-        run_script(PRELUDE + BUILD_QUANTIZED_DINOV2 + PUSH, "user/name", outputs, hub=hub, cache=tmp_path / "push")
-        files = list(hub.repos["user/name"].commits.values())[-1]
-        assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "regcache"
-        run_script(load, "user/name", outputs, hub=hub, cache=tmp_path / "load")
+        run_script(PRELUDE + PUSH, str(tmp_path), hub=hub, cache=tmp_path / "push")
+        for repo_id, method in (("user/tiny", None), ("user/name", "regcache")):
+            files = list(hub.repos[repo_id].commits.values())[-1]
+            config = json.loads(files["config.json"])
+            assert config.get("quantization_config", {}).get("quant_method") == method
+        run_script(PRELUDE + LOAD, str(tmp_path), hub=hub, cache=tmp_path / "load")
 
 
 def test_loopback_hub_answers_like_the_hub(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def through_torch_save(module: QuantLinear) -> QuantLinear:
 
 
 def through_state_dict(module: QuantLinear) -> QuantLinear:
-    new = QuantLinear(IN, OUT, module.bias is not None, module.weights, module.activations)
+    new = QuantLinear.empty_like(float_linear(module.bias is not None), module.weights, module.activations)
     assert new.load_state_dict(module.state_dict(), strict=True).missing_keys == []
     new.backend = module.backend
     return new
@@ -358,6 +358,17 @@ def test_linear_patch_embedding_is_the_linear_layer() -> None:
     assert torch.equal(embed(x), QuantLinear.from_float(linear, WeightsConfig(), DYNAMIC)(x))
 
 
+@pytest.mark.parametrize("module", [nn.Linear(IN, OUT), nn.Conv2d(3, OUT, 4, 4, bias=False)], ids=["linear", "conv"])
+def test_an_empty_patch_embedding_waits_for_a_checkpoint(module: nn.Module) -> None:
+    full = QuantPatchEmbedding.from_float(module, WeightsConfig(), DYNAMIC)
+    empty = QuantPatchEmbedding.empty_like(module, WeightsConfig(), DYNAMIC)
+    x = sample(2, 5, IN) if isinstance(module, nn.Linear) else sample(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"This QuantLinear has no weights yet"):
+        empty(x)
+    empty.load_state_dict(full.state_dict())
+    assert torch.equal(empty(x), full(x))
+
+
 def test_patch_embedding_shows_the_model_dtype_and_stores_only_its_linear_layer() -> None:
     embed = QuantPatchEmbedding.from_float(nn.Conv2d(3, OUT, 4, 4), WeightsConfig(), DYNAMIC)
     assert embed.weight.dtype == torch.float32
@@ -390,5 +401,6 @@ def test_other_patch_embeddings_are_refused(module: nn.Module) -> None:
     expected = (
         r"Only a patch embedding that is a linear layer, or a Conv2d.*Set modules\.patch_embedding=False for this"
     )
-    with pytest.raises(TypeError, match=expected):
-        QuantPatchEmbedding.from_float(module, WeightsConfig(), STATIC)
+    for build in (QuantPatchEmbedding.from_float, QuantPatchEmbedding.empty_like):
+        with pytest.raises(TypeError, match=expected):
+            build(module, WeightsConfig(), STATIC)

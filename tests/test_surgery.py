@@ -134,8 +134,8 @@ def test_check_complete_names_what_is_wrong() -> None:
     layer.weight_scale[5] = -1.0
     find_tower(model).attention(1).register_value[0, 0, 3] = float("nan")
     names = (
-        r"vision_model\.encoder\.layers\.2\.mlp\.fc1\.weight_scale, "
-        r"vision_model\.encoder\.layers\.1\.self_attn\.register_value"
+        r"vision_model\.encoder\.layers\.1\.self_attn\.register_value, "
+        r"vision_model\.encoder\.layers\.2\.mlp\.fc1\.weight_scale"
     )
     with pytest.raises(
         ValueError, match=rf"The checkpoint is incomplete or damaged: {names} missing or not finite\. Down"
