@@ -7,52 +7,19 @@ travels as ``quantization_config`` inside ``config.json`` and, with the search s
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_regcache.files import write_text
+from optimum_regcache.validation import build_part, check_bits, check_types, one_of, require
 
 QUANT_METHOD = "regcache"
 FORMAT_VERSION = 1
-
-_Part = TypeVar("_Part")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ``ValueError(message)`` unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{owner}.{name} must be one of {', '.join(allowed)}; got {value!r}.")
-
-
-def build_part(cls: type[_Part], values: _Part | dict[str, Any] | None, owner: str) -> _Part:
-    """Build the dataclass ``cls`` from a mapping, naming every key it does not know.
-
-    Raises:
-        ValueError: an unknown key, with the keys that exist.
-        TypeError: ``values`` is neither a mapping nor a ``cls``.
-    """
-    if values is None:
-        return cls()
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, dict):
-        raise TypeError(f"{owner} must be a mapping or a {cls.__name__}, got {type(values).__name__}.")
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
-    require(
-        not unknown,
-        f"Unknown key{'s' if len(unknown) > 1 else ''} in {owner}: {', '.join(map(str, unknown))}. "
-        f"Known keys: {', '.join(sorted(known))}.",
-    )
-    return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -70,9 +37,10 @@ class WeightsConfig:
     observer: str = "minmax"
 
     def __post_init__(self) -> None:
-        _check_bits("weights", self.bits)
-        _one_of("weights", "granularity", self.granularity, ("per_channel", "per_tensor"))
-        _one_of("weights", "observer", self.observer, ("minmax", "mse"))
+        check_bits("weights", self.bits)
+        check_types(self, "weights")
+        one_of("weights", "granularity", self.granularity, ("per_channel", "per_tensor"))
+        one_of("weights", "observer", self.observer, ("minmax", "mse"))
 
 
 @dataclass(frozen=True)
@@ -100,10 +68,11 @@ class ActivationsConfig:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_bits("activations", self.bits)
-        _one_of("activations", "mode", self.mode, ("static", "dynamic"))
-        _one_of("activations", "granularity", self.granularity, ("per_tensor", "per_token"))
-        _one_of("activations", "observer", self.observer, ("minmax", "moving_average", "percentile", "mse"))
+        check_bits("activations", self.bits)
+        check_types(self, "activations")
+        one_of("activations", "mode", self.mode, ("static", "dynamic"))
+        one_of("activations", "granularity", self.granularity, ("per_tensor", "per_token"))
+        one_of("activations", "observer", self.observer, ("minmax", "moving_average", "percentile", "mse"))
         require(
             not (self.mode == "static" and self.granularity == "per_token"),
             "activations.granularity='per_token' needs activations.mode='dynamic': a stored scale cannot know how many "
@@ -133,16 +102,16 @@ class RegistersConfig:
     kv_mode: str = "in_context"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(int(b) for b in self.blocks))
-        _one_of("registers", "mode", self.mode, ("search", "fixed", "none"))
-        _one_of("registers", "kv_mode", self.kv_mode, ("in_context", "isolated"))
+        check_types(self, "registers")
+        one_of("registers", "mode", self.mode, ("search", "fixed", "none"))
+        one_of("registers", "kv_mode", self.kv_mode, ("in_context", "isolated"))
         require(
             list(self.blocks) == sorted(set(self.blocks)) and all(b >= 0 for b in self.blocks),
             f"registers.blocks must be distinct, ascending and >= 0, got {list(self.blocks)}.",
         )
         require(self.num_registers >= 1, f"registers.num_registers must be at least 1, got {self.num_registers}.")
         require(
-            self.num_copies > 0,
+            0 < self.num_copies < math.inf,
             f"registers.num_copies must be > 0 (its logarithm is the logit bias), got {self.num_copies}. "
             "To use no register set registers.mode='none'.",
         )
@@ -176,8 +145,9 @@ class DeletionConfig:
     fill: str = "neighbour_mean"
 
     def __post_init__(self) -> None:
-        _one_of("deletion", "rule", self.rule, ("topk", "threshold"))
-        _one_of("deletion", "fill", self.fill, ("neighbour_mean", "none"))
+        check_types(self, "deletion")
+        one_of("deletion", "rule", self.rule, ("topk", "threshold"))
+        one_of("deletion", "fill", self.fill, ("neighbour_mean", "none"))
         require(self.count >= 0, f"deletion.count must be >= 0, got {self.count}.")
         require(
             self.count == 0 or self.block is not None,
@@ -216,11 +186,7 @@ class ModulesConfig:
     def __post_init__(self) -> None:
         if isinstance(self.ignore, str):
             raise TypeError(f"modules.ignore must be a list of patterns, got the string {self.ignore!r}.")
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-
-
-def _check_bits(owner: str, bits: int) -> None:
-    require(isinstance(bits, int) and 2 <= bits <= 8, f"{owner}.bits must be an integer from 2 to 8, got {bits!r}.")
+        check_types(self, "modules")
 
 
 @dataclass
@@ -261,8 +227,8 @@ class RegCacheConfig(QuantizationConfigMixin):
     ) -> None:
         require(
             not unknown,
-            f"Unknown key{'s' if len(unknown) > 1 else ''} in RegCacheConfig: {', '.join(sorted(unknown))}. Known keys: "
-            "activations, deletion, modules, registers, weights.",
+            f"Unknown key{'s' if len(unknown) > 1 else ''} in RegCacheConfig: {', '.join(sorted(map(str, unknown)))}. "
+            "Known keys: activations, deletion, modules, registers, weights.",
         )
         require(
             quant_method == QUANT_METHOD,
@@ -307,6 +273,8 @@ class RegCacheConfig(QuantizationConfigMixin):
         unknown = sorted(set(parts) - set(current))
         require(not unknown, f"Unknown part{'s' if len(unknown) > 1 else ''} of RegCacheConfig: {', '.join(unknown)}.")
         for name, value in parts.items():
+            if value is None:
+                continue
             if isinstance(value, dict):
                 known = {f.name for f in fields(current[name])}
                 bad = sorted(set(value) - known)

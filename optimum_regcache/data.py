@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_regcache.config import require
+from optimum_regcache.validation import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Batch = dict[str, torch.Tensor]
 
+# what the vision models take; other columns of a data set stay behind
+MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
 
 def load_splits(name: str, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
     """All splits of an image data set.
 
     Args:
-        name: Hub id, directory of images (``imagefolder``), directory or file of parquet (one split per file).
+        name: Hub id, directory of images (``imagefolder``), directory of parquet (splits by
+            file or folder name) or one parquet file (split ``train``).
         config_name: configuration of a Hub data set.
         token: Hub token.
 
@@ -31,11 +37,11 @@ def load_splits(name: str, *, config_name: str | None = None, token: str | None 
     """
     from datasets import load_dataset
 
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if files and files[0].suffix == ".parquet":
-            named = {"train": str(files[0])} if len(files) == 1 else {f.stem: str(f) for f in files}
+        if files:
+            named = {"train": [str(files[0])]} if len(files) == 1 else _parquet_splits(files)
             loaded = load_dataset("parquet", data_files=named)
         else:
             loaded = load_dataset("imagefolder", data_dir=str(path))
@@ -45,6 +51,16 @@ def load_splits(name: str, *, config_name: str | None = None, token: str | None 
         loaded = load_dataset(name, config_name, token=token)
     splits = {str(k): v for k, v in loaded.items()}  # type: ignore[union-attr]
     image_column(next(iter(splits.values())))
+    return splits
+
+
+def _parquet_splits(files: list[Path]) -> dict[str, list[str]]:
+    """Split name -> files: ``train.parquet``, ``train-00000-of-00002.parquet`` and ``train/0000.parquet`` are ``train``."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
+        stem = file.parent.name if stem.isdigit() else stem
+        splits.setdefault(re.sub(r"\W", "_", stem), []).append(str(file))
     return splits
 
 
@@ -145,7 +161,6 @@ class ImageInputs(Sequence[Batch]):
         source: Any,
         processor: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, torch.Tensor]] | None = None,
-        indices: Sequence[int] | None = None,
     ) -> None:
         from datasets import Dataset as DatasetClass
 
@@ -166,7 +181,7 @@ class ImageInputs(Sequence[Batch]):
         if self._image is None:
             self._rows = [row for i in range(len(source)) for row in self._images_of(i)]
         count = len(source) if self._rows is None else len(self._rows)
-        self.indices = list(range(count)) if indices is None else list(indices)
+        self.indices = list(range(count))
         require(len(self.indices) > 0, "The data set is empty.")
 
     def _images_of(self, item: int) -> list[tuple[int, int | None]]:
@@ -193,7 +208,8 @@ class ImageInputs(Sequence[Batch]):
             return self.subset(range(len(self))[index])
         if self._rows is not None:
             item, position = self._rows[self.indices[index]]
-            row = {k: torch.as_tensor(v) for k, v in self.source[item].items()}
+            keep = (*MODEL_INPUTS, "labels", "label")
+            row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in keep}
             return row if position is None else {k: v[position] for k, v in row.items()}
         row = self.source[self.indices[index]]
         processor = getattr(self.processor, "image_processor", self.processor)
@@ -204,8 +220,11 @@ class ImageInputs(Sequence[Batch]):
         return item
 
     def subset(self, positions: Sequence[int]) -> ImageInputs:
-        """The given positions, in that order."""
-        return ImageInputs(self.source, self.processor, self.data_collator, [self.indices[p] for p in positions])
+        """The given positions, in that order; the data is not read again."""
+        part = copy.copy(self)
+        part.indices = [self.indices[p] for p in positions]
+        require(len(part.indices) > 0, "The data set is empty.")
+        return part
 
     def labels(self) -> torch.Tensor | None:
         """int64 [n], None if the data has no labels. Does not touch the images of a `datasets.Dataset`."""
@@ -266,7 +285,7 @@ def split_reference(
         "(64 or more for a sound result).",
     )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    calibration = min(128, max(1, round(count * calibration_fraction)))
+    calibration = min(128, count - 2, max(1, round(count * calibration_fraction)))
     rest = count - calibration
     confirm = max(1, min(rest - 1, round(rest * confirm_fraction)))
     return (

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from optimum_regcache.architectures import find_tower
-from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig, require
+from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
 from optimum_regcache.data import Batch, ImageInputs, class_names, split_reference
 from optimum_regcache.evaluation.objective import Objective, has_classifier, make_objective, zero_shot_features
 from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
@@ -23,6 +23,7 @@ from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.search import RegisterSearch, SearchRecord, SearchResult, Setup
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
 from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.validation import require
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
 

@@ -78,7 +78,13 @@ class QuantLinear(nn.Module):
         return new
 
     def set_float_weight(self, weight: torch.Tensor) -> None:
-        """Quantize ``weight`` [out, in] into the packed codes and scales."""
+        """Quantize ``weight`` [out, in] into the packed codes and scales.
+
+        Raises:
+            ValueError: a weight that is not finite.
+        """
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError("The float weight to quantize is not finite; the float model is damaged.")
         scale = numerics.weight_qparams(weight, self.weights.bits, self.weights.granularity, self.weights.observer)
         column = scale.reshape(-1, 1)
         codes = numerics.quantize(weight, column, torch.zeros_like(column), self.weights.bits, True)
@@ -211,11 +217,17 @@ class QuantPatchEmbedding(nn.Module):
         return y.transpose(1, 2).reshape(x.shape[0], -1, height, width)
 
 
+def _is_special(module: nn.Conv2d) -> bool:
+    padded = module.padding not in ((0, 0), 0, "valid")
+    return padded or tuple(module.dilation) != (1, 1) or module.groups != 1
+
+
 def _flat_linear(module: nn.Module) -> tuple[nn.Linear, tuple[int, int] | None]:
     """The patch embedding as a linear layer over unfolded patches, and its kernel size (None if it is linear)."""
     if isinstance(module, nn.Linear):
         return module, None
-    if not isinstance(module, nn.Conv2d) or tuple(module.stride) != tuple(module.kernel_size):
+    plain = isinstance(module, nn.Conv2d) and tuple(module.stride) == tuple(module.kernel_size)
+    if not isinstance(module, nn.Conv2d) or not plain or _is_special(module):
         raise TypeError(
             "Only a patch embedding that is a linear layer, or a Conv2d with stride equal to its kernel, can be "
             "quantized. Set modules.patch_embedding=False for this model."

@@ -1,7 +1,7 @@
 """Pure quantization functions. Tensors in, tensors out.
 
 Conventions: ``real = scale * (code - zero_point)``; codes are ``round(x * (1 / scale)) + zero_point`` with half-to-even
-rounding, which is what `torch.quantize_per_tensor` computes, so that simulated and integer execution agree on every code.
+rounding, which is what `torch.fake_quantize_per_tensor_affine` computes; all execution backends share these codes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def choose_qparams(
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     span = torch.maximum(-low, high) if symmetric else high - low
     scale = span / (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
-    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    scale = torch.where(scale <= torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)  # nan stays nan
     if symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     quantum = 2**bits - 1

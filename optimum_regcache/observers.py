@@ -5,6 +5,7 @@ Shape contract: ``update`` takes any float tensor and never keeps it; ``qparams`
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -79,26 +80,42 @@ class _HistogramObserver(Observer):
     def __init__(self, config: ActivationsConfig) -> None:
         super().__init__(config)
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
-        self._radius = 0.0
+        self._radius = 0.0  # 0 until the first value that is not zero
+        self._zeros = 0
 
     def update(self, x: torch.Tensor) -> None:
         x = x.detach().float().flatten()
         peak = float(x.abs().amax())
+        if not math.isfinite(peak):
+            raise ValueError("An activation is not finite; the model or its input is damaged.")
         if peak == 0.0 and self._radius == 0.0:
-            peak = torch.finfo(torch.float32).tiny
-        needed = 2.0 ** torch.tensor(max(peak, 1e-30)).log2().ceil().item()
+            self._zeros += x.numel()
+            return
+        needed = 2.0 ** math.frexp(peak)[1] if peak else self._radius
         if self._radius == 0.0:
             self._radius = needed
+            self._counts[_BINS // 2] += self._zeros
         while self._radius < needed:  # merge pairs of bins around the centre
             merged = self._counts.reshape(-1, 2).sum(1)
             self._counts = torch.zeros_like(self._counts)
             self._counts[_BINS // 4 : 3 * _BINS // 4] = merged
             self._radius *= 2
-        self._counts += torch.histc(x, _BINS, -self._radius, self._radius).to("cpu", torch.float64)
+        # the bin width is a power of two, so this division is exact
+        bins = torch.floor(x * (_BINS / (2 * self._radius))).long() + _BINS // 2
+        self._counts += torch.bincount(bins.cpu(), minlength=_BINS)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._radius == 0.0:
+            if self._zeros == 0:
+                raise _nothing_observed()
+            return torch.tensor(0.0), torch.tensor(0.0)
+        return self._histogram_range()
+
+    @abstractmethod
+    def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ends from a histogram that holds values."""
 
     def _centres(self) -> torch.Tensor:
-        if not bool(self._counts.sum() > 0):
-            raise _nothing_observed()
         width = 2 * self._radius / _BINS
         return -self._radius + width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
 
@@ -115,7 +132,7 @@ class PercentileObserver(_HistogramObserver):
     Symmetric: percentile of |x|; otherwise that share is cut from each tail separately.
     """
 
-    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         centres, half = self._centres(), self._radius / _BINS
         keep = self.config.percentile / 100
         if self.config.symmetric:
@@ -136,7 +153,7 @@ def _quantile_bin(counts: torch.Tensor, keep: float) -> int:
 class MSEObserver(_HistogramObserver):
     """Range that minimises the squared quantization error over 100 shrink factors of the full range (H.3)."""
 
-    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         centres = self._centres().float()
         low, high = self._occupied()
         used = self._counts > 0

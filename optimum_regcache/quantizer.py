@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.calibration import calibrate
-from optimum_regcache.config import RegCacheConfig, require
+from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch, ImageInputs, load_images
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.files import write_json
@@ -24,6 +24,7 @@ from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.registers import RegisterCache, set_deletion, set_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
 from optimum_regcache.surgery import assign_input_qparams, install_structure, quantize_modules, validate_positions
+from optimum_regcache.validation import require
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from optimum_regcache.config import PRESETS, RegCacheConfig, build_part, require
+from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.files import write_text
+from optimum_regcache.validation import build_part, check_types, require
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scopes", tuple(self.scopes))
+        check_types(self, "search")
         object.__setattr__(self, "num_copies", tuple(float(c) for c in self.num_copies))
         for name, allowed in (
             ("strategy", ("v2", "v4")),
@@ -71,7 +73,7 @@ class SearchConfig:
             f"search.scopes must hold 'onwards' and/or 'single', got {list(self.scopes)}.",
         )
         require(
-            bool(self.num_copies) and min(self.num_copies) > 0,
+            bool(self.num_copies) and all(0 < c < math.inf for c in self.num_copies),
             f"search.num_copies must be a non-empty list of numbers > 0, got {list(self.num_copies)}.",
         )
         for name in ("blocks_before", "max_delete", "min_gain", "noise_sigmas"):
@@ -104,6 +106,7 @@ class DataConfig:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
+        check_types(self, "data")
         require(self.num_samples >= 4, f"data.num_samples must be at least 4, got {self.num_samples}.")
         require(self.num_report >= 1, f"data.num_report must be at least 1, got {self.num_report}.")
         require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}.")
@@ -145,11 +148,14 @@ class Recipe:
         if isinstance(quantization, RegCacheConfig):
             require(preset is None, "A recipe has either 'preset' or a complete RegCacheConfig, not both.")
             base = quantization
-        elif quantization:
+        elif quantization is not None:
+            if not isinstance(quantization, dict):
+                raise TypeError(f"quantization must be a mapping, got {type(quantization).__name__}.")
             parts = {k: v for k, v in quantization.items() if k not in ("quant_method", "version")}
+            RegCacheConfig(**{k: v for k, v in quantization.items() if k in ("quant_method", "version")})
             base = base.replace(**parts)
         known = {f.name for f in fields(cls)} | {"preset"}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         require(
             not unknown,
             f"Unknown key{'s' if len(unknown) > 1 else ''} in the recipe: {', '.join(unknown)}. "

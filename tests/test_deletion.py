@@ -292,6 +292,38 @@ def test_attention_masks_survive_the_deletion() -> None:
         torch.testing.assert_close(output[:, rows], again[:, rows], rtol=1e-5, atol=1e-5)
 
 
+def test_leading_tokens_stay_even_if_masked() -> None:
+    """Where padding makes up for real tokens, a masked CLS is still not padding."""
+    mask = torch.ones(3, 1 + PATCHES, dtype=torch.bool)
+    mask[:, :11] = False
+    model = with_deletion(DINOV2, 8, fill="none")
+    dropped = dropped_by(model)
+    DINOV2.run(model, attention_mask=mask)
+    assert dropped().sum(1).tolist() == [8, 8, 8]
+    assert not dropped()[:, 0].any()
+
+
+@pytest.mark.parametrize("case", ["siglip2", "backbone", "threshold"])
+def test_masked_outliers_leave_the_stream(case: str) -> None:
+    """Where deleted tokens stay in place, their norm must not: quantizers would see it."""
+    tiny = {"siglip2": SIGLIP2, "backbone": DINOV2_BACKBONE, "threshold": CLIP}[case]
+    settings = {"rule": "threshold", "kappa": 20.0} if case == "threshold" else {}
+    model, inputs = with_deletion(tiny, 2, **settings), tiny.inputs()
+    plant(tiny, model, [[tiny.lead + 1, tiny.lead + 4]] * 3)
+    states: list[torch.Tensor] = []
+    for block in find_tower(model).blocks:
+        block.register_forward_hook(lambda module, args, output: states.append(output))
+        norm = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm))
+        norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    tiny.run(model, inputs)
+    assert {state.shape[1] for state in states} == {tiny.lead + PATCHES}
+    real = inputs.get("pixel_attention_mask", torch.ones(3, tiny.lead + PATCHES)).bool()
+    peaks = [float(state[real].abs().max()) for state in states]  # input and output of every block
+    assert len(peaks) == 2 * BLOCKS
+    assert peaks[2 * DELETE_BLOCK - 1] >= 1000
+    assert max(peaks[2 * DELETE_BLOCK :]) < 100
+
+
 # backbones and composites
 
 

@@ -1,4 +1,4 @@
-"""QuantLinear and QuantPatchEmbedding: what they compute, what they store, and what must not change it."""
+"""QuantLinear: what it computes, what it stores, and what must not change it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels import BACKENDS, onednn
-from optimum_regcache.modules import QuantLinear, QuantPatchEmbedding, quant_linears, set_backend, unfold_patches
+from optimum_regcache.modules import QuantLinear, quant_linears, set_backend
 
 IN, OUT = 37, 11
 STATIC, DYNAMIC = ActivationsConfig(), ActivationsConfig(mode="dynamic", granularity="per_token")
@@ -322,85 +322,3 @@ def test_set_backend_on_the_meta_device_waits_for_the_weights() -> None:
     set_backend(module, "reference")
     assert module.backend == "reference"
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
-
-
-@backends
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize(
-    ("kernel", "size"), [((4, 4), (12, 8)), ((4, 4), (15, 11)), ((2, 5), (6, 10))], ids=["exact", "cropped", "oblong"]
-)
-@pytest.mark.parametrize("activations", [STATIC, DYNAMIC, ActivationsConfig(symmetric=False)], ids=["s", "dyn", "asym"])
-def test_patch_embedding_equals_the_convolution_on_fake_quantized_operands(
-    activations: ActivationsConfig, kernel: tuple[int, int], size: tuple[int, int], bias: bool, backend: str
-) -> None:
-    torch.manual_seed(3)
-    conv = nn.Conv2d(3, OUT, kernel, stride=kernel, bias=bias)
-    x = sample(2, 3, *size)
-    embed = QuantPatchEmbedding.from_float(conv, WeightsConfig(), activations)
-    calibrated(embed.linear, x)
-    set_backend(embed, backend)
-    if activations.mode == "static":
-        pixels = fake_input(embed.linear, x)
-    else:  # one scale per patch
-        patches = fake_input(embed.linear, F.unfold(x, kernel, stride=kernel).transpose(1, 2))
-        covered = (size[0] // kernel[0] * kernel[0], size[1] // kernel[1] * kernel[1])
-        pixels = F.fold(patches.transpose(1, 2), covered, kernel, stride=kernel)
-    weight = embed.linear.dequantized_weight().reshape(conv.weight.shape)
-    expected = F.conv2d(pixels, weight, conv.bias, stride=kernel).detach()
-    y = embed(x)
-    assert y.shape == conv(x).shape
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
-
-
-def test_linear_patch_embedding_is_the_linear_layer() -> None:
-    linear, x = float_linear(), sample(2, 5, IN)
-    embed = QuantPatchEmbedding.from_float(linear, WeightsConfig(), DYNAMIC)
-    assert torch.equal(embed(x), QuantLinear.from_float(linear, WeightsConfig(), DYNAMIC)(x))
-
-
-@pytest.mark.parametrize("module", [nn.Linear(IN, OUT), nn.Conv2d(3, OUT, 4, 4, bias=False)], ids=["linear", "conv"])
-def test_an_empty_patch_embedding_waits_for_a_checkpoint(module: nn.Module) -> None:
-    full = QuantPatchEmbedding.from_float(module, WeightsConfig(), DYNAMIC)
-    empty = QuantPatchEmbedding.empty_like(module, WeightsConfig(), DYNAMIC)
-    x = sample(2, 5, IN) if isinstance(module, nn.Linear) else sample(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"This QuantLinear has no weights yet"):
-        empty(x)
-    empty.load_state_dict(full.state_dict())
-    assert torch.equal(empty(x), full(x))
-
-
-def test_patch_embedding_shows_the_model_dtype_and_stores_only_its_linear_layer() -> None:
-    embed = QuantPatchEmbedding.from_float(nn.Conv2d(3, OUT, 4, 4), WeightsConfig(), DYNAMIC)
-    assert embed.weight.dtype == torch.float32
-    assert copy.deepcopy(embed).half().weight.dtype == torch.float16
-    assert {key.partition(".")[0] for key in embed.state_dict()} == {"linear"}
-    x = sample(1, 3, 8, 8)
-    assert torch.equal(pickle.loads(pickle.dumps(embed))(x), embed(x))
-
-
-def test_unfolded_patches_are_channel_major_rows() -> None:
-    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    patches = unfold_patches(x, (2, 3))
-    assert patches.shape == (2, 4, 18)
-    assert torch.equal(patches[1, 3], x[1, :, 2:4, 3:6].reshape(-1))
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Conv2d(3, 8, 4, stride=2),
-        nn.Conv2d(3, 8, 4, stride=4, padding=2),
-        nn.Conv2d(3, 8, 2, stride=2, dilation=2),
-        nn.Conv2d(4, 8, 4, stride=4, groups=2),
-        nn.Conv1d(3, 8, 4, stride=4),
-        nn.Identity(),
-    ],
-    ids=["overlap", "padding", "dilation", "groups", "1d", "identity"],
-)
-def test_other_patch_embeddings_are_refused(module: nn.Module) -> None:
-    expected = (
-        r"Only a patch embedding that is a linear layer, or a Conv2d.*Set modules\.patch_embedding=False for this"
-    )
-    for build in (QuantPatchEmbedding.from_float, QuantPatchEmbedding.empty_like):
-        with pytest.raises(TypeError, match=expected):
-            build(module, WeightsConfig(), STATIC)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache.config import require
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import encode, image_features, move
+from optimum_regcache.validation import require
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 

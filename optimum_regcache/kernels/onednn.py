@@ -56,6 +56,8 @@ class OneDNNLinear(LinearBackend):
         return machine_reason()
 
     def _product(self, codes: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None) -> torch.Tensor:
+        if codes.numel() == 0:  # the kernel flattens the leading axes of an empty input
+            return codes.new_empty(*codes.shape[:-1], self._weight_scale.numel(), dtype=torch.float32)
         return torch.ops.onednn.qlinear_pointwise(
             codes, scale, zero_point, self._packed, self._weight_scale, self._weight_zero, bias,
             1.0, 0, torch.float32, "none", [], "",
@@ -65,10 +67,18 @@ class OneDNNLinear(LinearBackend):
         if self._static is not None:
             inverse, scale, zero = self._static
             # in-place passes over one float32 buffer: round before the shift, as the other backends do
-            codes = x.float().mul(inverse).round_().add_(zero).clamp_(self._lowest, self._highest).to(torch.uint8)
+            codes = (
+                x.float()
+                .contiguous()
+                .mul(inverse)
+                .round_()
+                .add_(zero)
+                .clamp_(self._lowest, self._highest)
+                .to(torch.uint8)
+            )
             return self._product(codes, scale, zero, self._bias).to(x.dtype)
         scale_t, zero_t = self.state.input_qparams(x)
-        codes = (self.state.input_codes(x, scale_t, zero_t) + self._shift).to(torch.uint8)
+        codes = (self.state.input_codes(x.contiguous(), scale_t, zero_t) + self._shift).to(torch.uint8)
         if self.state.activations.granularity == "per_tensor":
             return self._product(codes, float(scale_t), int(zero_t) + self._shift, self._bias).to(x.dtype)
         y = self._product(codes, 1.0, self._shift, None) * scale_t

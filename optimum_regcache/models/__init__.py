@@ -6,6 +6,7 @@ parent's arguments and ``past_key_values``, a `RegisterCache` that overrides the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,20 @@ class RegCacheMixin:
     @token_deletion.setter
     def token_deletion(self, config: DeletionConfig) -> None:
         set_deletion(self._module, config)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The parent's; registers and deletion travel with quantized checkpoints only.
+
+        Raises:
+            ValueError: a float model with registers or a deletion, which its checkpoint could not describe.
+        """
+        if not getattr(self, "is_quantized", False) and (self.register_cache is not None or self.token_deletion.active):
+            raise ValueError(
+                "A float checkpoint cannot describe registers or a deletion; they would be lost. Remove them "
+                "(model.register_cache = None, model.token_deletion = DeletionConfig()), or quantize the model with "
+                "RegCacheQuantizer and save the result."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, past_key_values: RegisterCache | None = None, **kwargs: Any) -> Any:
         """The parent's forward; ``past_key_values`` overrides the stored registers.

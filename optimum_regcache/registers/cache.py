@@ -70,8 +70,8 @@ class RegisterCache(Cache):
             raise ValueError(f"keys are given for blocks {sorted(keys)}, values for blocks {sorted(values)}.")
         if keys and not 0 <= min(keys) <= max(keys) < num_blocks:
             raise ValueError(f"Register blocks {sorted(keys)} lie outside the {num_blocks} blocks of the encoder.")
-        if num_copies <= 0:
-            raise ValueError(f"num_copies must be > 0, got {num_copies}.")
+        if not 0 < num_copies < math.inf:
+            raise ValueError(f"num_copies must be > 0 and finite, got {num_copies}.")
         shapes = {tuple(t.shape) for t in (*keys.values(), *values.values())}
         if len(shapes) > 1 or any(len(s) != 3 for s in shapes):
             raise ValueError(

@@ -303,20 +303,23 @@ def set_registers(model: nn.Module, cache: RegisterCache | None) -> None:
         raise ValueError(
             f"The register cache is for {len(cache.layers)} blocks, {type(tower.module).__name__} has {len(tower.blocks)}."
         )
-    for index in range(len(tower.blocks)):
+    heads = tower.config.num_attention_heads
+    for index in cache.blocks if cache is not None else ():
+        keys, width = cache.rows(index)[0], tower.attention(index).head_dim  # type: ignore[union-attr]
+        if keys.shape[0] != heads or keys.shape[2] != width:
+            raise ValueError(
+                f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
+                f"[{heads}, registers, {width}]."
+            )
+    for index, block in enumerate(tower.blocks):
         attention: Any = tower.attention(index)
         if cache is None or index not in cache.blocks:
             attention.register_key = attention.register_value = None
             continue
-        keys, values = cache.rows(index)
-        heads = tower.config.num_attention_heads
-        if keys.shape[0] != heads or keys.shape[2] != attention.head_dim:
-            raise ValueError(
-                f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
-                f"[{heads}, registers, {attention.head_dim}]."
-            )
-        like = tower.blocks[index].get_parameter(_norm_name(tower.blocks[index]))
-        attention.register_key, attention.register_value = keys.detach().to(like), values.detach().to(like)
+        like = block.get_parameter(_norm_name(block))
+        attention.register_key, attention.register_value = (
+            rows.detach().to(like, copy=True).contiguous() for rows in cache.rows(index)
+        )
     runtime.num_copies = 1.0 if cache is None else cache.num_copies
 
 

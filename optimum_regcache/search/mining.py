@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from optimum_regcache.architectures import Tower, find_tower
-from optimum_regcache.config import require
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
 from optimum_regcache.evaluation.norms import PaddingMask
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.validation import require
 
 
 @dataclass

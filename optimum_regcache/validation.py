@@ -1,0 +1,82 @@
+"""Checks shared by the configuration dataclasses. Every refusal names the field, what was expected and what came."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+_Part = TypeVar("_Part")
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    require(value in allowed, f"{owner}.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def build_part(cls: type[_Part], values: _Part | dict[str, Any] | None, owner: str) -> _Part:
+    """Build the dataclass ``cls`` from a mapping, naming every key it does not know.
+
+    Raises:
+        ValueError: an unknown key, with the keys that exist.
+        TypeError: ``values`` is neither a mapping nor a ``cls``.
+    """
+    if values is None:
+        return cls()
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, dict):
+        raise TypeError(f"{owner} must be a mapping or a {cls.__name__}, got {type(values).__name__}.")
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known, key=str)
+    require(
+        not unknown,
+        f"Unknown key{'s' if len(unknown) > 1 else ''} in {owner}: {', '.join(map(str, unknown))}. "
+        f"Known keys: {', '.join(sorted(known))}.",
+    )
+    return cls(**values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_types(part: Any, owner: str) -> None:
+    """Compare the fields of a frozen dataclass with their annotations; lists become tuples.
+
+    Knows int, float, str, bool, an optional of these, and tuples of one of them.
+
+    Raises:
+        TypeError: a field of another type.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if get_origin(hint) is tuple:
+            kind = get_args(hint)[0]
+            good = isinstance(value, (list, tuple)) and all(_is(v, kind) for v in value)
+            expected = f"a list, each {_NAMES[kind]}"
+            if good:
+                object.__setattr__(part, name, tuple(value))
+        else:
+            optional = get_origin(hint) in (Union, UnionType)
+            kind = get_args(hint)[0] if optional else hint
+            good = _is(value, kind) or (optional and value is None)
+            expected = _NAMES[kind] + (" or null" if optional else "")
+        if not good:
+            raise TypeError(f"{owner}.{name} must be {expected}, got {value!r}.")
+
+
+def check_bits(owner: str, bits: int) -> None:
+    """Raise ``ValueError`` unless ``bits`` is an integer from 2 to 8."""
+    require(isinstance(bits, int) and 2 <= bits <= 8, f"{owner}.bits must be an integer from 2 to 8, got {bits!r}.")
