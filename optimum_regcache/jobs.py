@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -237,11 +239,25 @@ def evaluate_job(
     output: str | Path,
     template: str | None = None,
     device: str = "cpu",
+    metrics: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a saved model (float or quantized); beside its float original if that is given or recorded.
 
+    Args:
+        model_dir: directory, Hub id or reference name.
+        source_model: the float original; default: the one in the recipe beside the model.
+        dataset: images; default: those of the recipe.
+        recipe: amounts and seed.
+        output: JSON file.
+        template: zero-shot prompt.
+        device: ``cpu`` or ``cuda``.
+        metrics: further metrics of the `evaluate` library, by name or path; they get predictions and labels.
+
     Returns:
         (results, text).
+
+    Raises:
+        ValueError: ``metrics`` without labels.
     """
     saved = saved_recipe(model_dir)
     original = source_model or (model_dir if model_dir in reference.names() else saved.model)
@@ -266,6 +282,10 @@ def evaluate_job(
         if original is not None:
             results["float_accuracy"] = float(accuracy.scores(source.model).mean())
             results["recovery"] = results["accuracy"] / results["float_accuracy"]
+        for name in metrics:
+            results |= evaluate.load(name).compute(predictions=accuracy.predictions(model), references=labels) or {}
+    elif metrics:
+        raise ValueError(f"Metrics {', '.join(metrics)} need labels that the model can predict; {dataset} gives none.")
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)
         results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())

@@ -135,7 +135,7 @@ def _config(cls: type, **fixed: Any) -> Callable[..., Any]:
 def _clip_config(**overrides: Any) -> hf.CLIPConfig:
     return hf.CLIPConfig(
         text_config=_TEXT,
-        vision_config=_VISION,
+        vision_config={**_VISION, "projection_dim": WIDTH},
         projection_dim=WIDTH,
         **overrides,
     )

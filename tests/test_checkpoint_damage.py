@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 State = dict[str, torch.Tensor]
 
-# (file name, name in the model) of one tensor per kind; ViT stores its modules under older names
+# (file name, name in the model) of one tensor per kind; ViT and DINOv2 store modules under older names
 TENSORS = {
     "clip": {
         "register_key": ("encoder.layers.2.self_attn.register_key",) * 2,
@@ -35,6 +35,11 @@ TENSORS = {
             "layers.0.attention.k_proj.weight_scale",
         ),
         "weight": ("encoder.layer.3.output.dense.weight", "layers.3.mlp.fc2.weight"),
+    },
+    # gate and up projection are stored as one tensor
+    "dinov2_swiglu": {
+        "weight": ("encoder.layer.1.mlp.weights_in.weight", "encoder.layer.1.mlp.gate_proj.weight"),
+        "weight_scale": ("encoder.layer.1.mlp.weights_out.weight_scale", "encoder.layer.1.mlp.down_proj.weight_scale"),
     },
 }
 CASES = [(name, kind) for name, kinds in TENSORS.items() for kind in kinds]
@@ -141,6 +146,16 @@ def test_many_damaged_tensors_are_counted(load_edited: Callable[..., Any]) -> No
 
     with pytest.raises(ValueError, match=r"incomplete or damaged: (\S+input_scale,? ){8}and 16 more missing or not"):
         load_edited("clip", spoil)
+
+
+def test_many_missing_tensors_are_counted(load_edited: Callable[..., Any]) -> None:
+    def strip(state: State) -> None:
+        for name in [n for n in state if n.endswith(".bias")]:
+            del state[name]
+
+    message = r"The checkpoint is incomplete: (encoder\S+bias,? ){8}and \d+ more missing\. Download it again"
+    with pytest.raises(ValueError, match=message):
+        load_edited("clip", strip)
 
 
 def test_registers_that_the_config_does_not_know(load_edited: Callable[..., Any]) -> None:

@@ -97,6 +97,30 @@ def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys,
     assert results["quantization"] == "w8a8"
 
 
+METRIC = """
+import datasets
+import evaluate
+
+
+class Hits(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"hits": sum(p == r for p, r in zip(predictions, references))}
+"""
+
+
+def test_evaluate_takes_metrics_of_the_evaluate_library(quantized, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hits.py").write_text(METRIC)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    options = ("--output", str(tmp_path / "r.json"), "--num-report", "16", "--metric", str(tmp_path / "hits.py"))
+    run(capsys, monkeypatch, "evaluate", "--model", str(quantized[0]), *options)
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["hits"] == round(16 * results["accuracy"])
+
+
 def test_analyze_writes_json_and_pictures(tmp_path, capsys, monkeypatch):
     options = ("--num-samples", "24", "--set", "search.sensitivity=block")
     stdout, _ = run(capsys, monkeypatch, "analyze", "--model", "planted-outlier", "--output", str(tmp_path), *options)

@@ -137,18 +137,36 @@ def test_float_models_reload_through_every_class(tiny: TinyModel, tmp_path: Path
             assert torch.equal(tiny.run(loaded.eval()), tiny.run(native))
 
 
-@pytest.mark.parametrize("tiny", [TOWERS["clip"], TOWERS["vit"]], ids=lambda t: t.name)
-def test_float_registers_do_not_vanish_in_silence(tiny: TinyModel, tmp_path: Path) -> None:
-    """Either the checkpoint carries registers and deletion, or saving refuses and says so."""
-    model = build(tiny)
-    model.register_cache, model.token_deletion = random_cache(num_copies=2.0), DeletionConfig(block=2, count=2)
-    expected = tiny.run(model)
-    try:
+class Derived(optimum_regcache.RegCacheDinov2Model):
+    """What a user may write."""
+
+
+def test_classes_derived_from_ours_load_too(tmp_path: Path) -> None:
+    tiny = TOWERS["dinov2"]
+    tiny.build().save_pretrained(tmp_path)
+    loaded, info = Derived.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(tiny.run(loaded.eval()), tiny.run(tiny.build()))
+
+
+@pytest.mark.parametrize("part", ["registers", "deletion", "both"])
+def test_float_registers_do_not_vanish_in_silence(part: str, tmp_path: Path) -> None:
+    """A float checkpoint has no place for registers and deletion: saving refuses."""
+    model = build(TOWERS["vit"])
+    if part != "deletion":
+        model.register_cache = random_cache(num_copies=2.0)
+    if part != "registers":
+        model.token_deletion = DeletionConfig(block=2, count=2)
+    message = (
+        r"A float checkpoint cannot describe registers or a deletion; they would be lost\. Remove them "
+        r"\(model\.register_cache = None, model\.token_deletion = DeletionConfig\(\)\), or quantize the model"
+    )
+    with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path)
-    except ValueError as error:
-        assert "register" in str(error)  # noqa: PT017
-        return
-    assert torch.equal(tiny.run(CLASSES[tiny.name].from_pretrained(tmp_path).eval()), expected)
+    assert not list(tmp_path.iterdir())
+    model.register_cache, model.token_deletion = None, DeletionConfig()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TOWERS["vit"].run(AutoModel.from_pretrained(tmp_path).eval()), TOWERS["vit"].run(model))
 
 
 @every_tower

@@ -118,6 +118,9 @@ class EvaluateCommand(_Command):
         _add_common(parser)
         parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
         parser.add_argument("--output", required=True, help="JSON file of the results")
+        parser.add_argument(
+            "--metric", action="append", default=[], help="further metric of the evaluate library, for example f1"
+        )
 
     def job(self) -> str:
         from optimum_regcache.jobs import evaluate_job
@@ -127,7 +130,9 @@ class EvaluateCommand(_Command):
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args)
         args = self.args
-        return evaluate_job(model, args.float_model, dataset, recipe, args.output, args.template, args.device)[1]
+        return evaluate_job(
+            model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric
+        )[1]
 
 
 class RegCacheCommand(BaseOptimumCLICommand):

@@ -69,8 +69,12 @@ class AccuracyObjective(Objective):
         require(len(labels) == count, f"{len(labels)} labels for {count} images.")
         self.batches, self.labels, self.text_features = batches, labels, text_features
 
+    def scores(self, model: nn.Module) -> torch.Tensor:
+        return self.predictions(model).eq(self.labels).float()
+
     @torch.inference_mode()
-    def scores(self, model: Any) -> torch.Tensor:
+    def predictions(self, model: Any) -> torch.Tensor:
+        """Predicted classes, int64 [n]."""
         predictions = []
         for batch in self.batches:
             if self.text_features is not None:
@@ -78,7 +82,7 @@ class AccuracyObjective(Objective):
             else:
                 logits = model(**move(batch, model)).logits.float().cpu()
             predictions.append(logits.argmax(-1))
-        return torch.cat(predictions).eq(self.labels).float()
+        return torch.cat(predictions)
 
 
 @torch.inference_mode()
