@@ -26,7 +26,7 @@ class EncoderFamily:
         mlp_in, mlp_out: MLP projections, alternatives in order of preference ("fc1"/"fc2", SwiGLU names).
         embeddings, patch_embedding: embedding module and the patch projection in it.
         head: linear layers of the pooling head on the tower.
-        num_prefix_tokens: leading tokens before the patches (CLS, trained registers), from the config.
+        cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
     """
 
@@ -139,7 +139,7 @@ class Tower:
         return self.blocks[block].get_submodule(self.family.attention)
 
     def block_linears(self, block: int) -> dict[str, nn.Module]:
-        """Linear layers of a block by their name relative to the block, in execution order."""
+        """Linear layers of a block by their name relative to the block, in module order."""
         return {name: m for name, m in self.blocks[block].named_modules() if hasattr(m, "in_features")}
 
     def mlp_out_name(self, block: int) -> str:
@@ -224,7 +224,10 @@ def quantization_sites(
         candidates += [(path, "linear", None) for path in tower.family.head if _get(tower.module, path) is not None]
         outer = [path for path in OUTER_HEADS if tower.name and hasattr(_get(model, path), "in_features")]
     unused = [
-        p for p in ignore if not any(_matches(c[0], p) for c in candidates) and not any(fnmatch(o, p) for o in outer)
+        p
+        for p in ignore
+        if not any(_matches(c[0], p) for c in candidates)
+        and not any(fnmatch(o, p) for o in (OUTER_HEADS if head else ()))
     ]
     if unused:
         raise ValueError(

@@ -34,7 +34,8 @@ class RegCacheMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        share_checkpoint_conversion(cls.__name__, cls.__mro__[2].__name__)
+        native = next(c for c in cls.__mro__ if c.__module__.startswith("transformers."))
+        share_checkpoint_conversion(cls.__name__, native.__name__)
 
     @property
     def _module(self) -> nn.Module:

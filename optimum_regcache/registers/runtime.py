@@ -108,8 +108,8 @@ class TowerRuntime:
                 "input. Use larger images or a smaller count."
             )
         valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
-        candidates = valid & (torch.arange(tokens, device=hidden.device) >= lead)
-        dropped = D.choose_dropped(D.outlier_scores(hidden, candidates), valid, config)
+        patch = torch.arange(tokens, device=hidden.device) >= lead
+        dropped = D.choose_dropped(D.outlier_scores(hidden, valid & patch), valid | ~patch, config)
         masked = self.keep_positions or config.rule == "threshold"
         kept = None if masked else D.kept_positions(dropped, config.count)
         state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
@@ -352,7 +352,8 @@ def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
     runtime, tower = prepare_tower(model), find_tower(model)
     if config.block is not None and config.block >= len(tower.blocks):
         raise ValueError(f"deletion.block={config.block}, but the encoder has blocks 0 to {len(tower.blocks) - 1}.")
-    if config.active and config.fill == "none" and (tower.family.always_mask or tower.is_backbone):
+    needs_grid = tower.family.always_mask or tower.is_backbone or type(model).__name__.endswith("MaskedImageModeling")
+    if config.active and config.fill == "none" and needs_grid:
         raise ValueError(
             f"{type(tower.module).__name__} needs the whole patch grid after the last block; use "
             "deletion.fill='neighbour_mean'."
