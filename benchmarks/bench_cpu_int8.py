@@ -129,7 +129,7 @@ def build_contenders(model: PreTrainedModel, calibration: list[Batch], tau: floa
     tower = find_tower(model)
     depth = len(tower.blocks)
     upper = tuple(range(depth // 2, depth))
-    plain = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "off"})
+    plain = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})
     prefixed = plain.replace(
         registers={"mode": "fixed", "blocks": upper, "num_copies": tau},
         deletion={"block": upper[0], "count": DELETED_TOKENS},
