@@ -1,4 +1,4 @@
-"""The training script of the embedded encoder, for a few steps."""
+"""The scripts that users run by hand: training of the embedded encoder, benchmark."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def test_training_script_trains_saves_and_resumes(tmp_path):
         processor.tokenizer.decode(processor.tokenizer("a red ring").input_ids, skip_special_tokens=True)
         == "a red ring"
     )
+
+
+@pytest.mark.slow
+def test_benchmark_runs_on_tiny_models(tmp_path):
+    script = SCRIPT.parent.parent / "benchmarks" / "bench_cpu_int8.py"
+    command = [sys.executable, str(script), "--tiny", "--output", str(tmp_path / "bench.json")]
+    assert "ratio to fp32" in subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+    assert (tmp_path / "bench.json").exists()
