@@ -58,7 +58,7 @@ def _parquet_splits(files: list[Path]) -> dict[str, list[str]]:
     """Split name -> files: ``train.parquet``, ``train-00000-of-00002.parquet`` and ``train/0000.parquet`` are ``train``."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
+        stem = re.sub(r"(-\d+-of-\d+|[-_]\d+)$", "", file.stem)
         stem = file.parent.name if stem.isdigit() else stem
         splits.setdefault(re.sub(r"\W", "_", stem), []).append(str(file))
     return splits
@@ -73,6 +73,26 @@ def choose_split(splits: dict[str, Dataset], split: str | None, name: str) -> Da
     chosen = split or ("train" if "train" in splits else next(iter(splits)))
     require(chosen in splits, f"{name} has no split {chosen!r}; it has {', '.join(splits)}.")
     return splits[chosen]
+
+
+def reference_and_report(splits: dict[str, Dataset], name: str) -> tuple[Dataset, Dataset]:
+    """(images for search and calibration, images for reports); they share none.
+
+    Reports use the validation or test split. Where there is none, a third of the only split is set aside. Which third
+    depends on nothing but the data set, so that a later report with other numbers or another seed cannot meet an image of
+    the search.
+
+    Raises:
+        ValueError: fewer than 8 images.
+    """
+    images = choose_split(splits, None, name)
+    for split in ("validation", "valid", "val", "test"):
+        if split in splits and splits[split] is not images:
+            return images, splits[split]
+    count = len(images)
+    require(count >= 8, f"{name} has {count} images; at least 8 are needed to keep search and report apart.")
+    images = images.shuffle(seed=0)
+    return images.select(range(count // 3, count)), images.select(range(count // 3))
 
 
 def load_images(
@@ -214,10 +234,7 @@ class ImageInputs(Sequence[Batch]):
         row = self.source[self.indices[index]]
         processor = getattr(self.processor, "image_processor", self.processor)
         inputs = processor(images=row[self._image].convert("RGB"), return_tensors="pt")
-        item = {k: v[0] for k, v in inputs.items()}
-        if self._label is not None:
-            item["labels"] = torch.tensor(row[self._label])
-        return item
+        return {k: v[0] for k, v in inputs.items()}
 
     def subset(self, positions: Sequence[int]) -> ImageInputs:
         """The given positions, in that order; the data is not read again."""
@@ -227,12 +244,13 @@ class ImageInputs(Sequence[Batch]):
         return part
 
     def labels(self) -> torch.Tensor | None:
-        """int64 [n], None if the data has no labels. Does not touch the images of a `datasets.Dataset`."""
+        """int64 [n]; None without labels, or if they are not class numbers. Images are not decoded."""
         if self._image is not None:
             if self._label is None:
                 return None
             column = self.source[self._label]
-            return torch.tensor([int(column[i]) for i in self.indices])
+            values = [column[i] for i in self.indices]
+            return torch.tensor(values) if all(isinstance(v, int) and v >= 0 for v in values) else None
         items = [self[i] for i in range(len(self))]
         values = [item.get("labels", item.get("label")) for item in items]
         return None if any(v is None for v in values) else torch.tensor([int(v) for v in values])

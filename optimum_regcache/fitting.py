@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class FitResult:
         search: the search.
         variants: registers and deletion of the best ``prefix only`` and ``delete only`` setups, for the report.
         calibration: the images set aside for the activation scales.
+        requested, settings, data: the arguments of the fit.
         seconds: duration of each stage.
     """
 
@@ -52,6 +54,9 @@ class FitResult:
     search: SearchResult
     variants: dict[str, tuple[RegisterCache | None, DeletionConfig]]
     calibration: ImageInputs
+    requested: RegCacheConfig
+    settings: SearchConfig
+    data: DataConfig
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def fit_registers(
         selecting,
         confirming,
         max_delete=min(search.max_delete, smallest_patch_count(bench, calibration[0]) // 4),
-        record=_open_record(model, work_dir, config, search, data, parts, sensitive),
+        record=_open_record(model, work_dir, config, search, data, parts, sensitive, text),
         num_blocks=depth,
         ceiling=float(selecting.scores(bench.float_model).mean()),
         progress=progress,
@@ -166,7 +171,9 @@ def fit_registers(
     best = {"prefix only": result.best_prefix, "delete only": result.best_delete}
     variants = {k: (engine.cache(t.setup), engine.deletion(t.setup)) for k, t in best.items() if t is not None}
     resolved = resolve_config(config, result.chosen, cache, deletion, search.kv_mode)
-    return FitResult(resolved, cache, scan, sensitive, mined, result, variants, parts.calibration, seconds)
+    return FitResult(
+        resolved, cache, scan, sensitive, mined, result, variants, parts.calibration, config, search, data, seconds
+    )
 
 
 def _text_features(model: Any, processor: Any, dataset: Any, template: str) -> torch.Tensor | None:
@@ -191,16 +198,24 @@ def _open_record(
     data: DataConfig,
     parts: ReferenceParts,
     sensitive: int,
+    text_features: torch.Tensor | None,
 ) -> SearchRecord:
-    """The record of finished trials in ``work_dir``, bound to model, data and settings."""
+    """The record of finished trials in ``work_dir``, bound to everything that can change a score."""
     if work_dir is None:
         return SearchRecord(None, "")
     Path(work_dir).mkdir(parents=True, exist_ok=True)
-    settings = json.dumps([config.to_dict(), Recipe(search=search, data=data).to_dict(), sensitive], sort_keys=True)
-    digest = hashlib.sha256(settings.encode())
+    plain = Recipe(search=search, data=replace(data, num_report=1)).to_dict()  # the report changes no score
+    versions = [version(p) for p in ("optimum-regcache", "torch", "transformers")]
+    device = str(next(model.parameters()).device)
+    settings = [config.to_dict(), plain["search"], plain["data"], sensitive, versions, device]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
-    for name, tensor in find_tower(model).module.state_dict().items():
+    tensors = dict(model.state_dict())
+    labels = parts.selection.labels() if search.objective == "accuracy" else None
+    extra = {"text features": text_features, "labels": labels}
+    tensors |= {name: value for name, value in extra.items() if value is not None}
+    for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
     return SearchRecord(Path(work_dir) / "search.json", digest.hexdigest()[:32])
 

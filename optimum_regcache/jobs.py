@@ -26,6 +26,7 @@ from optimum_regcache.loading import load_model
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import RegCacheQuantizer, build_quantized
 from optimum_regcache.recipe import Recipe
+from optimum_regcache.registers import get_register_cache
 from optimum_regcache.report import (
     Reporter,
     Row,
@@ -72,13 +73,12 @@ def quantize_job(
         config = fit.config
         model = build_quantized(source.model, config, fit.cache, calibration)
     else:
-        model = quantizer.quantize(
-            None, None, config, source.search_images, data.batch_size, search=recipe.search, progress=progress
-        )
+        cache = quantizer.fixed_cache(config, inputs, data.batch_size) if config.registers.mode == "fixed" else None
+        model = build_quantized(source.model, config, cache, calibration)
     given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
     recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
-    quantizer.save(model, path, recipe=recipe, results={})
-    rows, notes = _report(source, recipe, fit, model, path, calibration)
+    quantizer.save(model, path, recipe=recipe)
+    rows, notes = _report(source, recipe, fit, path, calibration)
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
@@ -103,7 +103,6 @@ def _report(
     source: Source,
     recipe: Recipe,
     fit: FitResult | None,
-    model: PreTrainedModel,
     path: Path,
     calibration: list[Batch],
 ) -> tuple[list[Row], list[str]]:
@@ -115,42 +114,34 @@ def _report(
     rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
     notes = [source.note] if source.note else []
     if fit is not None:
-        for kind in ("prefix only", "delete only"):
-            if kind in fit.variants:
-                best = fit.search.best_prefix if kind == "prefix only" else fit.search.best_delete
-                rows.append(reporter.row(kind, *fit.variants[kind], best.setup.describe() if best else ""))
-        chosen, cache = fit.search.chosen, fit.cache
-        opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
-        opened = opened.to(source.model.device)
-        deletion = recipe.quantization.deletion
-        rows.append(reporter.model_row("RegCache", opened, cache, deletion, chosen.describe()))
+        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
+        for kind, (cache, deletion) in fit.variants.items():
+            trial = best[kind]
+            rows.append(reporter.row(kind, cache, deletion, trial.setup.describe() if trial else ""))
         top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
         notes += [
             f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
-            f"chosen: {chosen.describe()}; {fit.search.reason}",
+            f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}",
             "prefix only / delete only: the best of their kind in the search, whether installed or not",
-            "the RegCache row is the saved checkpoint, opened again from disk",
         ]
-        _pictures(source, recipe, fit, reporter, report, path, notes)
-    elif recipe.quantization.registers.mode == "fixed":
-        rows.append(reporter.model_row("RegCache", model, None, DeletionConfig(), "registers of the recipe"))
+    opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
+    opened = opened.to(source.model.device)
+    config = recipe.quantization
+    name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
+    installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
+    rows.append(reporter.model_row(name, opened, get_register_cache(opened), config.deletion, installed))
+    notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
+    if fit is not None:
+        _pictures(source, recipe, fit, reporter, path, notes)
     notes.append("norms: patch tokens, float model with the same registers and deletion")
     return rows, notes
 
 
-def _pictures(
-    source: Source,
-    recipe: Recipe,
-    fit: FitResult,
-    reporter: Reporter,
-    report: ImageInputs,
-    path: Path,
-    notes: list[str],
-) -> None:
+def _pictures(source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
     try:
         norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
         per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
-        plot_analysis(path / "analysis.png", per_block, norms, source.name, fit.search and recipe.search.objective)
+        plot_analysis(path / "analysis.png", per_block, norms, source.name, reporter.cosine.name)
         _draw_outliers(source, fit.sensitive_block, recipe.search.score_site, path / "outliers.png")
     except ImportError as error:
         notes.append(f"no pictures: {error}")
@@ -198,6 +189,7 @@ def analyze_job(
     inputs = ImageInputs(source.search_images, source.processor)
     parts = split_inputs(inputs, recipe.data, recipe.search.seed)
     calibration = list(parts.calibration.batches(recipe.data.batch_size))
+    parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
     images = list(parts.selection.batches(recipe.data.batch_size))
     bench = Workbench(source.model, recipe.quantization, calibration)
     labels, text = accuracy_data(source, parts.selection, source.search_images)
@@ -281,7 +273,7 @@ def evaluate_job(
         results["accuracy"] = float(accuracy.scores(model).mean())
         if original is not None:
             results["float_accuracy"] = float(accuracy.scores(source.model).mean())
-            results["recovery"] = results["accuracy"] / results["float_accuracy"]
+            results["recovery"] = results["accuracy"] / max(results["float_accuracy"], 1e-12)
         for name in metrics:
             results |= evaluate.load(name).compute(predictions=accuracy.predictions(model), references=labels) or {}
     elif metrics:

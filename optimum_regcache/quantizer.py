@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.calibration import calibrate
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.data import Batch, ImageInputs, load_images
+from optimum_regcache.data import Batch, ImageInputs, choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import Collator, FitResult, fit_registers
@@ -36,7 +37,8 @@ class RegCacheQuantizer(OptimumQuantizer):
     """Quantizes a vision encoder with registers and token deletion (RegCache, arXiv 2510.04547).
 
     Args:
-        model: a supported encoder, or a model that contains one; it is never changed.
+        model: a supported encoder, or a model that contains one; only its copies are quantized (it is put into
+            evaluation mode).
         processor: its processor, for data sets of images and for zero-shot accuracy.
 
     Raises:
@@ -104,21 +106,23 @@ class RegCacheQuantizer(OptimumQuantizer):
             dataset_name: Hub id or path.
             num_samples: images to keep.
             dataset_config_name: Hub configuration.
-            dataset_split: default ``train`` if there is one.
+            dataset_split: default: the training split, without the third that reports use if it is the only one.
             preprocess_function: mapped over the data set; must produce ``pixel_values``. Without it the model's processor is
                 applied when the images are used.
             preprocess_batch: map in batches.
             seed: of the subset.
             token: Hub token.
+
+        Raises:
+            FileNotFoundError: a path that does not exist.
+            ValueError: no image column, no such split, or too few images.
         """
-        data = load_images(
-            dataset_name,
-            config_name=dataset_config_name,
-            split=dataset_split,
-            num_samples=num_samples,
-            seed=seed,
-            token=token,
-        )
+        splits = load_splits(dataset_name, config_name=dataset_config_name, token=token)
+        if dataset_split is None:
+            images, _ = reference_and_report(splits, dataset_name)
+        else:
+            images = choose_split(splits, dataset_split, dataset_name)
+        data = subsample(images, num_samples, seed)
         return data if preprocess_function is None else data.map(preprocess_function, batched=preprocess_batch)
 
     def fit(
@@ -207,7 +211,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         if calibration_dataset is not None:
             calibration = ImageInputs(calibration_dataset, self.processor, data_collator)
         if config.registers.mode == "search":
-            if not self._fitted_for(config):
+            if not self._fitted_for(config, search):
                 if calibration is None:
                     raise ValueError(
                         "registers.mode='search' needs images: pass calibration_dataset, call fit() first, or set "
@@ -219,7 +223,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             config = self.fit_result.config  # type: ignore[union-attr]
         if calibration is None and self.fit_result is not None:
             calibration = self.fit_result.calibration
-        cache = self._fixed_cache(config, calibration, batch_size) if config.registers.mode == "fixed" else None
+        cache = self.fixed_cache(config, calibration, batch_size) if config.registers.mode == "fixed" else None
         batches: list[Batch] = []
         if config.activations.mode == "static":
             if calibration is None:
@@ -227,7 +231,9 @@ class RegCacheQuantizer(OptimumQuantizer):
                     "Static activations need calibration images: pass calibration_dataset, or use the preset "
                     "'w8a8-dynamic'."
                 )
-            batches = list(calibration[:MAX_CALIBRATION_IMAGES].batches(batch_size))
+            order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0)).tolist()
+            chosen = sorted(order[:MAX_CALIBRATION_IMAGES])  # a data set may be sorted by class
+            batches = list(calibration.subset(chosen).batches(batch_size))
         model = build_quantized(self.model, config, cache, batches)
         if save_dir is not None:
             self.save(model, save_dir, file_prefix=file_prefix)
@@ -248,21 +254,23 @@ class RegCacheQuantizer(OptimumQuantizer):
         if self.processor is not None:
             self.processor.save_pretrained(path)
         config: Any = model.config.quantization_config
-        (recipe or Recipe()).with_quantization(config).save(path / "recipe.yaml")
-        if results is None and self.fit_result is not None:
-            results = {"fit": self.fit_result.to_dict()}
+        fit = self.fit_result
+        if recipe is None:
+            recipe = Recipe(search=fit.settings, data=fit.data) if fit is not None else Recipe()
+        recipe.with_quantization(config).save(path / "recipe.yaml")
+        if results is None and fit is not None and fit.config == config:
+            results = {"fit": fit.to_dict()}
         if results is not None:
             write_json(path / "results.json", results)
 
     # internals
 
-    def _fitted_for(self, config: RegCacheConfig) -> bool:
-        if self.fit_result is None:
-            return False
-        done = self.fit_result.config
-        return (done.weights, done.activations, done.modules) == (config.weights, config.activations, config.modules)
+    def _fitted_for(self, config: RegCacheConfig, search: SearchConfig | None) -> bool:
+        """Whether the last fit answers this request."""
+        fit = self.fit_result
+        return fit is not None and fit.requested == config and search in (None, fit.settings)
 
-    def _fixed_cache(self, config: RegCacheConfig, inputs: ImageInputs | None, batch_size: int) -> RegisterCache:
+    def fixed_cache(self, config: RegCacheConfig, inputs: ImageInputs | None, batch_size: int) -> RegisterCache:
         """The registers of the fit if they are those of ``config``, else mined for the given blocks."""
         r, fit = config.registers, self.fit_result
         if fit is not None and fit.cache is not None and fit.config.registers == r:

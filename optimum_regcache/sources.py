@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_regcache import reference
-from optimum_regcache.data import ImageInputs, choose_split, class_names, load_splits, subsample
+from optimum_regcache.data import ImageInputs, class_names, load_splits, reference_and_report, subsample
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, has_classifier, zero_shot_features
 from optimum_regcache.loading import load_model, load_processor
 from optimum_regcache.recipe import Recipe
@@ -80,27 +80,10 @@ def open_source(
 
 
 def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
-    """Reference images from the training split; report images from the validation or test split.
-
-    Where there is one split only, a third of it is set aside for reports. Which third depends on nothing but the data set,
-    so that a later `evaluate` with other numbers or another seed cannot meet an image of the search.
-
-    Raises:
-        ValueError: fewer than 8 images.
-    """
-    splits = load_splits(dataset)
-    images = choose_split(splits, None, dataset)
-    for split in ("validation", "valid", "val", "test"):
-        if split in splits and splits[split] is not images:
-            return subsample(images, num_samples, seed), subsample(splits[split], num_report, seed)
-    count = len(images)
-    if count < 8:
-        raise ValueError(f"{dataset} has {count} images; at least 8 are needed to keep search and report apart.")
-    images = images.shuffle(seed=0)
-    aside = count // 3
-    if num_samples > count - aside:
-        logger.warning(f"{dataset} has {count} images: {count - aside} for the search, {aside} for reports.")
-    search, report = images.select(range(aside, count)), images.select(range(aside))
+    """Seeded subsets of the two sides of `reference_and_report`."""
+    search, report = reference_and_report(load_splits(dataset), dataset)
+    if num_samples > len(search):
+        logger.warning(f"{dataset} has {len(search)} images for the search and {len(report)} for reports.")
     return subsample(search, num_samples, seed), subsample(report, num_report, seed)
 
 
@@ -126,4 +109,8 @@ def saved_recipe(name: str) -> Recipe:
             path = Path(hf_hub_download(name, "recipe.yaml"))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
             return Recipe()
-    return Recipe.load(path) if path.exists() else Recipe()
+    try:
+        return Recipe.load(path) if path.exists() else Recipe()
+    except (ValueError, TypeError) as error:
+        logger.warning(f"recipe.yaml of {name} is not one of ours and is left aside: {error}")
+        return Recipe()

@@ -35,7 +35,7 @@ def resolve_recipe(args: Namespace) -> Any:
     """Recipe of the file or preset with the command line on top."""
     from dataclasses import replace
 
-    from optimum_regcache.config import RegCacheConfig
+    from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.recipe import Recipe
 
     recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
@@ -53,7 +53,9 @@ def resolve_recipe(args: Namespace) -> Any:
     }
     assignments = [f"{field}={value}" for field, value in flags.items() if value is not None]
     if getattr(args, "no_registers", False):
-        assignments.append("quantization.registers.mode=none")
+        recipe = recipe.with_quantization(
+            recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
+        )
     recipe = recipe.override([*assignments, *args.assignments])
     return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
 
@@ -68,6 +70,11 @@ class _Command(BaseOptimumCLICommand):
 
     def run(self) -> None:
         try:
+            if self.args.device == "cuda":
+                import torch
+
+                if not torch.cuda.is_available():
+                    raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
             print(self.job())
         except (ValueError, FileNotFoundError, ImportError, TypeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -119,7 +126,7 @@ class EvaluateCommand(_Command):
         parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
         parser.add_argument("--output", required=True, help="JSON file of the results")
         parser.add_argument(
-            "--metric", action="append", default=[], help="further metric of the evaluate library, for example f1"
+            "--metric", action="append", default=[], help="further metric of the evaluate library, for example accuracy"
         )
 
     def job(self) -> str:

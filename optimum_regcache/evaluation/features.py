@@ -33,7 +33,7 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     has none, and the mean token where there is no CLS either.
     """
     inputs = move(batch, model)
-    if hasattr(model, "get_image_features"):
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         output = model.get_image_features(**inputs)
         return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
     tower = find_tower(model)

@@ -82,7 +82,8 @@ class SearchResult:
         chosen: what is to be installed; ``Setup()`` means nothing.
         best_prefix, best_delete, best_both: best of each kind on the selection images, None if never tried.
         baseline: mean selection score with nothing installed.
-        gain, noise: paired gain of the best setup on the confirmation images, and its standard error.
+        gain, noise: paired gain of the chosen setup (of the best candidate if nothing was chosen) on the confirmation
+            images, and its standard error.
         reason: why ``chosen`` was chosen, in words.
         trials: every configuration tried.
     """
@@ -259,14 +260,15 @@ class RegisterSearch:
         reason = "nothing to install: no configuration was tried"
         for trial in ranked:
             difference = self._confirm(trial.setup) - nothing
-            gain = float(difference.mean())
-            noise = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
-            needed = max(c.min_gain, c.noise_sigmas * noise)
-            measured = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {needed:.4f}"
-            if gain >= needed:
-                chosen, reason = trial.setup, measured
+            mean = float(difference.mean())
+            error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
+            needed = max(c.min_gain, c.noise_sigmas * error)
+            measured = f"gain {mean:+.4f} +- {error:.4f} on held-out search images, needed {needed:.4f}"
+            if mean >= needed:
+                chosen, gain, noise, reason = trial.setup, mean, error, measured
                 break
             if trial is ranked[0]:
+                gain, noise = mean, error
                 why = f"nothing to repair (naive loses {loss:.4f})" if loss < c.min_gain else "nothing helped enough"
                 reason = f"{why}; best candidate: {measured}"
         return SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
@@ -281,9 +283,5 @@ class RegisterSearch:
 
 
 def _best(trials: list[Trial]) -> Trial | None:
-    """Largest mean; the earliest of equals."""
-    best: Trial | None = None
-    for trial in trials:
-        if best is None or trial.mean > best.mean:
-            best = trial
-    return best
+    """Largest mean; the earliest of equals. A score that is not a number never wins."""
+    return max((t for t in trials if not math.isnan(t.mean)), key=lambda t: t.mean, default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ def scan_sensitivity(
         groups.setdefault(key, []).append(site.name)
         blocks[key] = int(site.block)  # type: ignore[arg-type]
     reference = float(objective.scores(float_model).mean())
+    if not math.isfinite(reference):
+        raise ValueError(
+            "The float model's own features are not finite. Load it with dtype=torch.float32, and check its input images."
+        )
     drops: dict[str, float] = {}
     recorded, states = -1, []
     for key, names in tqdm(groups.items(), desc="sensitivity", disable=not progress):
@@ -123,6 +128,7 @@ def scan_sensitivity(
             recorded = blocks[key]
             states = record_block_inputs(float_model, objective.batches, recorded)
         with quantized_inputs(float_model, names, qparams, config), replaying(float_model, recorded, states):
-            drops[key] = reference - float(objective.scores(float_model).mean())
+            score = float(objective.scores(float_model).mean())
+            drops[key] = reference - score if math.isfinite(score) else math.inf
     most = max(drops, key=lambda name: drops[name])
     return SensitivityReport(drops, blocks, blocks[most], objective.name)
