@@ -52,7 +52,7 @@ def test_pictures_go_through_the_processor(pictures: Dataset, processor: CLIPIma
     expected = processor(images=pictures[3]["image"], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(inputs[3]["pixel_values"], expected)
     assert inputs[3]["pixel_values"].shape == (3, SIDE, SIDE)
-    assert int(inputs[3]["labels"]) == pictures[3]["label"]
+    assert int(inputs[3:4].labels()[0]) == pictures[3]["label"]
     assert torch.equal(inputs[-1]["pixel_values"], inputs[5]["pixel_values"])
 
 
@@ -293,3 +293,13 @@ def test_too_few_reference_images(count: int) -> None:
     )
     with pytest.raises(ValueError, match=expected):
         split_reference(count, 0.25, 0.33, 0)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], [None, 1, 2], [[1], [2], [3]], [-1, -1, -1]])
+def test_labels_that_are_no_class_numbers_are_left_aside(labels: list[Any], processor: CLIPImageProcessorPil) -> None:
+    """They must not stop a search that needs no labels."""
+    picture = Image.new("RGB", (32, 32))
+    rows = Dataset.from_dict({"image": [picture] * 3, "label": labels}).cast_column("image", ImageFeature())
+    inputs = ImageInputs(rows, processor)
+    assert inputs.labels() is None
+    assert len(list(inputs.batches(2))) == 2

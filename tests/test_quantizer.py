@@ -16,11 +16,13 @@ from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import DeletionConfig, RegistersConfig
 from optimum_regcache.data import ImageInputs
 from optimum_regcache.fitting import resolve_config, split_inputs
+from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.recipe import DataConfig
 from optimum_regcache.reference import planted
 from optimum_regcache.registers import get_register_cache
 from optimum_regcache.search import Setup
+from optimum_regcache.sources import split_images
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
 OFF = RegCacheConfig(registers={"mode": "none"})
@@ -205,6 +207,7 @@ def test_calibration_dataset_takes_the_arguments_of_optimum(tmp_path):
     processed = quantizer.get_calibration_dataset(
         str(tmp_path),
         num_samples=5,
+        dataset_split="train",
         seed=1,
         preprocess_function=lambda batch: dict(planted.build_processor()(images=batch["image"])),
     )
@@ -241,3 +244,49 @@ def test_resolved_config_of_nothing_is_off():
     config = resolve_config(RegCacheConfig(), Setup(), None, DeletionConfig(), "in_context")
     assert config.registers == RegistersConfig(mode="none")
     assert not config.deletion.active
+
+
+def test_default_calibration_images_never_meet_report_images(tmp_path):
+    """A single split is divided once for all: `evaluate` may report on it later with any number and seed."""
+    images = [planted.render("train", i)[0] for i in range(24)]
+    Dataset.from_dict({"image": images}).cast_column("image", Image()).to_parquet(tmp_path / "data.parquet")
+    quantizer = RegCacheQuantizer(planted.build_planted_model(), planted.build_processor())
+    name = str(tmp_path / "data.parquet")
+    calibration = {row["image"].tobytes() for row in quantizer.get_calibration_dataset(name, num_samples=24, seed=3)}
+    assert len(calibration) == 16
+    for seed in range(4):
+        _, report = split_images(name, 4, 8, seed)
+        assert not calibration & {row["image"].tobytes() for row in report}
+
+
+def test_a_vision_tower_inside_a_language_model_can_be_quantized():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
+    quantized = RegCacheQuantizer(model).quantize(quantization_config=OFF, calibration_dataset=items("clip"))
+    names = [name for name, _ in quant_linears(quantized)]
+    assert len(names) == 24
+    assert all("vision_tower" in name for name in names)
+
+
+def test_the_saved_recipe_holds_the_settings_of_the_fit(tmp_path):
+    quantizer = RegCacheQuantizer(TOWERS["clip"].build())
+    quantizer.quantize(tmp_path, calibration_dataset=items("clip"), search=QUICK, progress=False)
+    assert Recipe.load(tmp_path / "recipe.yaml").search == QUICK
+
+
+def test_another_request_is_not_answered_by_the_old_fit():
+    quantizer = RegCacheQuantizer(TOWERS["clip"].build())
+    data = {"calibration_dataset": items("clip"), "progress": False}
+    quantizer.quantize(search=QUICK, quantization_config=RegCacheConfig(), **data)
+    first = quantizer.fit_result
+    quantizer.quantize(search=QUICK, quantization_config=RegCacheConfig(deletion={"fill": "none"}), **data)
+    assert quantizer.fit_result is not first
+    assert quantizer.fit_result.config.deletion.fill == "none"

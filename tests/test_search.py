@@ -13,10 +13,10 @@ from optimum_regcache.config import DeletionConfig
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.recipe import DataConfig, SearchConfig
 from optimum_regcache.reference import planted
-from optimum_regcache.search import RegisterSearch, Setup, Workbench, mine_tokens
+from optimum_regcache.search import RegisterSearch, Setup, Trial, Workbench, mine_tokens, scan_sensitivity
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.replay import record_block_inputs, replaying
-from optimum_regcache.search.search import SearchRecord
+from optimum_regcache.search.search import SearchRecord, _best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)
 DATA = DataConfig(num_samples=24, batch_size=12)
@@ -219,3 +219,18 @@ def _planted_batch():
     from optimum_regcache.data import ImageInputs
 
     return next(ImageInputs(planted.load_dataset("calibration", 12), planted.build_processor()).batches(12))
+
+
+def test_a_score_that_is_no_number_never_wins():
+    bad = Trial(Setup(count=1), torch.tensor([float("nan")]))
+    good = Trial(Setup(count=2), torch.tensor([0.1]))
+    assert _best([bad, good]) is good
+    assert _best([bad]) is None
+
+
+def test_a_float_model_that_overflows_is_said_so():
+    bench = Workbench(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
+    objective = CosineObjective(bench.float_model, batches())
+    objective.reference = objective.reference * float("nan")
+    with pytest.raises(ValueError, match=r"features are not finite. Load it with dtype=torch.float32"):
+        scan_sensitivity(bench.float_model, bench.config, [], objective, progress=False)
