@@ -146,6 +146,11 @@ def test_no_registers_gives_plain_quantization(tmp_path, capsys, monkeypatch):
     [
         (("quantize", "--output", "x", "--recipe", "no-such.yaml"), "No recipe 'no-such.yaml'"),
         (("quantize", "--output", "x", "--set", "search.depth=3"), "Unknown recipe field 'search.depth'"),
+        pytest.param(
+            ("quantize", "--output", "x", "--device", "cuda"),
+            "--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
         (("quantize", "--output", "x", "--dataset", "./no-such-folder"), "No such data set file or directory"),
     ],
 )
