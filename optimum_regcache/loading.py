@@ -17,6 +17,12 @@ from optimum_regcache.architectures import find_tower
 logger = logging.get_logger(__name__)
 
 
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where files are, the same for model, config and processor."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
 def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """Load with the class that the checkpoint was saved from, in evaluation mode.
 
@@ -30,7 +36,7 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     """
     if str(name) in reference.names():
         return reference.load(str(name), dtype=dtype).model
-    config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
+    config = AutoConfig.from_pretrained(name, **_where(kwargs))
     classes = [getattr(transformers, a, None) for a in getattr(config, "architectures", None) or []]
     loader = next((c for c in classes if c is not None), AutoModel)
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
@@ -38,15 +44,20 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     return model
 
 
-def load_processor(name: str | Path) -> Any:
-    """The full processor (with tokenizer) if there is one, else the image processor, else None."""
+def load_processor(name: str | Path, **kwargs: Any) -> Any:
+    """The full processor (with tokenizer) if there is one, else the image processor, else None.
+
+    Args:
+        name: directory, Hub id, or a name in `reference.names()`.
+        kwargs: as for `load_model`; only those that say where to look are used.
+    """
     if str(name) in reference.names():
         return reference.load(str(name)).processor
     for auto in (AutoProcessor, AutoImageProcessor):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                processor = auto.from_pretrained(name)
+                processor = auto.from_pretrained(name, **_where(kwargs))
         except (OSError, ValueError, KeyError):
             continue
         except ImportError as error:  # a tokenizer library; the image processor does not need it

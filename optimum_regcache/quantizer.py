@@ -81,7 +81,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             model = model_or_path
         else:
             model = load_model(model_or_path, **kwargs)
-            processor = load_processor(model_or_path) if processor is None else processor
+            processor = load_processor(model_or_path, **kwargs) if processor is None else processor
         require(
             not getattr(model, "is_quantized", False),
             f"{model_or_path if isinstance(model_or_path, (str, Path)) else type(model).__name__} is already quantized; "
