@@ -191,9 +191,11 @@ def plot_analysis(
     top.set_ylabel(f"drop of {objective}")
     top.set_title(f"{title}\nlargest drop when one layer of the block is quantized", fontsize=10)
     for axis, site, label in ((middle, "block_input", "block input"), (bottom, "fc2_input", "fc2 input")):
-        for name, values in norms.items():
+        for number, (name, values) in enumerate(norms.items()):
             peak = getattr(values, f"max_{site}")
-            axis.plot(range(len(peak)), peak, marker="o", label=f"{name}: max")
+            size = 9 - 4 * number  # equal curves stay visible: the first has larger, open markers
+            fill = "none" if number == 0 else "full"
+            axis.plot(range(len(peak)), peak, marker="o", markersize=size, fillstyle=fill, label=f"{name}: max")
         median = getattr(next(iter(norms.values())), f"median_{site}")
         axis.plot(range(len(median)), median, linestyle="--", color="grey", label="median")
         axis.set_yscale("log")
