@@ -9,7 +9,6 @@ and thread count; elsewhere the result is statistically the same.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -48,20 +47,20 @@ def build_tokenizer() -> CLIPTokenizer:
         "of",
         "picture",
     ]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    # merges by hand, left to right through each word: a BPE trainer breaks ties at random, and one seed must give one result
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, show_progress=False, end_of_word_suffix="</w>"
-    )
-    bpe.train_from_iterator(sorted(words) * 50, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    vocab = dict(learned["vocab"])
-    for symbol in [f"{c}</w>" for c in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
-        vocab.setdefault(symbol, len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in learned["merges"]], model_max_length=MAX_TEXT_TOKENS)
+    merges: list[tuple[str, str]] = []
+    for word in sorted(set(words)):
+        head, *rest = [*word[:-1], f"{word[-1]}</w>"]
+        for symbol in rest:
+            merges.append((head, symbol))
+            head += symbol
+    merges = list(dict.fromkeys(merges))
+    symbols = [*alphabet, *(f"{c}</w>" for c in alphabet), *("".join(m) for m in merges)]
+    vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
+    for symbol in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[symbol] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
 
 
 def build_model(tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
