@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-SYMMETRIC_ZERO = 0
-
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest code: ``[-2^(b-1), 2^(b-1) - 1]`` if symmetric, else ``[0, 2^b - 1]``."""

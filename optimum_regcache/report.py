@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -132,16 +133,9 @@ def render_table(rows: list[Row], title: str, notes: list[str], width: int | Non
             f"{r.max_fc2_norm:.2f}",
             r.installed,
         )
-    console = Console(width=width or 120, record=True, file=open_null())
+    console = Console(width=width or 120, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
-
-
-def open_null() -> Any:
-    """A text sink."""
-    import io
-
-    return io.StringIO()
 
 
 def markdown_table(rows: list[Row]) -> str:

@@ -68,6 +68,13 @@ class _Command(BaseOptimumCLICommand):
     def job(self) -> str:
         raise NotImplementedError
 
+    def open(self) -> tuple[Any, Any]:
+        """Model with its images, and the resolved recipe."""
+        from optimum_regcache.sources import open_source
+
+        recipe = resolve_recipe(self.args)
+        return open_source(None, None, recipe, template=self.args.template, device=self.args.device), recipe
+
     def run(self) -> None:
         try:
             if self.args.device == "cuda":
@@ -92,10 +99,8 @@ class QuantizeCommand(_Command):
 
     def job(self) -> str:
         from optimum_regcache.jobs import quantize_job
-        from optimum_regcache.sources import open_source
 
-        recipe = resolve_recipe(self.args)
-        source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
+        source, recipe = self.open()
         results, table = quantize_job(source, recipe, self.args.output)
         return f"{table}\nsaved to {self.args.output} in {results['seconds']:.0f} s"
 
@@ -110,10 +115,8 @@ class AnalyzeCommand(_Command):
 
     def job(self) -> str:
         from optimum_regcache.jobs import analyze_job
-        from optimum_regcache.sources import open_source
 
-        recipe = resolve_recipe(self.args)
-        source = open_source(None, None, recipe, template=self.args.template, device=self.args.device)
+        source, recipe = self.open()
         return analyze_job(source, recipe, self.args.output)[1]
 
 

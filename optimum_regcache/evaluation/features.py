@@ -12,11 +12,6 @@ from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch
 
 
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter."""
-    return next(model.parameters()).device
-
-
 def move(batch: Batch, model: nn.Module) -> Batch:
     """Batch on the model's device; floating tensors in the model's dtype."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())
