@@ -7,7 +7,7 @@ OUT ?= regcache-out
 
 .PHONY: demo test slow lint types bench clean
 demo: $(VENV)/ready
-	$(BIN)/optimum-cli regcache quantize --output $(OUT)
+	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q

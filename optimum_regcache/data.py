@@ -161,6 +161,11 @@ def class_names(dataset: Dataset) -> list[str] | None:
     return list(names) if names else None
 
 
+def object_boxes(dataset: Any) -> list[list[float]] | None:
+    """Column ``box`` (left, top, right, bottom of the object as fractions of the image) of our scenes; None elsewhere."""
+    return list(dataset["box"]) if "box" in getattr(dataset, "column_names", ()) else None
+
+
 class ImageInputs(Sequence[Batch]):
     """Model inputs of a data set, one image each, computed when asked for.
 

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from optimum_regcache import reference
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.data import Batch, ImageInputs
+from optimum_regcache.data import Batch, ImageInputs, object_boxes
 from optimum_regcache.evaluation.features import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, has_classifier, make_objective
+from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, measure_outliers
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import FitResult, split_inputs
 from optimum_regcache.loading import load_model
@@ -28,6 +29,7 @@ from optimum_regcache.quantizer import RegCacheQuantizer, build_quantized
 from optimum_regcache.recipe import Recipe
 from optimum_regcache.registers import get_register_cache
 from optimum_regcache.report import (
+    NOTHING,
     Reporter,
     Row,
     draw_outliers,
@@ -40,8 +42,6 @@ from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.sensitivity import scan_sensitivity
 from optimum_regcache.search.workbench import Workbench
 from optimum_regcache.sources import EMBEDDED_IMAGES, Source, accuracy_data, open_source, saved_recipe
-
-NOTHING = "nothing"
 
 
 def quantize_job(
@@ -111,7 +111,7 @@ def _report(
     bench = Workbench(source.model, recipe.quantization, calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
     reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
-    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
+    rows = _plain_rows(reporter)
     notes = [source.note] if source.note else []
     if fit is not None:
         best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
@@ -122,6 +122,7 @@ def _report(
         notes += [
             f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
             f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}",
+            "per token: dynamic scales, one per token; for comparison only, never what is saved",
             "prefix only / delete only: the best of their kind in the search, whether installed or not",
         ]
     opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
@@ -137,32 +138,42 @@ def _report(
     return rows, notes
 
 
+def _plain_rows(reporter: Reporter) -> list[Row]:
+    """Float, and quantized with nothing installed."""
+    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
+    static = reporter.bench.config.activations.mode == "static"
+    return [*rows, reporter.dynamic_row("per token")] if static else rows
+
+
 def _pictures(source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
     try:
         norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
         per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
         plot_analysis(path / "analysis.png", per_block, norms, source.name, reporter.cosine.name)
-        _draw_outliers(source, fit.sensitive_block, recipe.search.score_site, path / "outliers.png")
+        peak = int((norms["naive"].max_block_input / norms["naive"].median_block_input).argmax())
+        _draw_outliers(source, peak, recipe.search.score_site, path / "outliers.png")
     except ImportError as error:
         notes.append(f"no pictures: {error}")
 
 
 def _draw_outliers(source: Source, block: int, score_site: str, path: Path, count: int = 12) -> None:
-    """The three largest tokens of the first report images."""
+    """The outlier tokens of the first report images, and the largest other tokens up to three an image."""
     tower = find_tower(source.model)
     images = ImageInputs(source.report_images.select(range(min(count, len(source.report_images)))), source.processor)
-    pictures, positions, grid = [], [], 0
+    pictures, outliers, others, grid = [], [], [], 0
     for index in range(len(images)):
         batch = next(images.subset([index]).batches(1))
         if batch["pixel_values"].ndim != 4:
             return  # SigLIP2: patches of varying grids
-        mined = mine_tokens(source.model, [batch], [block], top=3, per_image=3, score_site=score_site, progress=False)[
-            block
-        ]
+        every = mine_tokens(
+            source.model, [batch], [block], top=10**6, per_image=10**6, score_site=score_site, progress=False
+        )[block]
+        number = int((every.norms >= OUTLIER_RATIO * every.norms.median()).sum())
         pictures.append(_to_picture(batch["pixel_values"][0]))
-        positions.append(mined.position.tolist())
+        outliers.append(every.position[:number].tolist())
+        others.append(every.position[number:3].tolist())
         grid = batch["pixel_values"].shape[-1] // tower.config.patch_size
-    draw_outliers(path, pictures, positions, tower.num_prefix_tokens, grid)
+    draw_outliers(path, pictures, outliers, others, tower.num_prefix_tokens, grid)
 
 
 def _to_picture(pixels: torch.Tensor) -> Any:
@@ -183,7 +194,11 @@ def _pipeline_tag(model: PreTrainedModel) -> str:
 def analyze_job(
     source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
 ) -> tuple[dict[str, Any], str]:
-    """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``."""
+    """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``.
+
+    Sensitivity and mined tokens come from the reference images, outlier tokens and the loss by naive quantization from
+    the report images.
+    """
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
     inputs = ImageInputs(source.search_images, source.processor)
@@ -201,25 +216,42 @@ def analyze_job(
     site = recipe.search.score_site
     mined = mine_tokens(bench.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
     tokens = mined[scan.sensitive_block]
+    report = ImageInputs(source.report_images, source.processor)
+    unseen = list(report.batches(recipe.data.batch_size))
+    outliers = measure_outliers(bench.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
+    rows = _plain_rows(
+        Reporter(bench, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
+    )
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
         "note": source.note,
         "quantization": recipe.quantization.label,
         "images": len(parts.selection),
+        "report_images": len(report),
         "sensitivity": scan.to_dict(),
         "norms": norms.to_dict(),
         "outlier_cosine": tokens.outlier_cosine(),
         "normal_cosine": tokens.normal_cosine(),
+        "outliers": outliers.to_dict(),
+        "rows": [row.to_dict() for row in rows],
         "environment": environment(),
     }
     write_json(path / "analysis.json", results)
     plot_analysis(path / "analysis.png", scan.per_block(), {"float": norms}, source.name, objective.name)
-    _draw_outliers(source, scan.sensitive_block, site, path / "outliers.png")
+    _draw_outliers(
+        source, outliers.block if outliers.first_block else scan.sensitive_block, site, path / "outliers.png"
+    )
     lines = [f"{source.name}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
     lines += [f"  {name}: drop {drop:.4f}" for name, drop in scan.top()]
     for block, per in enumerate(zip(norms.max_block_input, norms.median_block_input, norms.max_fc2_input, strict=True)):
         lines.append(f"  block {block}: input max {per[0]:.2f}, median {per[1]:.2f}; fc2 input max {per[2]:.2f}")
+    lines += [f"on {len(report)} unseen images:", *(f"  {line}" for line in outliers.describe())]
+    for row in rows:
+        accuracy = "" if row.accuracy is None else f"top-1 {100 * row.accuracy:.2f} %, "
+        lines.append(f"  {row.name}: {accuracy}feature cosine {row.cosine:.4f}")
+    if source.note:
+        lines.append(source.note)
     return results, "\n".join([*lines, f"written: {path}/analysis.json, analysis.png, outliers.png"])
 
 

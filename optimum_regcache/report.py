@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.workbench import Workbench
+
+NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,15 @@ class Reporter:
         row = self._row(name, self.bench.quantized, installed)
         self.bench.reset()
         return row
+
+    def dynamic_row(self, name: str) -> Row:
+        """Nothing installed, activation scales computed for each token at run time: outlier tokens then spoil only
+        themselves, so this tells how much of the naive loss is theirs."""
+        config = self.bench.config
+        activations = replace(config.activations, mode="dynamic", granularity="per_token", observer="minmax")
+        bench = Workbench(self.bench.float_model, config.replace(activations=activations), [])
+        bench.install(None, DeletionConfig())
+        return self._row(name, bench.quantized, NOTHING)
 
     def model_row(
         self, name: str, model: nn.Module, cache: RegisterCache | None, deletion: DeletionConfig, installed: str
@@ -200,13 +211,15 @@ def plot_analysis(
     figure.savefig(path, dpi=130)
 
 
-def draw_outliers(path: str | Path, images: list[Any], positions: list[list[int]], lead: int, grid: int) -> None:
-    """Images with their outlier tokens framed.
+def draw_outliers(
+    path: str | Path, images: list[Any], outliers: list[list[int]], others: list[list[int]], lead: int, grid: int
+) -> None:
+    """Images with their outlier tokens framed (thick, magenta), and large tokens that are none (thin, grey).
 
     Args:
         path: PNG to write.
         images: PIL images as the model saw them (square).
-        positions: token positions per image (prefix tokens counted).
+        outliers, others: token positions per image (prefix tokens counted).
         lead: number of prefix tokens.
         grid: patches per side.
     """
@@ -215,14 +228,15 @@ def draw_outliers(path: str | Path, images: list[Any], positions: list[list[int]
     side, columns = 192, min(6, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8)), "white")
-    for number, (image, tokens) in enumerate(zip(images, positions, strict=True)):
+    cell = side / grid
+    for number, image in enumerate(images):
         picture = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(picture)
-        cell = side / grid
-        for token in tokens:
-            row, column = divmod(token - lead, grid)
-            box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
-            draw.rectangle(box, outline=(255, 0, 200), width=3)
+        for tokens, colour, width in ((others[number], (128, 128, 128), 1), (outliers[number], (255, 0, 200), 3)):
+            for token in tokens:
+                row, column = divmod(token - lead, grid)
+                box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
+                draw.rectangle(box, outline=colour, width=width)
         sheet.paste(picture, ((number % columns) * (side + 8) + 4, (number // columns) * (side + 8) + 4))
     sheet.save(path)
 

@@ -56,11 +56,13 @@ class Scene:
         image: RGB picture of ``size`` x ``size`` pixels.
         label: index into :data:`CLASS_NAMES`.
         caption: a sentence that always names colour and shape, sometimes size, place and background.
+        box: left, top, right, bottom of the shape, as fractions of the image; everything outside is background.
     """
 
     image: Image.Image
     label: int
     caption: str
+    box: tuple[float, float, float, float]
 
 
 def _generator(split: str, seed: int, index: int) -> np.random.Generator:
@@ -177,20 +179,22 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     cx, cy = rng.uniform(margin, big - margin, size=2)
     tone = np.clip(np.asarray(COLOURS[colour]) * rng.uniform(0.85, 1.1), 0, 255).astype(int)
     fill = Image.new("RGB", (big, big), (int(tone[0]), int(tone[1]), int(tone[2])))
-    canvas.paste(fill, mask=_shape_mask(shape, radius, rng.uniform(0, 2 * math.pi), cx, cy, big))
+    mask = _shape_mask(shape, radius, rng.uniform(0, 2 * math.pi), cx, cy, big)
+    canvas.paste(fill, mask=mask)
+    left, top, right, bottom = (float(v) / big for v in mask.getbbox())
     image = canvas.resize((size, size), Image.Resampling.BOX)
     vertical = "top" if cy < big / 2 else "bottom"
     place = f"{vertical} {'left' if cx < big / 2 else 'right'}"
     caption = _caption(rng, CLASS_NAMES[label], radius > 0.215 * big, place, texture, background)
-    return Scene(image, label, caption)
+    return Scene(image, label, caption, (left, top, right, bottom))
 
 
 def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
-    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption).
+    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption, box).
 
-    The class names are zero-shot prompts such as ``"a red circle"``.
+    The class names are zero-shot prompts such as ``"a red circle"``; ``box`` tells where the shape is (:class:`Scene`).
     """
-    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import ClassLabel, Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     if num_samples < 1:
@@ -201,12 +205,14 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
             "image": [s.image for s in scenes],
             "label": [s.label for s in scenes],
             "caption": [s.caption for s in scenes],
+            "box": [list(s.box) for s in scenes],
         },
         features=Features(
             {
                 "image": ImageFeature(),
                 "label": ClassLabel(names=[prompt(n) for n in CLASS_NAMES]),
                 "caption": Value("string"),
+                "box": List(Value("float32"), length=4),
             }
         ),
     )

@@ -25,7 +25,17 @@ from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
-OFFLINE = ("clip-scenes-w8a8", "dinov2-small-imgfocus-w8a8", "planted-outlier-w8a8")
+OFFLINE = (
+    "clip-scenes-induced-w4a4",
+    "clip-scenes-induced-w6a6",
+    "clip-scenes-induced-w8a8",
+    "clip-scenes-w8a8",
+    "dinov2-small-imgfocus-w8a8",
+    "planted-outlier-w8a8",
+    "siglip-scenes-induced-w4a4",
+    "siglip-scenes-induced-w6a6",
+    "siglip-scenes-induced-w8a8",
+)
 NAMES = (
     "clip-vit-base-patch16-w4a4",
     "clip-vit-base-patch16-w6a6",
@@ -75,9 +85,10 @@ def check(fit: FitResult, quantized: Any, recipe: Recipe, blocks: int) -> None:
     search = recipe.search
     starts = list(range(max(0, fit.sensitive_block - search.blocks_before), fit.sensitive_block + 1))
     assert sorted(fit.mined) == starts
-    deletions = 2 * search.max_delete  # alone, and with the best prefix
-    prefixes = len(starts) * len(search.scopes) * len(search.num_copies)
-    assert len(fit.search.trials) == 1 + prefixes + deletions
+    kinds = len(starts) * len(search.scopes)
+    deletions = (1 + kinds) * search.max_delete  # alone, and with the best prefix of each start
+    again = len(search.num_copies) - 1  # tau of the best pair
+    assert len(fit.search.trials) == 1 + kinds * len(search.num_copies) + deletions + again
     assert fit.config.label == recipe.quantization.label
     assert fit.config.registers.mode in ("fixed", "none")
     layers = [module for _, module in quant_linears(quantized)]
@@ -145,8 +156,13 @@ def test_the_siglip2_recipe_runs_on_the_variable_resolution_class_too() -> None:
     ("name", "encoder"),
     [
         ("clip-scenes-w8a8", "clip-scenes"),
+        ("clip-scenes-induced-w6a6", "clip-scenes-induced"),
+        ("siglip-scenes-induced-w4a4", "siglip-scenes-induced"),
         ("planted-outlier-w8a8", "planted-outlier"),
-        ("clip-vit-base-patch16-w8a8", "clip-scenes"),  # a CLIPModel with its tokenizer: the zero-shot objective
+        (
+            "clip-vit-base-patch16-w8a8",
+            "clip-scenes-induced",
+        ),  # a CLIPModel with its tokenizer: the zero-shot objective
     ],
 )
 def test_it_runs_on_a_reference_encoder(name: str, encoder: str) -> None:

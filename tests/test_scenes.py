@@ -159,7 +159,7 @@ def test_data_set_needs_a_scene(count: int) -> None:
 
 def test_data_set_holds_the_rendered_scenes(scenes: list[Scene]) -> None:
     dataset = load_dataset("train", 6)
-    assert dataset.column_names == ["image", "label", "caption"]
+    assert dataset.column_names == ["image", "label", "caption", "box"]
     assert isinstance(dataset.features["image"], Image)
     labels = dataset.features["label"]
     assert isinstance(labels, ClassLabel)

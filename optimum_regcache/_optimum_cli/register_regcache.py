@@ -11,11 +11,14 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 _PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
 
 
-def _add_common(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: the embedded clip-scenes)")
+def _add_common(parser: ArgumentParser, several: bool = False) -> None:
+    parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
     parser.add_argument("--dataset", help="Hub id, image folder or parquet (default: the embedded encoder's scenes)")
     parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
-    parser.add_argument("--preset", choices=_PRESETS, help="bit widths (default w8a8)")
+    more = "; several make one model each, in OUTPUT/PRESET" if several else ""
+    parser.add_argument(
+        "--preset", choices=_PRESETS, nargs="+" if several else None, help=f"bit widths (default w8a8){more}"
+    )
     parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
     parser.add_argument("--num-report", type=int, help="unseen images for the report")
     parser.add_argument("--batch-size", type=int, help="images per forward pass")
@@ -65,7 +68,8 @@ class _Command(BaseOptimumCLICommand):
 
     args: Any
 
-    def job(self) -> str:
+    def job(self) -> None:
+        """Do it and print the summary."""
         raise NotImplementedError
 
     def open(self) -> tuple[Any, Any]:
@@ -82,7 +86,7 @@ class _Command(BaseOptimumCLICommand):
 
                 if not torch.cuda.is_available():
                     raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
-            print(self.job())
+            self.job()
         except (ValueError, FileNotFoundError, ImportError, TypeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -93,16 +97,22 @@ class QuantizeCommand(_Command):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        _add_common(parser)
+        _add_common(parser, several=True)
         parser.add_argument("--output", required=True, help="directory of the quantized model")
         parser.add_argument("--no-registers", action="store_true", help="plain quantization, for comparison")
 
-    def job(self) -> str:
+    def job(self) -> None:
+        from pathlib import Path
+
         from optimum_regcache.jobs import quantize_job
 
-        source, recipe = self.open()
-        results, table = quantize_job(source, recipe, self.args.output)
-        return f"{table}\nsaved to {self.args.output} in {results['seconds']:.0f} s"
+        presets, output = self.args.preset or [None], Path(self.args.output)
+        for preset in dict.fromkeys(presets):
+            self.args.preset = preset
+            source, recipe = self.open()
+            path = output / preset if len(set(presets)) > 1 else output
+            results, table = quantize_job(source, recipe, path)
+            print(f"{table}\nsaved to {path} in {results['seconds']:.0f} s", flush=True)
 
 
 class AnalyzeCommand(_Command):
@@ -113,11 +123,11 @@ class AnalyzeCommand(_Command):
         _add_common(parser)
         parser.add_argument("--output", required=True, help="directory of the analysis")
 
-    def job(self) -> str:
+    def job(self) -> None:
         from optimum_regcache.jobs import analyze_job
 
         source, recipe = self.open()
-        return analyze_job(source, recipe, self.args.output)[1]
+        print(analyze_job(source, recipe, self.args.output)[1])
 
 
 class EvaluateCommand(_Command):
@@ -132,7 +142,7 @@ class EvaluateCommand(_Command):
             "--metric", action="append", default=[], help="further metric of the evaluate library, for example accuracy"
         )
 
-    def job(self) -> str:
+    def job(self) -> None:
         from optimum_regcache.jobs import evaluate_job
         from optimum_regcache.reference import DEFAULT
 
@@ -140,9 +150,10 @@ class EvaluateCommand(_Command):
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args)
         args = self.args
-        return evaluate_job(
+        _, text = evaluate_job(
             model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric
-        )[1]
+        )
+        print(text)
 
 
 class RegCacheCommand(BaseOptimumCLICommand):

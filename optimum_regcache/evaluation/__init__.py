@@ -3,14 +3,17 @@
 from optimum_regcache.evaluation.features import encode, image_features
 from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective, make_objective
+from optimum_regcache.evaluation.outliers import OutlierReport, measure_outliers
 
 __all__ = [
     "AccuracyObjective",
     "CosineObjective",
     "Objective",
+    "OutlierReport",
     "TokenNorms",
     "encode",
     "image_features",
     "make_objective",
+    "measure_outliers",
     "measure_token_norms",
 ]

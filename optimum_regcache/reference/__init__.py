@@ -1,6 +1,10 @@
 """Encoders that come with the package, so that everything runs without the Hub.
 
-``clip-scenes`` is a small CLIP that the project trained on its own procedural scenes (see its model card).
+The project trained them on its own procedural scenes (``scripts/train_reference.py``; see their model cards):
+
+- ``clip-scenes-induced``, the default, and ``siglip-scenes-induced``: outlier tokens were INDUCED by training.
+- ``clip-scenes``: the same CLIP before that, without outlier tokens: the control, where nothing is to be repaired.
+
 ``planted-outlier`` is a synthetic encoder with a planted outlier of known place: a test object, not a trained model.
 """
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-DEFAULT = "clip-scenes"
+DEFAULT = "clip-scenes-induced"
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,25 @@ class Reference:
     note: str
 
 
-def _clip_scenes(dtype: torch.dtype) -> Reference:
-    from transformers import CLIPModel, CLIPProcessor
+def _trained(name: str, note: str) -> Callable[[torch.dtype], Reference]:
+    """An encoder saved beside this file."""
 
-    from optimum_regcache import scenes
+    def build(dtype: torch.dtype) -> Reference:
+        from transformers import AutoModel, AutoProcessor
 
-    path = Path(__file__).parent / "clip-scenes"
-    return Reference(
-        name="clip-scenes",
-        model=CLIPModel.from_pretrained(path, dtype=dtype).eval(),
-        processor=CLIPProcessor.from_pretrained(path),
-        dataset=lambda split, count, seed: scenes.load_dataset(split, count, seed=seed),
-        template="{}",
-        note="clip-scenes: trained on procedural scenes, no outlier tokens induced or planted",
-    )
+        from optimum_regcache import scenes
+
+        path = Path(__file__).parent / name
+        return Reference(
+            name=name,
+            model=AutoModel.from_pretrained(path, dtype=dtype).eval(),
+            processor=AutoProcessor.from_pretrained(path),
+            dataset=lambda split, count, seed: scenes.load_dataset(split, count, seed=seed),
+            template="{}",
+            note=f"{name}: {note}",
+        )
+
+    return build
 
 
 def _planted(dtype: torch.dtype) -> Reference:
@@ -71,8 +80,12 @@ def _planted(dtype: torch.dtype) -> Reference:
     )
 
 
+_INDUCED = "trained on procedural scenes; its outlier tokens were INDUCED by training, they are not natural"
+
 _REFERENCES: dict[str, Callable[[torch.dtype], Reference]] = {
-    "clip-scenes": _clip_scenes,
+    "clip-scenes-induced": _trained("clip-scenes-induced", _INDUCED),
+    "siglip-scenes-induced": _trained("siglip-scenes-induced", _INDUCED),
+    "clip-scenes": _trained("clip-scenes", "trained on procedural scenes, no outlier tokens induced or planted"),
     "planted-outlier": _planted,
 }
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
 from optimum_regcache.evaluation.norms import PaddingMask
+from optimum_regcache.evaluation.outliers import cross_cosine
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.validation import require
 
@@ -52,11 +52,11 @@ class MinedTokens:
 
     def outlier_cosine(self) -> tuple[float, float] | None:
         """Mean and standard deviation of the cosine between mined tokens of different images; None if all are of one."""
-        return _cross_cosine(self.states, self.image)
+        return cross_cosine(self.states, self.image)
 
     def normal_cosine(self) -> tuple[float, float] | None:
         """The same for the normal tokens, one per image."""
-        return _cross_cosine(self.normal_states, torch.arange(len(self.normal_states)))
+        return cross_cosine(self.normal_states, torch.arange(len(self.normal_states)))
 
     def average(self, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
         """v4: K and V averaged over all mined tokens, after projection (A.6 a)."""
@@ -74,14 +74,6 @@ class MinedTokens:
             {b: self.values[b][index].unsqueeze(1) for b in blocks},
             num_blocks,
         )
-
-
-def _cross_cosine(states: torch.Tensor, image: torch.Tensor) -> tuple[float, float] | None:
-    if len(states) < 2:
-        return None
-    unit = F.normalize(states.float(), dim=-1)
-    pairs = (unit @ unit.T)[image[:, None] != image[None, :]]
-    return (float(pairs.mean()), float(pairs.std())) if len(pairs) else None
 
 
 class _Recorder:

@@ -238,16 +238,26 @@ class RegisterSearch:
         return trial
 
     def run(self) -> SearchResult:
-        """Evaluate everything and decide. Interrupt and call again with the same record: the result is the same."""
+        """Evaluate everything and decide. Interrupt and call again with the same record: the result is the same.
+
+        The paper picks the best prefix first and k~ for it alone. Where the sinks of the image hide what a prefix does until
+        they are deleted, all prefixes score alike and that choice is noise. So k~ is searched for the best prefix of every
+        start block, and tau again for the winner.
+        """
         prefixes = self._prefix_setups()
         counts = range(1, self.max_delete + 1)
-        total = 1 + len(prefixes) + 2 * len(counts)
+        starts = {(s.start_block, s.scope) for s in prefixes}
+        total = 1 + len(prefixes) + (1 + len(starts)) * len(counts) + len(self.config.num_copies) - 1
         with tqdm(total=total, desc="search", disable=not self.progress) as bar:
             base = self._evaluate(Setup(), bar)
-            best_prefix = _best([self._evaluate(s, bar) for s in prefixes])
+            alone = [self._evaluate(s, bar) for s in prefixes]
             best_delete = _best([self._evaluate(Setup(count=k), bar) for k in counts])
-            both = [self._evaluate(replace(best_prefix.setup, count=k), bar) for k in counts] if best_prefix else []
-        return self._decide(base, best_prefix, best_delete, _best(both))
+            leaders = [t for s in sorted(starts) if (t := _best([a for a in alone if _start(a) == s])) is not None]
+            both = [self._evaluate(replace(t.setup, count=k), bar) for t in leaders for k in counts]
+            if (best := _best(both)) is not None:
+                copies = [c for c in self.config.num_copies if c != best.setup.num_copies]
+                both += [self._evaluate(replace(best.setup, num_copies=c), bar) for c in copies]
+        return self._decide(base, _best(alone), best_delete, _best(both))
 
     def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
         """Install the best setup only if it beats "nothing" on images that did not choose it (A.13-1)."""
@@ -280,6 +290,10 @@ class RegisterSearch:
             scores = self.bench.score(self.cache(setup), self.deletion(setup), self.confirmation)
             self.record.put(key, scores)
         return scores
+
+
+def _start(trial: Trial) -> tuple[int | None, str]:
+    return trial.setup.start_block, trial.setup.scope
 
 
 def _best(trials: list[Trial]) -> Trial | None:

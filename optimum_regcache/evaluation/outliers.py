@@ -1,0 +1,201 @@
+"""Outlier tokens: how many an image has, from which block on, how alike they are, and whether they lie on the background.
+
+These are the observations RegCache rests on (A.2): a few tokens without content, nearly the same vector in every image, far
+above the median from a middle block on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.features import move
+from optimum_regcache.evaluation.norms import PaddingMask
+
+OUTLIER_RATIO = 20.0
+Boxes = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class OutlierReport:
+    """Outlier tokens of a set of images, block by block. A token is an outlier if its l_inf norm is at least
+    :data:`OUTLIER_RATIO` times the median patch token of its image; CLS, trained registers and padding do not count.
+
+    Attributes:
+        ratio: float [blocks], largest token over median token at the block's input, median over images.
+        per_image: float [blocks], outlier tokens an image, mean over images.
+        images: float [blocks], share of images with at least one.
+        fc2_ratio: float [blocks], the same as ``ratio`` at the input of the MLP output projection.
+        block: block at whose input ``ratio`` is largest; the following attributes refer to it.
+        cosine, normal_cosine: mean cosine between different images of the largest token, and of one random token of at
+            most median norm; None with fewer than two images.
+        on_background: share of outlier tokens whose centre lies outside the object's box; None without boxes or outliers.
+        background: the same share of all patch tokens, that is what chance would give; None without boxes.
+    """
+
+    ratio: torch.Tensor
+    per_image: torch.Tensor
+    images: torch.Tensor
+    fc2_ratio: torch.Tensor
+    block: int
+    cosine: float | None
+    normal_cosine: float | None
+    on_background: float | None
+    background: float | None
+
+    @property
+    def first_block(self) -> int | None:
+        """First block at whose input at least half of the images have an outlier token; None if there is no such block."""
+        found = (self.images >= 0.5).nonzero().flatten()
+        return int(found[0]) if len(found) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        result: dict[str, Any] = {"outlier_ratio": OUTLIER_RATIO, "first_block": self.first_block}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            result[name] = [round(float(v), 5) for v in value] if isinstance(value, torch.Tensor) else value
+        return result
+
+    def describe(self) -> list[str]:
+        """Lines for a terminal."""
+        if self.first_block is None:
+            return [
+                f"no outlier tokens: at most {float(self.ratio.max()):.1f}x the median token (an outlier: "
+                f"{OUTLIER_RATIO:g}x in at least half of the images)"
+            ]
+        block = self.block
+        lines = [
+            f"outlier tokens (>= {OUTLIER_RATIO:g}x the median) from the input of block {self.first_block} on; at block "
+            f"{block}: {float(self.per_image[block]):.1f} an image, largest {float(self.ratio[block]):.0f}x the median"
+        ]
+        if self.cosine is not None and self.normal_cosine is not None:
+            lines.append(f"cosine between images: outlier tokens {self.cosine:.2f}, normal {self.normal_cosine:.2f}")
+        if self.on_background is not None and self.background is not None:
+            lines.append(f"on the background: {self.on_background:.0%} of them, {self.background:.0%} of all patches")
+        worst = int(self.fc2_ratio.argmax())
+        lines.append(f"fc2 input: largest token {float(self.fc2_ratio[worst]):.0f}x the median in block {worst}")
+        return lines
+
+
+def cross_cosine(states: torch.Tensor, image: torch.Tensor) -> tuple[float, float] | None:
+    """Mean and standard deviation of the cosine between ``states`` [k, D] of different images [k]; None if all are of one."""
+    if len(states) < 2:
+        return None
+    unit = F.normalize(states.float(), dim=-1)
+    pairs = (unit @ unit.T)[image[:, None] != image[None, :]]
+    return (float(pairs.mean()), float(pairs.std())) if len(pairs) else None
+
+
+def outside_box(boxes: torch.Tensor, patches: int) -> torch.Tensor | None:
+    """bool [B, patches]: whether the centre of each patch of a square grid lies outside ``boxes`` [B, 4] (left, top, right,
+    bottom as fractions of the image); None if ``patches`` is no square."""
+    side = round(patches**0.5)
+    if side * side != patches:
+        return None
+    number = torch.arange(patches)
+    x, y = (number % side + 0.5) / side, (number // side + 0.5) / side
+    left, top, right, bottom = boxes.unsqueeze(-1).unbind(1)
+    return (x < left) | (x > right) | (y < top) | (y > bottom)
+
+
+@torch.inference_mode()
+def measure_outliers(
+    model: nn.Module, batches: Iterable[Batch], boxes: Boxes | None = None, seed: int = 0
+) -> OutlierReport:
+    """Measure with whatever registers and deletion are installed.
+
+    Args:
+        model: model or tower.
+        batches: images.
+        boxes: where the object is in each image (:func:`outside_box`), in the order of the batches.
+        seed: choice of the normal tokens.
+
+    Raises:
+        ValueError: no images.
+    """
+    tower, padding = find_tower(model), PaddingMask()
+    lead, depth = tower.num_prefix_tokens, len(tower.blocks)
+    generator = torch.Generator().manual_seed(seed)
+    norms: dict[tuple[str, int], list[torch.Tensor]] = {}
+    states: list[torch.Tensor] = [torch.empty(0)] * depth
+    tops: list[list[torch.Tensor]] = [[] for _ in range(depth)]
+    normals: list[list[torch.Tensor]] = [[] for _ in range(depth)]
+
+    def record(site: str, block: int, x: torch.Tensor) -> None:
+        valid = padding.valid(x.shape[0], x.shape[1], x.device).clone()
+        valid[:, :lead] = False
+        found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, lead:]
+        norms.setdefault((site, block), []).append(found.cpu())
+        if site == "block":
+            states[block] = x[:, lead:]
+            rows = torch.arange(len(x))
+            tops[block].append(states[block][rows, found.nan_to_num(-1.0).argmax(1)].float().cpu())
+            median = found.nanmedian(1, keepdim=True).values
+            chance = torch.rand(found.shape, generator=generator).to(x.device).masked_fill(~(found <= median), -1.0)
+            normals[block].append(states[block][rows, chance.argmax(1)].float().cpu())
+
+    def hook(site: str, block: int) -> Any:
+        return lambda module, args: record(site, block, args[0])
+
+    handles = []
+    for index, block in enumerate(tower.blocks):
+        handles.append(block.register_forward_pre_hook(hook("block", index)))
+        handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
+    try:
+        for batch in batches:
+            padding.start(batch)
+            tower.module(**move(batch, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not norms:
+        raise ValueError("No images to look for outlier tokens in.")
+
+    ratios = {key: [n / n.nanmedian(1, keepdim=True).values for n in parts] for key, parts in norms.items()}
+
+    def over_images(site: str, block: int, what: str) -> torch.Tensor:
+        parts = [r.nan_to_num(0.0) for r in ratios[site, block]]
+        if what == "ratio":
+            return torch.cat([p.amax(1) for p in parts]).median()
+        counts = torch.cat([(p >= OUTLIER_RATIO).sum(1) for p in parts]).float()
+        return counts.mean() if what == "count" else (counts > 0).float().mean()
+
+    def per_block(site: str, what: str) -> torch.Tensor:
+        return torch.stack([over_images(site, block, what) for block in range(depth)])
+
+    ratio = per_block("block", "ratio")
+    peak = int(ratio.argmax())
+    image = torch.arange(sum(len(t) for t in tops[peak]))
+    cosine, normal = (cross_cosine(torch.cat(rows[peak]), image) for rows in (tops, normals))
+    on_background, background = _background(ratios["block", peak], boxes)
+    return OutlierReport(
+        ratio=ratio,
+        per_image=per_block("block", "count"),
+        images=per_block("block", "share"),
+        fc2_ratio=per_block("fc2", "ratio"),
+        block=peak,
+        cosine=cosine and cosine[0],
+        normal_cosine=normal and normal[0],
+        on_background=on_background,
+        background=background,
+    )
+
+
+def _background(ratios: list[torch.Tensor], boxes: Boxes | None) -> tuple[float | None, float | None]:
+    """(share of outlier tokens outside the boxes, share of all patches outside the boxes)."""
+    if boxes is None or len({r.shape[1] for r in ratios}) != 1:
+        return None, None
+    values = torch.cat(ratios)
+    outside = outside_box(torch.tensor([list(map(float, box)) for box in boxes]), values.shape[1])
+    if outside is None:
+        return None, None
+    found = values.nan_to_num(0.0) >= OUTLIER_RATIO
+    return float(outside[found].float().mean()) if found.any() else None, float(outside.float().mean())

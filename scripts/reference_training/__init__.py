@@ -1,0 +1,1 @@
+"""Training of the reference encoders that come with the package; see ``scripts/train_reference.py``."""
