@@ -181,7 +181,7 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     fill = Image.new("RGB", (big, big), (int(tone[0]), int(tone[1]), int(tone[2])))
     mask = _shape_mask(shape, radius, rng.uniform(0, 2 * math.pi), cx, cy, big)
     canvas.paste(fill, mask=mask)
-    left, top, right, bottom = (float(v) / big for v in mask.getbbox())
+    left, top, right, bottom = (float(v) / big for v in mask.getbbox() or (0, 0, big, big))
     image = canvas.resize((size, size), Image.Resampling.BOX)
     vertical = "top" if cy < big / 2 else "bottom"
     place = f"{vertical} {'left' if cx < big / 2 else 'right'}"

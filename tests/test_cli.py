@@ -54,13 +54,22 @@ def quantized(tmp_path_factory) -> tuple[Path, str]:
 
 def test_quantize_prints_the_table_and_writes_everything(quantized):
     output, stdout = quantized
-    for text in ("float", "naive", "prefix only", "delete only", "RegCache", "SYNTHETIC", "sensitive block 3"):
+    for text in (
+        "float",
+        "naive",
+        "per token",
+        "prefix only",
+        "delete only",
+        "RegCache",
+        "SYNTHETIC",
+        "sensitive block 3",
+    ):
         assert text in stdout
     names = {p.name for p in output.iterdir()}
     assert {"config.json", "model.safetensors", "recipe.yaml", "results.json", "README.md"} <= names
     assert {"analysis.png", "outliers.png"} <= names
     rows = {row["name"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
-    assert list(rows) == ["float", "naive", "prefix only", "delete only", "RegCache"]
+    assert list(rows) == ["float", "naive", "per token", "prefix only", "delete only", "RegCache"]
     assert rows["naive"]["accuracy"] < rows["float"]["accuracy"] / 2
     assert rows["RegCache"]["accuracy"] > 0.95 * rows["float"]["accuracy"]
     assert rows["naive"]["max_fc2_norm"] > 50 * rows["RegCache"]["max_fc2_norm"]
@@ -128,6 +137,12 @@ def test_analyze_writes_json_and_pictures(tmp_path, capsys, monkeypatch):
     data = json.loads((tmp_path / "analysis.json").read_text())
     assert data["sensitivity"]["sensitive_block"] == 3
     assert len(data["norms"]["max_block_input"]) == 6
+    assert [row["name"] for row in data["rows"]] == ["float", "naive", "per token"]
+    assert (
+        data["rows"][1]["accuracy"] < 0.3 < 0.9 < data["rows"][2]["accuracy"]
+    )  # the outliers spoil static scales only
+    assert data["outliers"]["fc2_ratio"][3] > 100
+    assert f"on {data['report_images']} unseen images:" in stdout
     assert (tmp_path / "analysis.png").stat().st_size > 10_000
     assert (tmp_path / "outliers.png").stat().st_size > 1_000
 
@@ -139,6 +154,18 @@ def test_no_registers_gives_plain_quantization(tmp_path, capsys, monkeypatch):
     assert "│ RegCache" not in stdout
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert model.config.quantization_config.registers.mode == "none"
+
+
+def test_several_presets_make_one_model_each(tmp_path, capsys, monkeypatch):
+    options = ("--no-registers", "--num-samples", "16", "--num-report", "16", "--preset", "w8a8", "w4a4")
+    stdout, _ = run(capsys, monkeypatch, "quantize", "--model", "planted-outlier", "--output", str(tmp_path), *options)
+    for preset in ("w8a8", "w4a4"):
+        assert f"saved to {tmp_path / preset}" in stdout
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / preset)
+        assert model.config.quantization_config.label == preset
+        rows = json.loads((tmp_path / preset / "results.json").read_text())["rows"]
+        assert [row["name"] for row in rows] == ["float", "naive", "per token", "plain"]
+    assert {p.name for p in tmp_path.iterdir()} == {"w8a8", "w4a4"}
 
 
 @pytest.mark.parametrize(

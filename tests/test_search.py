@@ -73,6 +73,27 @@ def test_nothing_wins_when_the_gain_is_within_the_noise():
     assert result.best_both.mean == pytest.approx(0.7)
 
 
+def test_a_prefix_that_only_shows_with_deletion_is_found():
+    """Alone all prefixes score about alike; the pair of the worse one (block 1, tau 1) is by far the best."""
+    config, record, scores = SearchConfig(num_copies=(1, 2), min_gain=0.01), SearchRecord(None, ""), {}
+    for start, copies, alone, pair in ((0, 1, 0.52, 0.45), (0, 2, 0.51, 0.45), (1, 1, 0.49, 0.9), (1, 2, 0.5, 0.8)):
+        scores[Setup(start, "onwards", None, float(copies))] = alone
+        scores[Setup(start, "onwards", None, float(copies), 1)] = pair
+    scores |= {Setup(): 0.5, Setup(count=1): 0.4}
+    for setup, score in scores.items():
+        record.scores[setup.key] = record.scores[f"confirm {setup.key}"] = [score] * 4
+    bench = Workbench(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
+    mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
+    search = RegisterSearch(bench, config, mined, 1, None, None, 1, record, 4, progress=False)  # type: ignore[arg-type]
+    result = search.run()
+    assert result.best_prefix is not None
+    assert result.best_prefix.setup.start_block == 0
+    assert result.chosen == Setup(1, "onwards", None, 1.0, 1)
+    # of the weaker tau of a start block only the winner's is tried with deletion
+    assert Setup(0, "onwards", None, 2.0, 1).key not in search.trials
+    assert len(result.trials) == 1 + 4 + 1 + 2 + 1
+
+
 def test_a_confirmed_gain_is_installed_and_an_unconfirmed_favourite_is_passed_over():
     selection = {"nothing": [0.5] * 4, "prefix": [0.6] * 4, "delete": [0.4] * 4, "both": [0.7] * 4}
     confirm = {"nothing": [0.5] * 4, "prefix": [0.56, 0.57, 0.56, 0.57], "delete": [0.4] * 4, "both": [0.45] * 4}

@@ -106,11 +106,12 @@ class QuantizeCommand(_Command):
 
         from optimum_regcache.jobs import quantize_job
 
-        presets, output = self.args.preset or [None], Path(self.args.output)
-        for preset in dict.fromkeys(presets):
+        output = Path(self.args.output)
+        presets = list(dict.fromkeys(self.args.preset or [""]))
+        for preset in presets:
             self.args.preset = preset
             source, recipe = self.open()
-            path = output / preset if len(set(presets)) > 1 else output
+            path = output / preset if len(presets) > 1 else output
             results, table = quantize_job(source, recipe, path)
             print(f"{table}\nsaved to {path} in {results['seconds']:.0f} s", flush=True)
 

@@ -45,6 +45,11 @@ class Reference:
     note: str
 
 
+def directory(name: str) -> Path:
+    """Where a trained encoder is saved, with its model card."""
+    return Path(__file__).parent / name
+
+
 def _trained(name: str, note: str) -> Callable[[torch.dtype], Reference]:
     """An encoder saved beside this file."""
 
@@ -53,7 +58,7 @@ def _trained(name: str, note: str) -> Callable[[torch.dtype], Reference]:
 
         from optimum_regcache import scenes
 
-        path = Path(__file__).parent / name
+        path = directory(name)
         return Reference(
             name=name,
             model=AutoModel.from_pretrained(path, dtype=dtype).eval(),

@@ -162,6 +162,8 @@ class Induction:
         has_prefix = modes >= PREFIX
         copies = torch.tensor([1.0, 2.0, 4.0, 8.0, 15.0])[torch.randint(5, (count,), generator=generator)]
         keep = (torch.rand(self.depth + 1, count, generator=generator) >= stage.mlp_drop).float()
+        if stage.drop_together:
+            keep = keep[:1].repeat(self.depth + 1, 1)
         keep[self.block] = 1
         number = torch.randint(3, 8, (count,), generator=generator)
         trace = encode(
