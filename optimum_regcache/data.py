@@ -162,8 +162,15 @@ def class_names(dataset: Dataset) -> list[str] | None:
 
 
 def object_boxes(dataset: Any) -> list[list[float]] | None:
-    """Column ``box`` (left, top, right, bottom of the object as fractions of the image) of our scenes; None elsewhere."""
-    return list(dataset["box"]) if "box" in getattr(dataset, "column_names", ()) else None
+    """Column ``box`` of `scenes.load_dataset`: left, top, right, bottom of the object as fractions of the image.
+
+    None for any other data set; a column ``box`` of another type or in pixels is not taken for one of ours.
+    """
+    feature = (getattr(dataset, "features", None) or {}).get("box")
+    if getattr(feature, "length", None) != 4 or getattr(getattr(feature, "feature", None), "dtype", "") != "float32":
+        return None
+    boxes = list(dataset["box"])
+    return boxes if all(0.0 <= v <= 1.0 for box in boxes for v in box) else None
 
 
 class ImageInputs(Sequence[Batch]):

@@ -122,9 +122,10 @@ def _report(
         notes += [
             f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
             f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}",
-            "per token: dynamic scales, one per token; for comparison only, never what is saved",
             "prefix only / delete only: the best of their kind in the search, whether installed or not",
         ]
+    if any(row.name == "per token" for row in rows):
+        notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
     opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
     opened = opened.to(source.model.device)
     config = recipe.quantization
@@ -151,13 +152,14 @@ def _pictures(source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter
         per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
         plot_analysis(path / "analysis.png", per_block, norms, source.name, reporter.cosine.name)
         peak = int((norms["naive"].max_block_input / norms["naive"].median_block_input).argmax())
-        _draw_outliers(source, peak, recipe.search.score_site, path / "outliers.png")
+        _draw_outliers(source, peak, path / "outliers.png")
     except ImportError as error:
         notes.append(f"no pictures: {error}")
 
 
-def _draw_outliers(source: Source, block: int, score_site: str, path: Path, count: int = 12) -> None:
-    """The outlier tokens of the first report images, and the largest other tokens up to three an image."""
+def _draw_outliers(source: Source, block: int, path: Path, count: int = 12) -> None:
+    """The outlier tokens (as `measure_outliers` counts them) of the first report images at the input of ``block``, and the
+    largest other tokens up to three an image."""
     tower = find_tower(source.model)
     images = ImageInputs(source.report_images.select(range(min(count, len(source.report_images)))), source.processor)
     pictures, outliers, others, grid = [], [], [], 0
@@ -165,9 +167,7 @@ def _draw_outliers(source: Source, block: int, score_site: str, path: Path, coun
         batch = next(images.subset([index]).batches(1))
         if batch["pixel_values"].ndim != 4:
             return  # SigLIP2: patches of varying grids
-        every = mine_tokens(
-            source.model, [batch], [block], top=10**6, per_image=10**6, score_site=score_site, progress=False
-        )[block]
+        every = mine_tokens(source.model, [batch], [block], top=10**6, per_image=10**6, progress=False)[block]
         number = int((every.norms >= OUTLIER_RATIO * every.norms.median()).sum())
         pictures.append(_to_picture(batch["pixel_values"][0]))
         outliers.append(every.position[:number].tolist())
@@ -239,9 +239,7 @@ def analyze_job(
     }
     write_json(path / "analysis.json", results)
     plot_analysis(path / "analysis.png", scan.per_block(), {"float": norms}, source.name, objective.name)
-    _draw_outliers(
-        source, outliers.block if outliers.first_block else scan.sensitive_block, site, path / "outliers.png"
-    )
+    _draw_outliers(source, outliers.block, path / "outliers.png")
     lines = [f"{source.name}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
     lines += [f"  {name}: drop {drop:.4f}" for name, drop in scan.top()]
     for block, per in enumerate(zip(norms.max_block_input, norms.median_block_input, norms.max_fc2_input, strict=True)):

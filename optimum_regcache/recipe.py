@@ -19,8 +19,8 @@ class SearchConfig:
     """How registers and deletion are searched (RegCache A.4 to A.8).
 
     Attributes:
-        strategy: ``v4`` (average of the top tokens per start block; start block x tau, then k~) or ``v2`` (single
-            tokens of the sensitive block; token x tau, then k~).
+        strategy: ``v4`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of each start
+            block, then tau again for the best pair) or ``v2`` (single tokens of the sensitive block in place of start blocks).
         objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
         sensitivity: ``linear`` (one linear layer quantized at a time) or ``block`` (all linears of a block).
         sensitivity_images: at most this many selection images are used by the scan.

@@ -1,4 +1,4 @@
-"""The main job's report: float, naive, prefix only, delete only and RegCache side by side on unseen images."""
+"""The main job's report: float, naive, per token, prefix only, delete only and RegCache side by side on unseen images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config import PRESETS, DeletionConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
@@ -247,6 +247,7 @@ def write_model_card(
     """README.md with Hub metadata and the measured table."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    name = f"{directory.resolve().parent.name}-{directory.name}" if directory.name in PRESETS else directory.name
     data = ModelCardData(
         library_name="transformers",
         base_model=None if Path(base_model).exists() or "/" not in base_model else base_model,
@@ -255,12 +256,12 @@ def write_model_card(
         tags=["optimum", "regcache", label],
     )
     text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {directory.name}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"`{base_model}`, vision tower quantized to {label.upper()} with RegCache "
         "([arXiv 2510.04547](https://arxiv.org/abs/2510.04547)) by "
         "optimum-regcache.\n\n```python\nimport optimum_regcache  # registers the quantization method\n"
         "from transformers import AutoModel\n\n"
-        f'model = AutoModel.from_pretrained("{directory.name}")\n```\n\n'
+        f'model = AutoModel.from_pretrained("{name}")\n```\n\n'
         f"Measured on images of `{dataset}` that search and calibration never saw:\n\n{markdown_table(rows)}\n\n"
         + "\n".join(f"- {note}" for note in notes)
         + "\n"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import TOWERS
+from models import MODELS, TOWERS
 
-from optimum_regcache import scenes
+from optimum_regcache import DeletionConfig, scenes
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import ImageInputs, object_boxes
 from optimum_regcache.evaluation import measure_outliers
 from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, cross_cosine, outside_box
 from optimum_regcache.reference import planted
+from optimum_regcache.registers import prepare_tower, set_deletion
 
 
 def images(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -70,10 +71,10 @@ def test_planted_outliers_are_found_where_they_were_planted(monkeypatch: pytest.
 def test_a_model_without_outliers_is_said_to_have_none() -> None:
     report = measure_outliers(TOWERS["clip"].build(), images(2))
     assert report.first_block is None
-    assert report.describe() == [
-        f"no outlier tokens: at most {float(report.ratio.max()):.1f}x the median token (an outlier: 20x in at least half "
-        "of the images)"
-    ]
+    first, second = report.describe()
+    assert first.startswith("no block input with outlier tokens (>= 20x the median) in half of the images")
+    assert first.endswith(f"{float(report.ratio.max()):.1f}x")
+    assert second.startswith("fc2 input: largest token")
     assert OUTLIER_RATIO == 20
 
 
@@ -108,6 +109,27 @@ def test_boxes_of_scenes_hold_the_shape() -> None:
         assert top - 1 <= y.min() <= top + 5
         assert bottom - 5 <= y.max() <= bottom
     assert object_boxes(planted.load_dataset("search", 2)) is None
+    pixels = [[10.0, 20.0, 300.0, 200.0]] * 20
+    assert object_boxes(dataset.remove_columns("box").add_column("box", pixels)) is None  # a box of the user's own
+
+
+def test_padding_and_what_is_installed_are_respected() -> None:
+    siglip2 = MODELS["siglip2"]
+    model, batch = siglip2.build(), siglip2.inputs(batch=2)
+    expected = measure_outliers(model, [batch])
+    spoilt = dict(batch)
+    padding = ~batch["pixel_attention_mask"].bool()
+    assert bool(padding.any())
+    spoilt["pixel_values"] = batch["pixel_values"].masked_fill(padding.unsqueeze(-1), 1e4)
+    torch.testing.assert_close(measure_outliers(model, [spoilt]).ratio, expected.ratio)
+    clip, batches = TOWERS["clip"].build(), images(1)
+    before = measure_outliers(clip, batches)
+    prepare_tower(clip)
+    set_deletion(clip, DeletionConfig(block=2, count=2))
+    after = measure_outliers(clip, batches)
+    assert torch.equal(after.ratio[:2], before.ratio[:2])
+    assert float(after.ratio[2]) == float(before.ratio[2])  # the input of the delete block still has all tokens
+    assert float(after.ratio[3]) != float(before.ratio[3])
 
 
 def test_share_on_the_background(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity
 
 INDUCED = ("clip-scenes-induced", "siglip-scenes-induced")
 SENSITIVE = 3
-CALIBRATION, REPORT = 64, 256
+CALIBRATION, REPORT = 64, 512
 NONE = DeletionConfig()
 DELETE = DeletionConfig(block=SENSITIVE, count=4)
 
@@ -109,8 +109,8 @@ def test_3_the_scan_names_the_fc2_whose_input_they_dominate(name: str) -> None:
 def test_4_static_w8a8_collapses_because_of_tokens(name: str) -> None:
     encoder = lab(name)
     assert encoder.float_top1 >= 0.85
-    assert encoder.float_top1 - encoder.top1("w8a8") >= 0.08  # 10 points on the 512 images of the documentation
-    assert encoder.float_top1 - encoder.top1("w8a8-dynamic") < 0.015
+    assert encoder.float_top1 - encoder.top1("w8a8") >= 0.095  # 10 points where they were trained
+    assert encoder.float_top1 - encoder.top1("w8a8-dynamic") < 0.01
 
 
 @pytest.mark.parametrize("name", INDUCED)
@@ -123,7 +123,7 @@ def test_5_a_prefixed_sink_shrinks_them_and_only_both_halves_repair(name: str) -
     prefix, delete = encoder.top1("w8a8", encoder.register), encoder.top1("w8a8", None, DELETE)
     assert both > max(prefix, delete)
     assert both - naive >= 0.8 * (encoder.float_top1 - naive)
-    assert both >= 0.97 * encoder.float_top1
+    assert both >= 0.975 * encoder.float_top1
 
 
 def test_the_control_has_none_and_loses_nothing() -> None:

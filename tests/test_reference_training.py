@@ -76,7 +76,7 @@ def test_the_prefix_is_that_of_the_package(kind: str) -> None:
     torch.testing.assert_close(mixed[1::2], plain[1::2], atol=1e-6, rtol=1e-5)  # images without registers
 
 
-def test_the_deletion_is_that_of_the_package() -> None:
+def test_the_deletion_is_that_of_the_package_where_cls_is_read() -> None:
     model, x = model_of("clip"), pixels()
     with torch.no_grad():
         trace = encode(model, x, delete_block=2, delete_count=torch.full((4,), 3))

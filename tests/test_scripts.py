@@ -36,12 +36,15 @@ def test_training_script_trains_saves_and_resumes(recipe: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [("base", 3), ("induction", 2)], ids=lambda s: s[0])
+@pytest.mark.parametrize("stop", [("base", 3), ("induction", 23)], ids=lambda s: s[0])
 def test_an_interrupted_training_gives_the_identical_encoder(stop: tuple[str, int], tmp_path: Path):
-    """Stopped at a checkpoint in the middle of a stage, then resumed."""
+    """Stopped at a checkpoint in the middle of a stage, with registers and deletion at work, then resumed."""
     code = (
         "import sys; from pathlib import Path\n"
         f"sys.path[:0] = [{str(SCRIPT.parent)!r}]; import train_reference as t\n"
+        "from dataclasses import replace\n"
+        "full = t.RECIPES['clip-scenes-induced']\n"
+        "t.RECIPES['clip-scenes-induced'] = replace(full, induction=replace(full.induction, plain_steps=0))\n"
         "t.SAVE_EVERY = 1; stop = sys.argv.pop()\n"
         "save = t.Run.save\n"
         "def stopping(self, stage, step, *rest):\n"
@@ -58,7 +61,7 @@ def test_an_interrupted_training_gives_the_identical_encoder(stop: tuple[str, in
             "--checkpoint",
             str(tmp_path / f"{name}.ckpt"),
         ]
-        arguments += ["--steps", "4", "--images", "64", "--batch-size", "16", stop]
+        arguments += ["--steps", "26", "--images", "64", "--batch-size", "16", stop]
         return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=600).returncode
 
     assert train("whole", "never") == 0
@@ -66,6 +69,16 @@ def test_an_interrupted_training_gives_the_identical_encoder(stop: tuple[str, in
     assert train("parts", "never") == 0
     whole, parts = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path):
+    import train_reference
+    from reference_training.recipes import RECIPES
+
+    recipe, checkpoint = RECIPES["clip-scenes"], tmp_path / "x.ckpt"
+    torch.save({"identity": {"recipe": repr(recipe), "seed": 1}, "stage": "base", "step": 5}, checkpoint)
+    with pytest.raises(ValueError, match=r"x\.ckpt belongs to a training with another recipe, seed or amounts"):
+        train_reference.Run(recipe, 0, checkpoint)
 
 
 @pytest.mark.slow

@@ -16,9 +16,8 @@ def _add_common(parser: ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--dataset", help="Hub id, image folder or parquet (default: the embedded encoder's scenes)")
     parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
     more = "; several make one model each, in OUTPUT/PRESET" if several else ""
-    parser.add_argument(
-        "--preset", choices=_PRESETS, nargs="+" if several else None, help=f"bit widths (default w8a8){more}"
-    )
+    options: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
+    parser.add_argument("--preset", choices=_PRESETS, help=f"bit widths (default w8a8){more}", **options)
     parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
     parser.add_argument("--num-report", type=int, help="unseen images for the report")
     parser.add_argument("--batch-size", type=int, help="images per forward pass")
@@ -34,18 +33,18 @@ def _add_common(parser: ArgumentParser, several: bool = False) -> None:
     )  # fmt: skip
 
 
-def resolve_recipe(args: Namespace) -> Any:
-    """Recipe of the file or preset with the command line on top."""
+def resolve_recipe(args: Namespace, preset: str | None) -> Any:
+    """Recipe of the file or preset with the command line on top; ``preset`` is one of ``args.preset``."""
     from dataclasses import replace
 
     from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.recipe import Recipe
 
     recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
-    if args.preset:
-        preset = RegCacheConfig.from_preset(args.preset)
+    if preset:
+        bits = RegCacheConfig.from_preset(preset)
         recipe = recipe.with_quantization(
-            recipe.quantization.replace(weights=preset.weights, activations=preset.activations)
+            recipe.quantization.replace(weights=bits.weights, activations=bits.activations)
         )
     flags = {
         "data.num_samples": args.num_samples,
@@ -72,11 +71,11 @@ class _Command(BaseOptimumCLICommand):
         """Do it and print the summary."""
         raise NotImplementedError
 
-    def open(self) -> tuple[Any, Any]:
+    def open(self, preset: str | None) -> tuple[Any, Any]:
         """Model with its images, and the resolved recipe."""
         from optimum_regcache.sources import open_source
 
-        recipe = resolve_recipe(self.args)
+        recipe = resolve_recipe(self.args, preset)
         return open_source(None, None, recipe, template=self.args.template, device=self.args.device), recipe
 
     def run(self) -> None:
@@ -109,8 +108,7 @@ class QuantizeCommand(_Command):
         output = Path(self.args.output)
         presets = list(dict.fromkeys(self.args.preset or [""]))
         for preset in presets:
-            self.args.preset = preset
-            source, recipe = self.open()
+            source, recipe = self.open(preset)
             path = output / preset if len(presets) > 1 else output
             results, table = quantize_job(source, recipe, path)
             print(f"{table}\nsaved to {path} in {results['seconds']:.0f} s", flush=True)
@@ -127,7 +125,7 @@ class AnalyzeCommand(_Command):
     def job(self) -> None:
         from optimum_regcache.jobs import analyze_job
 
-        source, recipe = self.open()
+        source, recipe = self.open(self.args.preset)
         print(analyze_job(source, recipe, self.args.output)[1])
 
 
@@ -149,7 +147,7 @@ class EvaluateCommand(_Command):
 
         model, dataset = self.args.model or DEFAULT, self.args.dataset
         self.args.model = self.args.dataset = None
-        recipe = resolve_recipe(self.args)
+        recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
         _, text = evaluate_job(
             model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric

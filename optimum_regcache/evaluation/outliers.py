@@ -20,6 +20,7 @@ from optimum_regcache.evaluation.features import move
 from optimum_regcache.evaluation.norms import PaddingMask
 
 OUTLIER_RATIO = 20.0
+MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches
 Boxes = Sequence[Sequence[float]]
 
 
@@ -66,10 +67,13 @@ class OutlierReport:
 
     def describe(self) -> list[str]:
         """Lines for a terminal."""
+        worst = int(self.fc2_ratio.argmax())
+        fc2 = f"fc2 input: largest token {float(self.fc2_ratio[worst]):.0f}x the median in block {worst}"
         if self.first_block is None:
             return [
-                f"no outlier tokens: at most {float(self.ratio.max()):.1f}x the median token (an outlier: "
-                f"{OUTLIER_RATIO:g}x in at least half of the images)"
+                f"no block input with outlier tokens (>= {OUTLIER_RATIO:g}x the median) in half of the images; largest token, "
+                f"median over images: {float(self.ratio.max()):.1f}x",
+                fc2,
             ]
         block = self.block
         lines = [
@@ -80,9 +84,7 @@ class OutlierReport:
             lines.append(f"cosine between images: outlier tokens {self.cosine:.2f}, normal {self.normal_cosine:.2f}")
         if self.on_background is not None and self.background is not None:
             lines.append(f"on the background: {self.on_background:.0%} of them, {self.background:.0%} of all patches")
-        worst = int(self.fc2_ratio.argmax())
-        lines.append(f"fc2 input: largest token {float(self.fc2_ratio[worst]):.0f}x the median in block {worst}")
-        return lines
+        return [*lines, fc2]
 
 
 def cross_cosine(states: torch.Tensor, image: torch.Tensor) -> tuple[float, float] | None:
@@ -134,7 +136,7 @@ def measure_outliers(
         valid[:, :lead] = False
         found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, lead:]
         norms.setdefault((site, block), []).append(found.cpu())
-        if site == "block":
+        if site == "block" and sum(map(len, tops[block])) < MAX_COMPARED:
             states[block] = x[:, lead:]
             rows = torch.arange(len(x))
             tops[block].append(states[block][rows, found.nan_to_num(-1.0).argmax(1)].float().cpu())

@@ -247,7 +247,8 @@ class RegisterSearch:
         prefixes = self._prefix_setups()
         counts = range(1, self.max_delete + 1)
         starts = {(s.start_block, s.scope) for s in prefixes}
-        total = 1 + len(prefixes) + (1 + len(starts)) * len(counts) + len(self.config.num_copies) - 1
+        again = len(self.config.num_copies) - 1 if counts else 0
+        total = 1 + len(prefixes) + (1 + len(starts)) * len(counts) + again
         with tqdm(total=total, desc="search", disable=not self.progress) as bar:
             base = self._evaluate(Setup(), bar)
             alone = [self._evaluate(s, bar) for s in prefixes]

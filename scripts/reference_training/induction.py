@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from optimum_regcache.evaluation.outliers import outside_box
-from reference_training.encoders import Gates, Prefix, Trace, encode, num_prefix_tokens
+from reference_training.encoders import PATCH, Gates, Prefix, Trace, encode, num_prefix_tokens
 from reference_training.recipes import InductionStage, TrainingRecipe
 from reference_training.task import SceneTask
 
@@ -39,7 +39,7 @@ PLAIN, DELETION, PREFIX, BOTH = range(4)
 
 def allowed_patches(task: SceneTask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(bool [n, patches] on the background, int64 [n] brightness level, bool [n, patches] where a writer may fire)."""
-    patches = (task.pixels.shape[-1] // 8) ** 2
+    patches = (task.pixels.shape[-1] // PATCH) ** 2
     background = outside_box(task.boxes, patches)
     assert background is not None
     levels = []
@@ -162,8 +162,6 @@ class Induction:
         has_prefix = modes >= PREFIX
         copies = torch.tensor([1.0, 2.0, 4.0, 8.0, 15.0])[torch.randint(5, (count,), generator=generator)]
         keep = (torch.rand(self.depth + 1, count, generator=generator) >= stage.mlp_drop).float()
-        if stage.drop_together:
-            keep = keep[:1].repeat(self.depth + 1, 1)
         keep[self.block] = 1
         number = torch.randint(3, 8, (count,), generator=generator)
         trace = encode(

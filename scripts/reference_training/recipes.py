@@ -31,7 +31,6 @@ class InductionStage:
 
     Attributes:
         steps, batch_size, lr, muon_lr, mlp_drop: as in `BaseStage`; ``gate_lr``: Adam, for the gates of register neurons.
-        drop_together: an image skips all of these MLPs or none (otherwise each by itself).
         plain_steps: steps at the start without prefix or deletion.
         writers: register neurons of the block before the register block, one for each level of background brightness.
         write_before, write: what a unit of activation adds to a massive channel, in that block and in the register block.
@@ -48,7 +47,6 @@ class InductionStage:
     muon_lr: float = 1.5e-3
     gate_lr: float = 1e-2
     mlp_drop: float = 0.4
-    drop_together: bool = False
     plain_steps: int = 60
     writers: int = 4
     write_before: float = 6.0
@@ -82,5 +80,8 @@ class TrainingRecipe:
 RECIPES = {
     "clip-scenes": TrainingRecipe("clip"),
     "clip-scenes-induced": TrainingRecipe("clip", induction=InductionStage()),
-    "siglip-scenes-induced": TrainingRecipe("siglip", induction=InductionStage()),
+    # SigLIP's pooling makes it depend less on one MLP: longer, with more of the other MLPs skipped, and rescaled further
+    "siglip-scenes-induced": TrainingRecipe(
+        "siglip", induction=InductionStage(steps=600, mlp_drop=0.8, fc2_ratio=1024.0)
+    ),
 }
