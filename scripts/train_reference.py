@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reference_training.encoders import build_model, encode
+from reference_training.encoders import build_model, build_processor, build_tokenizer, encode
 from reference_training.induction import Induction
 from reference_training.recipes import RECIPES, BaseStage, InductionStage, TrainingRecipe
 from reference_training.task import SceneTask, make_optimizers
@@ -184,7 +184,8 @@ def main() -> None:
     print(f"search-split zero-shot {run.task.accuracy(run.model):.4f}")
     run.model.eval().half()
     run.model.save_pretrained(args.output)
-    run.task.processor.save_pretrained(args.output)
+    # a fresh one: the tokenizer of the task remembers how it was last used
+    build_processor(recipe.kind, build_tokenizer(recipe.kind)).save_pretrained(args.output)
     print(f"saved to {args.output}")
 
 
