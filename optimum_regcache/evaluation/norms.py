@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
 
@@ -60,24 +60,28 @@ class PaddingMask:
         return x[self.mask.to(x.device)]
 
 
-@torch.inference_mode()
-def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorms:
-    """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out."""
-    tower: Tower = find_tower(model)
-    lead, padding, depth = tower.num_prefix_tokens, PaddingMask(), len(tower.blocks)
-    collected: dict[tuple[str, int], list[torch.Tensor]] = {}
-    any_max = torch.zeros(depth)
+Visitor = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
-    def record(site: str, block: int, x: torch.Tensor) -> None:
-        norms = x.abs().amax(-1).float()
-        valid = padding.valid(x.shape[0], x.shape[1], x.device).clone()
-        if site == "fc2":
-            any_max[block] = max(float(any_max[block]), float(norms[valid].amax()))
-        valid[:, :lead] = False
-        collected.setdefault((site, block), []).append(norms[valid].cpu())
+
+@torch.inference_mode()
+def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> None:
+    """Run ``batches`` through the vision tower, with whatever registers and deletion are installed.
+
+    Args:
+        model: model or tower.
+        batches: images.
+        visit: called with (site, block, states [B, N, D], valid bool [B, N], false at padding) for every block, site
+            ``block`` being its input and ``fc2`` the input of its MLP output projection. CLS and registers come first.
+
+    """
+    tower, padding = find_tower(model), PaddingMask()
 
     def hook(site: str, block: int) -> Any:
-        return lambda module, args: record(site, block, args[0])
+        def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            visit(site, block, x, padding.valid(x.shape[0], x.shape[1], x.device).clone())
+
+        return seen
 
     handles = []
     for index, block in enumerate(tower.blocks):
@@ -90,6 +94,23 @@ def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorm
     finally:
         for handle in handles:
             handle.remove()
+
+
+def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorms:
+    """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out."""
+    tower = find_tower(model)
+    lead, depth = tower.num_prefix_tokens, len(tower.blocks)
+    collected: dict[tuple[str, int], list[torch.Tensor]] = {}
+    any_max = torch.zeros(depth)
+
+    def record(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
+        norms = x.abs().amax(-1).float()
+        if site == "fc2":
+            any_max[block] = max(float(any_max[block]), float(norms[valid].amax()))
+        valid[:, :lead] = False
+        collected.setdefault((site, block), []).append(norms[valid].cpu())
+
+    visit_tokens(model, batches, record)
 
     def reduce(site: str, how: str) -> torch.Tensor:
         rows = [torch.cat(collected[(site, i)]) for i in range(depth)]

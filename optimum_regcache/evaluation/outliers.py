@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import move
-from optimum_regcache.evaluation.norms import PaddingMask
+from optimum_regcache.evaluation.norms import visit_tokens
 
 OUTLIER_RATIO = 20.0
 MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches
@@ -108,7 +107,6 @@ def outside_box(boxes: torch.Tensor, patches: int) -> torch.Tensor | None:
     return (x < left) | (x > right) | (y < top) | (y > bottom)
 
 
-@torch.inference_mode()
 def measure_outliers(
     model: nn.Module, batches: Iterable[Batch], boxes: Boxes | None = None, seed: int = 0
 ) -> OutlierReport:
@@ -123,66 +121,42 @@ def measure_outliers(
     Raises:
         ValueError: no images.
     """
-    tower, padding = find_tower(model), PaddingMask()
+    tower = find_tower(model)
     lead, depth = tower.num_prefix_tokens, len(tower.blocks)
     generator = torch.Generator().manual_seed(seed)
     norms: dict[tuple[str, int], list[torch.Tensor]] = {}
-    states: list[torch.Tensor] = [torch.empty(0)] * depth
     tops: list[list[torch.Tensor]] = [[] for _ in range(depth)]
     normals: list[list[torch.Tensor]] = [[] for _ in range(depth)]
 
-    def record(site: str, block: int, x: torch.Tensor) -> None:
-        valid = padding.valid(x.shape[0], x.shape[1], x.device).clone()
-        valid[:, :lead] = False
+    def record(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
         found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, lead:]
         norms.setdefault((site, block), []).append(found.cpu())
         if site == "block" and sum(map(len, tops[block])) < MAX_COMPARED:
-            states[block] = x[:, lead:]
-            rows = torch.arange(len(x))
-            tops[block].append(states[block][rows, found.nan_to_num(-1.0).argmax(1)].float().cpu())
+            patches, rows = x[:, lead:], torch.arange(len(x))
+            tops[block].append(patches[rows, found.nan_to_num(-1.0).argmax(1)].float().cpu())
             median = found.nanmedian(1, keepdim=True).values
             chance = torch.rand(found.shape, generator=generator).to(x.device).masked_fill(~(found <= median), -1.0)
-            normals[block].append(states[block][rows, chance.argmax(1)].float().cpu())
+            normals[block].append(patches[rows, chance.argmax(1)].float().cpu())
 
-    def hook(site: str, block: int) -> Any:
-        return lambda module, args: record(site, block, args[0])
-
-    handles = []
-    for index, block in enumerate(tower.blocks):
-        handles.append(block.register_forward_pre_hook(hook("block", index)))
-        handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
-    try:
-        for batch in batches:
-            padding.start(batch)
-            tower.module(**move(batch, model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit_tokens(model, batches, record)
     if not norms:
         raise ValueError("No images to look for outlier tokens in.")
-
-    ratios = {key: [n / n.nanmedian(1, keepdim=True).values for n in parts] for key, parts in norms.items()}
-
-    def over_images(site: str, block: int, what: str) -> torch.Tensor:
-        parts = [r.nan_to_num(0.0) for r in ratios[site, block]]
-        if what == "ratio":
-            return torch.cat([p.amax(1) for p in parts]).median()
-        counts = torch.cat([(p >= OUTLIER_RATIO).sum(1) for p in parts]).float()
-        return counts.mean() if what == "count" else (counts > 0).float().mean()
-
-    def per_block(site: str, what: str) -> torch.Tensor:
-        return torch.stack([over_images(site, block, what) for block in range(depth)])
-
-    ratio = per_block("block", "ratio")
+    # NaN at padding becomes 0: no outlier
+    ratios = {
+        key: [(n / n.nanmedian(1, keepdim=True).values).nan_to_num(0.0) for n in parts] for key, parts in norms.items()
+    }
+    largest = {key: torch.cat([r.amax(1) for r in parts]) for key, parts in ratios.items()}
+    counts = [torch.cat([(r >= OUTLIER_RATIO).sum(1) for r in ratios["block", b]]).float() for b in range(depth)]
+    ratio = torch.stack([largest["block", b].median() for b in range(depth)])
     peak = int(ratio.argmax())
     image = torch.arange(sum(len(t) for t in tops[peak]))
     cosine, normal = (cross_cosine(torch.cat(rows[peak]), image) for rows in (tops, normals))
     on_background, background = _background(ratios["block", peak], boxes)
     return OutlierReport(
         ratio=ratio,
-        per_image=per_block("block", "count"),
-        images=per_block("block", "share"),
-        fc2_ratio=per_block("fc2", "ratio"),
+        per_image=torch.stack([c.mean() for c in counts]),
+        images=torch.stack([(c > 0).float().mean() for c in counts]),
+        fc2_ratio=torch.stack([largest["fc2", b].median() for b in range(depth)]),
         block=peak,
         cosine=cosine and cosine[0],
         normal_cosine=normal and normal[0],
@@ -199,5 +173,5 @@ def _background(ratios: list[torch.Tensor], boxes: Boxes | None) -> tuple[float 
     outside = outside_box(torch.tensor([list(map(float, box)) for box in boxes]), values.shape[1])
     if outside is None:
         return None, None
-    found = values.nan_to_num(0.0) >= OUTLIER_RATIO
+    found = values >= OUTLIER_RATIO
     return float(outside[found].float().mean()) if found.any() else None, float(outside.float().mean())

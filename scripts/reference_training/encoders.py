@@ -168,8 +168,7 @@ def encode(
     """The vision tower with registers and deletion per image, differentiable.
 
     The package's own runtime treats all images of a batch alike; training needs a mixture. Deleted tokens are masked, not
-    gathered, up to and including SigLIP's pooling head (which the package shows the mean of their neighbours instead; the
-    embeddings of the shipped encoder then agree to a cosine of 0.9997).
+    gathered, up to and including SigLIP's pooling head (which the package shows the mean of their neighbours instead).
 
     Args:
         model: `CLIPModel` or `SiglipModel`.

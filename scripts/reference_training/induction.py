@@ -41,7 +41,8 @@ def allowed_patches(task: SceneTask) -> tuple[torch.Tensor, torch.Tensor, torch.
     """(bool [n, patches] on the background, int64 [n] brightness level, bool [n, patches] where a writer may fire)."""
     patches = (task.pixels.shape[-1] // PATCH) ** 2
     background = outside_box(task.boxes, patches)
-    assert background is not None
+    if background is None:
+        raise ValueError(f"{patches} patches are no square grid; render square scenes.")
     levels = []
     for part in task.pixels.split(2048):
         grey = part.float().mean(1)
@@ -178,8 +179,8 @@ class Induction:
         before, here = (self.gates[b].neurons for b in (self.block - 1, self.block))
         written = trace.pre_activation[self.block - 1][..., before]
         register = trace.pre_activation[self.block][..., int(here)]
-        background, gone = self.background[rows], trace.dropped
-        assert gone is not None
+        background = self.background[rows]
+        gone = torch.zeros_like(background) if trace.dropped is None else trace.dropped
         firing = written.detach().amax(-1)
         sinks = (firing > FIRING) & background & ~gone
         writer = self.writer_loss(written, rows).mean()
