@@ -23,9 +23,11 @@ class EncoderFamily:
         blocks: the list of blocks.
         attention, query, key, value, out: the attention module, and its four projections relative to it.
         scaling, dropout: attribute names on the attention module.
-        mlp_in, mlp_out: MLP projections, alternatives in order of preference ("fc1"/"fc2", SwiGLU names).
+        mlp_in, mlp_out: MLP projections, those that exist ("fc1"/"fc2", SwiGLU names).
         embeddings, patch_embedding: embedding module and the patch projection in it.
         head: linear layers of the pooling head on the tower.
+        norms: the LayerNorm before attention and the one before the MLP.
+        layer_scales: the LayerScale behind each of the two branches; empty if the family has none.
         cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
     """
@@ -45,6 +47,8 @@ class EncoderFamily:
     mlp_in: tuple[str, ...] = ("mlp.fc1",)
     mlp_out: tuple[str, ...] = ("mlp.fc2",)
     head: tuple[str, ...] = ()
+    norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
+    layer_scales: tuple[str, ...] = ()
     cls_tokens: int = 1
     always_mask: bool = False
 
@@ -54,7 +58,9 @@ class EncoderFamily:
 
 
 _MAP_HEAD = ("head.mlp.fc1", "head.mlp.fc2")
-_DINO_MLP_IN = ("mlp.fc1", "mlp.gate_proj", "mlp.weights_in")
+_DINO_MLP_IN = ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.weights_in")
+_DINO_SCALES = ("layer_scale1", "layer_scale2")
+_VIT_NORMS = ("layernorm_before", "layernorm_after")
 _DINO_MLP_OUT = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
 
 FAMILIES: tuple[EncoderFamily, ...] = (
@@ -72,20 +78,23 @@ FAMILIES: tuple[EncoderFamily, ...] = (
     EncoderFamily(
         "DINOv2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "attention", "o_proj", "scaling",
         "attention_dropout", patch_embedding="embeddings.patch_embeddings.projection",
-        mlp_in=_DINO_MLP_IN, mlp_out=_DINO_MLP_OUT,
+        mlp_in=_DINO_MLP_IN, mlp_out=_DINO_MLP_OUT, norms=("norm1", "norm2"), layer_scales=_DINO_SCALES,
     ),
     EncoderFamily(
         "DINOv2 with registers", ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), "encoder.layer",
         "attention", "o_proj", "scaling", "attention_dropout",
         patch_embedding="embeddings.patch_embeddings.projection", mlp_in=_DINO_MLP_IN, mlp_out=_DINO_MLP_OUT,
+        norms=("norm1", "norm2"), layer_scales=_DINO_SCALES,
     ),
     EncoderFamily(
         "ViT", ("ViTModel",), "layers", "attention", "o_proj", "scaling", "attention_dropout",
         patch_embedding="embeddings.patch_embeddings.projection", head=("pooler.dense",),
+        norms=_VIT_NORMS,
     ),
     EncoderFamily(
         "DeiT", ("DeiTModel",), "layers", "attention", "o_proj", "scaling", "attention_dropout",
-        patch_embedding="embeddings.patch_embeddings.projection", head=("pooler.dense",), cls_tokens=2,
+        patch_embedding="embeddings.patch_embeddings.projection", head=("pooler.dense",),
+        norms=_VIT_NORMS, cls_tokens=2,
     ),
 )  # fmt: skip
 
@@ -142,6 +151,18 @@ class Tower:
         """Linear layers of a block by their name relative to the block, in module order."""
         return {name: m for name, m in self.blocks[block].named_modules() if hasattr(m, "in_features")}
 
+    def norm(self, block: int, number: int) -> nn.LayerNorm:
+        """The LayerNorm before attention (0) or before the MLP (1)."""
+        return self.blocks[block].get_submodule(self.family.norms[number])  # type: ignore[return-value]
+
+    def norm_consumers(self, block: int, number: int) -> list[nn.Linear]:
+        """The linear layers that read the output of :meth:`norm`, all of them: query, key, value, or the MLP inputs."""
+        f = self.family
+        if number == 0:
+            return [self.attention(block).get_submodule(name) for name in (f.query, f.key, f.value)]  # type: ignore[misc]
+        found = [_get(self.blocks[block], path) for path in f.mlp_in]
+        return [m for m in found if m is not None]  # type: ignore[misc]
+
     def mlp_out_name(self, block: int) -> str:
         """Name, relative to the block, of the MLP output projection (fc2)."""
         for path in self.family.mlp_out:
@@ -191,12 +212,15 @@ class Site:
         attribute: its name in the parent.
         kind: ``linear`` or ``patch_embedding``.
         block: 0-based block, None outside the blocks.
+        role: what feeds it: ``norm1`` (query, key, value), ``attention`` (output projection), ``norm2`` (MLP input),
+            ``activation`` (MLP output projection), ``other``.
     """
 
     parent: str
     attribute: str
     kind: str
     block: int | None
+    role: str = "other"
 
     @property
     def name(self) -> str:
@@ -226,7 +250,7 @@ def quantization_sites(
     unused = [
         p
         for p in ignore
-        if not any(_matches(c[0], p) for c in candidates)
+        if not any(matches(c[0], p) for c in candidates)
         and not any(fnmatch(o, p) for o in (OUTER_HEADS if head else ()))
     ]
     if unused:
@@ -234,17 +258,26 @@ def quantization_sites(
             f"modules.ignore pattern{'s' if len(unused) > 1 else ''} {', '.join(unused)} match no module that would be "
             f"quantized. Examples of names: {', '.join(c[0] for c in candidates[-4:])}."
         )
-    kept = [c for c in candidates if not any(_matches(c[0], p) for p in ignore)]
+    kept = [c for c in candidates if not any(matches(c[0], p) for p in ignore)]
     sites = []
     for path, kind, block in kept:
         full = f"{tower.name}.{path}" if tower.name else path
         parent, _, attribute = full.rpartition(".")
-        sites.append(Site(parent, attribute, kind, block))
+        sites.append(Site(parent, attribute, kind, block, "other" if block is None else _role(tower.family, path)))
     sites += [Site("", path, "linear", None) for path in outer if not any(fnmatch(path, p) for p in ignore)]
     return sites
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _role(family: EncoderFamily, path: str) -> str:
+    """The `Site.role` of a linear layer of a block."""
+    attention = f"{family.attention}."
+    roles = {attention + family.out: "attention"}
+    roles |= dict.fromkeys((attention + n for n in (family.query, family.key, family.value)), "norm1")
+    roles |= dict.fromkeys(family.mlp_out, "activation")
+    return next((role for name, role in roles.items() if path.endswith(f".{name}")), "norm2")
+
+
+def matches(name: str, pattern: str) -> bool:
     return fnmatch(name, pattern) or fnmatch(name, f"*.{pattern}")
 
 

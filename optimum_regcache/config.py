@@ -7,7 +7,7 @@ travels as ``quantization_config`` inside ``config.json`` and, with the search s
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,178 +15,34 @@ from typing import Any
 import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_regcache.config_parts import (
+    ActivationsConfig,
+    AttentionConfig,
+    DeletionConfig,
+    ModulesConfig,
+    RegistersConfig,
+    RewritesConfig,
+    WeightsConfig,
+)
 from optimum_regcache.files import write_text
-from optimum_regcache.validation import build_part, check_bits, check_types, one_of, require
+from optimum_regcache.validation import build_part, require
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PRESETS",
+    "QUANT_METHOD",
+    "ActivationsConfig",
+    "AttentionConfig",
+    "DeletionConfig",
+    "ModulesConfig",
+    "RegCacheConfig",
+    "RegistersConfig",
+    "RewritesConfig",
+    "WeightsConfig",
+]
 
 QUANT_METHOD = "regcache"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class WeightsConfig:
-    """Weight quantization of the linear layers; codes are symmetric (methods: s = max|w| / (2^(b-1) - 1)).
-
-    Attributes:
-        bits: 2 to 8.
-        granularity: ``per_channel`` (one scale per output row, shape [out]) or ``per_tensor`` (shape [1]).
-        observer: ``minmax`` or ``mse`` (scale that minimises the squared weight error).
-    """
-
-    bits: int = 8
-    granularity: str = "per_channel"
-    observer: str = "minmax"
-
-    def __post_init__(self) -> None:
-        check_bits("weights", self.bits)
-        check_types(self, "weights")
-        one_of("weights", "granularity", self.granularity, ("per_channel", "per_tensor"))
-        one_of("weights", "observer", self.observer, ("minmax", "mse"))
-
-
-@dataclass(frozen=True)
-class ActivationsConfig:
-    """Quantization of the inputs of the linear layers.
-
-    The presets are static, per tensor and symmetric with the absolute maximum: the protocol of the paper's "naive" rows.
-
-    Attributes:
-        bits: 2 to 8.
-        mode: ``static`` (scale stored after calibration) or ``dynamic`` (computed for each input).
-        granularity: ``per_tensor``; ``per_token`` (one scale per row, shape [..., 1]) needs ``mode="dynamic"``.
-        symmetric: zero point fixed at 0, otherwise free.
-        observer: static only: ``minmax``, ``moving_average``, ``percentile`` or ``mse``.
-        percentile: upper percentile in percent kept by ``observer="percentile"``.
-        momentum: weight of the past in ``observer="moving_average"``.
-    """
-
-    bits: int = 8
-    mode: str = "static"
-    granularity: str = "per_tensor"
-    symmetric: bool = True
-    observer: str = "minmax"
-    percentile: float = 99.99
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_bits("activations", self.bits)
-        check_types(self, "activations")
-        one_of("activations", "mode", self.mode, ("static", "dynamic"))
-        one_of("activations", "granularity", self.granularity, ("per_tensor", "per_token"))
-        one_of("activations", "observer", self.observer, ("minmax", "moving_average", "percentile", "mse"))
-        require(
-            not (self.mode == "static" and self.granularity == "per_token"),
-            "activations.granularity='per_token' needs activations.mode='dynamic': a stored scale cannot know how many "
-            "tokens an input has. Use mode='dynamic', or granularity='per_tensor'.",
-        )
-        require(50.0 < self.percentile <= 100.0, f"activations.percentile must be in (50, 100], got {self.percentile}.")
-        require(0.0 <= self.momentum < 1.0, f"activations.momentum must be in [0, 1), got {self.momentum}.")
-
-
-@dataclass(frozen=True)
-class RegistersConfig:
-    """The prefixed register cache (RegCache A.6, A.7).
-
-    Attributes:
-        mode: ``search`` (to be found by `RegCacheQuantizer.fit`), ``fixed`` (positions below are final), ``none``
-            (not "off", which YAML reads as false).
-        blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
-        num_registers: distinct rows of K and V per block.
-        num_copies: tau; copies of a row are one row with logit bias ln(tau) (A.7-1, exact), so it need not be an integer.
-        kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone).
-    """
-
-    mode: str = "search"
-    blocks: tuple[int, ...] = ()
-    num_registers: int = 1
-    num_copies: float = 1.0
-    kv_mode: str = "in_context"
-
-    def __post_init__(self) -> None:
-        check_types(self, "registers")
-        one_of("registers", "mode", self.mode, ("search", "fixed", "none"))
-        one_of("registers", "kv_mode", self.kv_mode, ("in_context", "isolated"))
-        require(
-            list(self.blocks) == sorted(set(self.blocks)) and all(b >= 0 for b in self.blocks),
-            f"registers.blocks must be distinct, ascending and >= 0, got {list(self.blocks)}.",
-        )
-        require(self.num_registers >= 1, f"registers.num_registers must be at least 1, got {self.num_registers}.")
-        require(
-            0 < self.num_copies < math.inf,
-            f"registers.num_copies must be > 0 (its logarithm is the logit bias), got {self.num_copies}. "
-            "To use no register set registers.mode='none'.",
-        )
-        require(
-            self.mode != "fixed" or bool(self.blocks),
-            "registers.mode='fixed' needs registers.blocks. Give the blocks, or use mode='search' or mode='none'.",
-        )
-        require(
-            self.mode == "fixed" or not self.blocks,
-            f"registers.blocks={list(self.blocks)} contradicts registers.mode={self.mode!r}. Use mode='fixed'.",
-        )
-
-
-@dataclass(frozen=True)
-class DeletionConfig:
-    """Deletion of the outlier tokens that still appear (RegCache A.7, step D).
-
-    Attributes:
-        block: 0-based block at whose input tokens are ranked by l_inf norm; None when nothing is deleted.
-        count: k~, tokens deleted in each image (``topk``) or at most deleted (``threshold``).
-        rule: ``topk``, or ``threshold``: only tokens with norm > ``kappa`` x the image's median norm.
-        kappa: ratio for ``threshold``.
-        fill: ``neighbour_mean`` puts the deleted positions back after the last block as the mean of their kept
-            neighbours, so that the patch grid keeps its shape; ``none`` returns N - count tokens.
-    """
-
-    block: int | None = None
-    count: int = 0
-    rule: str = "topk"
-    kappa: float = 5.0
-    fill: str = "neighbour_mean"
-
-    def __post_init__(self) -> None:
-        check_types(self, "deletion")
-        one_of("deletion", "rule", self.rule, ("topk", "threshold"))
-        one_of("deletion", "fill", self.fill, ("neighbour_mean", "none"))
-        require(self.count >= 0, f"deletion.count must be >= 0, got {self.count}.")
-        require(
-            self.count == 0 or self.block is not None,
-            f"deletion.count={self.count} needs deletion.block, the block at whose input tokens are deleted.",
-        )
-        require(self.block is None or self.block >= 0, f"deletion.block must be >= 0, got {self.block}.")
-        require(self.kappa > 1.0, f"deletion.kappa must be > 1 (a ratio to the median norm), got {self.kappa}.")
-        require(
-            not (self.rule == "threshold" and self.fill == "none"),
-            "deletion.rule='threshold' removes a different number of tokens from each image, so the outputs of a batch "
-            "only line up with fill='neighbour_mean'. Use that fill, or rule='topk'.",
-        )
-
-    @property
-    def active(self) -> bool:
-        """Whether any token can be deleted."""
-        return self.count > 0
-
-
-@dataclass(frozen=True)
-class ModulesConfig:
-    """Which modules are quantized besides the linear layers of the blocks.
-
-    Attributes:
-        patch_embedding: quantize the patch embedding too.
-        head: quantize projection, classifier and pooling linears too (`nn.MultiheadAttention` of SigLIP's pooling head
-            stays float).
-        ignore: glob patterns of module names that stay float, matched against the name within the encoder
-            (``encoder.layers.11.mlp.fc2``) and against its end (``mlp.fc2``).
-    """
-
-    patch_embedding: bool = False
-    head: bool = False
-    ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.ignore, str):
-            raise TypeError(f"modules.ignore must be a list of patterns, got the string {self.ignore!r}.")
-        check_types(self, "modules")
 
 
 @dataclass
@@ -194,7 +50,10 @@ class RegCacheConfig(QuantizationConfigMixin):
     """Configuration of a RegCache-quantized encoder (arXiv 2510.04547), stored as ``quantization_config``.
 
     Args:
-        weights, activations, registers, deletion, modules: the parts, as dataclasses or mappings.
+        weights, activations, attention, registers, deletion, modules, rewrites: the parts, as dataclasses or mappings.
+        methods: the quantization methods that fit the model, each a mapping with ``name`` and the method's parameters (a bare
+            name stands for its defaults); empty for round to nearest with the observers of the parts. The order does not
+            matter: `optimum_regcache.methods` sorts them into the pipeline.
         version: format version of the checkpoint.
         quant_method: always ``"regcache"``.
 
@@ -208,9 +67,12 @@ class RegCacheConfig(QuantizationConfigMixin):
 
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     registers: RegistersConfig = field(default_factory=RegistersConfig)
     deletion: DeletionConfig = field(default_factory=DeletionConfig)
     modules: ModulesConfig = field(default_factory=ModulesConfig)
+    rewrites: RewritesConfig = field(default_factory=RewritesConfig)
+    methods: tuple[dict[str, Any], ...] = ()
     version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
 
@@ -218,9 +80,12 @@ class RegCacheConfig(QuantizationConfigMixin):
         self,
         weights: WeightsConfig | dict | None = None,
         activations: ActivationsConfig | dict | None = None,
+        attention: AttentionConfig | dict | None = None,
         registers: RegistersConfig | dict | None = None,
         deletion: DeletionConfig | dict | None = None,
         modules: ModulesConfig | dict | None = None,
+        rewrites: RewritesConfig | dict | None = None,
+        methods: Sequence[str | dict[str, Any]] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -228,7 +93,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         require(
             not unknown,
             f"Unknown key{'s' if len(unknown) > 1 else ''} in RegCacheConfig: {', '.join(sorted(map(str, unknown)))}. "
-            "Known keys: activations, deletion, modules, registers, weights.",
+            f"Known keys: {', '.join(sorted((*PARTS, 'methods')))}.",
         )
         require(
             quant_method == QUANT_METHOD,
@@ -241,11 +106,18 @@ class RegCacheConfig(QuantizationConfigMixin):
         )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
-        self.weights = build_part(WeightsConfig, weights, "weights")
-        self.activations = build_part(ActivationsConfig, activations, "activations")
-        self.registers = build_part(RegistersConfig, registers, "registers")
-        self.deletion = build_part(DeletionConfig, deletion, "deletion")
-        self.modules = build_part(ModulesConfig, modules, "modules")
+        given = {
+            "weights": weights,
+            "activations": activations,
+            "attention": attention,
+            "registers": registers,
+            "deletion": deletion,
+            "modules": modules,
+            "rewrites": rewrites,
+        }
+        for name, cls in PARTS.items():
+            setattr(self, name, build_part(cls, given[name], name))
+        self.methods = _method_list(methods)
         require(
             not (self.registers.mode == "search" and self.deletion.active),
             "deletion.count is found by the search when registers.mode='search'. Set registers.mode to 'fixed' or 'none' "
@@ -275,7 +147,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         for name, value in parts.items():
             if value is None:
                 continue
-            if isinstance(value, dict):
+            if isinstance(value, dict) and name in PARTS:
                 known = {f.name for f in fields(current[name])}
                 bad = sorted(set(value) - known)
                 require(not bad, f"Unknown key in {name}: {', '.join(bad)}. Known keys: {', '.join(sorted(known))}.")
@@ -289,12 +161,31 @@ class RegCacheConfig(QuantizationConfigMixin):
         suffix = "" if self.activations.mode == "static" else "-dynamic"
         return f"w{self.weights.bits}a{self.activations.bits}{suffix}"
 
+    @property
+    def protocol(self) -> str:
+        """Which matrix products are quantized; numbers under different protocols are not comparable (methods 0.3)."""
+        return "linear layers and attention products" if self.attention.quantize else "linear layers"
+
+    @property
+    def simulated_reason(self) -> str | None:
+        """Why the result is no plain set of scales and weights, so that (a part of) it is simulated in float everywhere;
+        None if every quantized product can run in integers."""
+        reasons = []
+        if self.attention.quantize:
+            reasons.append("the attention products are simulated")
+        if self.activations.post_activation == "twin":
+            reasons.append("twin quantizers after GELU have no integer kernel")
+        if self.modules.sixteen_bit:
+            reasons.append("16-bit inputs have no integer kernel")
+        return "; ".join(reasons) or None
+
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON-compatible mapping; ``RegCacheConfig(**d)`` restores the config."""
         data: dict[str, Any] = {"quant_method": self.quant_method, "version": self.version}
-        for name in ("weights", "activations", "registers", "deletion", "modules"):
+        for name in PARTS:
             part = asdict(getattr(self, name))
             data[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
+        data["methods"] = [dict(m) for m in self.methods]
         return data
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -322,6 +213,30 @@ class RegCacheConfig(QuantizationConfigMixin):
         data = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
         require(isinstance(data, dict), f"{source} does not hold a mapping of RegCacheConfig fields.")
         return cls(**data)
+
+
+PARTS: dict[str, type] = {
+    "weights": WeightsConfig,
+    "activations": ActivationsConfig,
+    "attention": AttentionConfig,
+    "registers": RegistersConfig,
+    "deletion": DeletionConfig,
+    "modules": ModulesConfig,
+    "rewrites": RewritesConfig,
+}
+
+
+def _method_list(methods: Sequence[str | dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:
+    """Each method as a mapping with ``name``."""
+    if isinstance(methods, (str, dict)):
+        methods = [methods]
+    found = []
+    for entry in methods or ():
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise TypeError(f"methods must be a list of names or of mappings with 'name', got {entry!r}.")
+        found.append(dict(entry))
+    return tuple(found)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -2,11 +2,11 @@
 
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.runtime import (
-    TowerRuntime,
     get_register_cache,
     prepare_tower,
     set_deletion,
     set_registers,
 )
+from optimum_regcache.registers.state import TowerRuntime
 
 __all__ = ["RegisterCache", "TowerRuntime", "get_register_cache", "prepare_tower", "set_deletion", "set_registers"]

@@ -47,9 +47,10 @@ def valid_tokens(attention_mask: torch.Tensor | None, batch: int, tokens: int, d
     return attention_mask.expand(batch, tokens)
 
 
-def outlier_scores(hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """l_inf norm of every token [B, N] in float32, -inf where ``candidates`` is false."""
-    norms = hidden.detach().abs().amax(-1).float()
+def outlier_scores(hidden: torch.Tensor, candidates: torch.Tensor, score: str = "linf") -> torch.Tensor:
+    """``linf`` or ``l2`` norm of every token [B, N] in float32, -inf where ``candidates`` is false."""
+    states = hidden.detach()
+    norms = states.abs().amax(-1).float() if score == "linf" else states.float().norm(dim=-1)
     return norms.masked_fill(~candidates, float("-inf"))
 
 

@@ -7,123 +7,17 @@ bit-identical.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.hf_private import attention_interface
 from optimum_regcache.registers import deletion as D
 from optimum_regcache.registers.cache import RegisterCache, RegisterLayer
-
-
-class _Pass:
-    """State of one forward pass, written by the first swapped module it meets and read by the later ones."""
-
-    grid: D.Grid = None
-    selection: D.Selection | None = None
-    valid: torch.Tensor | None = None
-    replayed: torch.Tensor | None = None
-
-
-class _ThreadPass(_Pass, threading.local):
-    """One `_Pass` per thread: a served model may run in several threads at once."""
-
-
-class Replay:
-    """Known inputs of one block, batch after batch: earlier blocks are skipped and the recorded states take over.
-
-    Args:
-        block: the block that gets the states.
-        states: [B, N, D] for each forward pass to come, in order.
-    """
-
-    def __init__(self, block: int, states: Sequence[torch.Tensor]) -> None:
-        self.block, self._states = block, iter(states)
-
-    def take(self) -> torch.Tensor:
-        """The state of the pass that begins."""
-        return next(self._states)
-
-
-class TowerRuntime:
-    """Shared by all swapped modules of one tower.
-
-    Attributes:
-        deletion: what to delete.
-        num_copies: tau of the stored registers.
-        num_prefix_tokens: leading tokens that are never deleted.
-        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
-        patch_size: pixels (h, w) of a patch, None if the input is already patchified.
-        num_blocks: blocks of the tower.
-        replay: recorded block inputs, while a search measures later blocks only.
-    """
-
-    def __init__(self, tower: Tower) -> None:
-        self.deletion = DeletionConfig()
-        self.num_copies = 1.0
-        self.num_prefix_tokens = tower.num_prefix_tokens
-        self.keep_positions = tower.is_backbone or tower.family.always_mask
-        self.num_blocks = len(tower.blocks)
-        patch = getattr(tower.config, "patch_size", None)
-        self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
-        self.replay: Replay | None = None
-        self._eager = _ThreadPass()
-        self._traced = _Pass()  # torch.compile and torch.export see a plain object; it is empty between passes
-
-    @property
-    def current(self) -> _Pass:
-        """The pass under way in this thread."""
-        return self._traced if torch.compiler.is_compiling() else self._eager
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
-
-    def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
-        """Start a forward pass: remember the patch grid."""
-        state = self.current
-        state.selection = state.valid = None
-        state.replayed = None if self.replay is None else self.replay.take()
-        state.grid = spatial_shapes
-        if spatial_shapes is None and self.patch_size is not None and pixel_values.ndim == 4:
-            state.grid = (
-                pixel_values.shape[-2] // self.patch_size[0],
-                pixel_values.shape[-1] // self.patch_size[1],
-            )
-
-    def delete(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking)."""
-        batch, tokens, _ = hidden.shape
-        config, lead, state = self.deletion, self.num_prefix_tokens, self.current
-        if tokens - lead < 2 * config.count:
-            raise ValueError(
-                f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
-                "input. Use larger images or a smaller count."
-            )
-        valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
-        patch = torch.arange(tokens, device=hidden.device) >= lead
-        dropped = D.choose_dropped(D.outlier_scores(hidden, valid & patch), valid | ~patch, config)
-        masked = self.keep_positions or config.rule == "threshold"
-        kept = None if masked else D.kept_positions(dropped, config.count)
-        state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
-        state.valid = None if attention_mask is None else valid
-        return D.fill_deleted(hidden, state.selection, state.valid) if kept is None else D.gather_tokens(hidden, kept)
-
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """After the last block: restore the grid if the config asks for it, and forget the pass."""
-        state = self.current
-        selection, valid = state.selection, state.valid
-        state.selection = state.valid = None
-        if selection is None or self.deletion.fill == "none":
-            return hidden
-        return D.fill_deleted(D.scatter_tokens(hidden, selection), selection, valid)
+from optimum_regcache.registers.state import TowerRuntime
 
 
 class _Swapped:
@@ -165,26 +59,35 @@ class EmbeddingsMixin(_Swapped):
 
 
 class BlockMixin(_Swapped):
-    """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block."""
+    """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block.
+
+    Buffer ``rotation`` [D, D] of the first and last block: orthogonal, the residual stream between them is ``x @ rotation``.
+    """
 
     block_index: int
+    rotation: torch.Tensor | None
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         runtime = self.regcache
         if runtime.replay is not None and self.block_index <= runtime.replay.block:
             if self.block_index < runtime.replay.block:
                 return hidden_states
-            replayed = runtime.current.replayed
-            hidden_states = hidden_states if replayed is None else replayed
-        if not runtime.deletion.active or runtime.deletion.block is None or self.block_index < runtime.deletion.block:
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        if self.block_index == runtime.deletion.block:
+            state = runtime.current
+            if state.replayed is not None:
+                hidden_states = state.replayed.hidden
+                state.selection, state.valid = state.replayed.selection, state.replayed.valid
+        if self.block_index == 0:
+            hidden_states = runtime.enter(hidden_states, self.rotation)
+        attention_mask = runtime.mask_for_token(attention_mask)
+        if self.block_index == runtime.deletion.block and runtime.deletion.active:
             hidden_states = runtime.delete(hidden_states, attention_mask)
         selection = runtime.current.selection
         if selection is not None:
             attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
         output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        return runtime.finish(output) if self.block_index == runtime.num_blocks - 1 else output
+        if self.block_index != runtime.num_blocks - 1:
+            return output
+        return runtime.leave(runtime.finish(output), self.rotation)
 
 
 class AttentionMixin(_Swapped):
@@ -284,6 +187,7 @@ def prepare_tower(model: nn.Module) -> TowerRuntime:
     family = tower.family
     for index, block in enumerate(tower.blocks):
         _swap(block, BlockMixin, runtime).block_index = index
+        block.register_buffer("rotation", None)
         attention = _swap(tower.attention(index), AttentionMixin, runtime)
         attention.block_index = index
         attention.tower_names = (family.query, family.key, family.value, family.out, family.scaling, family.dropout)

@@ -13,17 +13,17 @@ from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
 from optimum_regcache.registers import prepare_tower
-from optimum_regcache.registers.runtime import Replay
+from optimum_regcache.registers.state import BlockInput, Replay
 
 
 @torch.inference_mode()
-def record_block_inputs(model: nn.Module, batches: Sequence[Batch], block: int) -> list[torch.Tensor]:
-    """Hidden states [B, N, D] at the input of ``block``, one per batch."""
-    tower = find_tower(model)
-    states: list[torch.Tensor] = []
+def record_block_inputs(model: nn.Module, batches: Sequence[Batch], block: int) -> list[BlockInput]:
+    """What arrives at ``block``, one per batch."""
+    tower, runtime = find_tower(model), prepare_tower(model)
+    states: list[BlockInput] = []
 
     def keep(module: nn.Module, args: Any) -> None:
-        states.append(args[0])
+        states.append(BlockInput(args[0], runtime.current.selection, runtime.current.valid))
 
     handle = tower.blocks[block].register_forward_pre_hook(keep)
     try:
@@ -35,7 +35,7 @@ def record_block_inputs(model: nn.Module, batches: Sequence[Batch], block: int) 
 
 
 @contextmanager
-def replaying(model: nn.Module, block: int, states: Sequence[torch.Tensor]) -> Iterator[None]:
+def replaying(model: nn.Module, block: int, states: Sequence[BlockInput]) -> Iterator[None]:
     """Within the context, the next ``len(states)`` forward passes start at ``block``; earlier blocks are skipped.
 
     The passes must see the batches that were recorded, in the same order.

@@ -1,0 +1,159 @@
+"""What the swapped modules of one tower share: the settings, and the state of the forward pass under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optimum_regcache.architectures import Tower
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.registers import deletion as D
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """What arrives at a block for one batch: states [B, N, D], what was deleted before, and padding."""
+
+    hidden: torch.Tensor
+    selection: D.Selection | None = None
+    valid: torch.Tensor | None = None
+
+
+class _Pass:
+    """State of one forward pass, written by the first swapped module it meets and read by the later ones."""
+
+    grid: D.Grid = None
+    selection: D.Selection | None = None
+    valid: torch.Tensor | None = None
+    replayed: BlockInput | None = None
+
+
+class _ThreadPass(_Pass, threading.local):
+    """One `_Pass` per thread: a served model may run in several threads at once."""
+
+
+class Replay:
+    """Known inputs of one block, batch after batch: earlier blocks are skipped and the recorded states take over.
+
+    Args:
+        block: the block that gets the states.
+        states: one for each forward pass to come, in order.
+    """
+
+    def __init__(self, block: int, states: Sequence[BlockInput]) -> None:
+        self.block, self._states = block, iter(states)
+
+    def take(self) -> BlockInput:
+        """The state of the pass that begins."""
+        return next(self._states)
+
+
+class TowerRuntime:
+    """Shared by all swapped modules of one tower.
+
+    Attributes:
+        deletion: what to delete.
+        num_copies: tau of the stored registers.
+        extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
+        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
+        patch_size: pixels (h, w) of a patch, None if the input is already patchified.
+        num_blocks: blocks of the tower.
+        replay: recorded block inputs, while a search measures later blocks only.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        self.deletion = DeletionConfig()
+        self.num_copies = 1.0
+        self.extra_token = False
+        self._leading = tower.num_prefix_tokens
+        self.keep_positions = tower.is_backbone or tower.family.always_mask
+        self.num_blocks = len(tower.blocks)
+        patch = getattr(tower.config, "patch_size", None)
+        self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
+        self.replay: Replay | None = None
+        self._eager = _ThreadPass()
+        self._traced = _Pass()  # torch.compile and torch.export see a plain object; it is empty between passes
+
+    @property
+    def current(self) -> _Pass:
+        """The pass under way in this thread."""
+        return self._traced if torch.compiler.is_compiling() else self._eager
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches inside the blocks; they are never deleted."""
+        return self._leading + int(self.extra_token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
+
+    def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
+        """Start a forward pass: remember the patch grid."""
+        state = self.current
+        state.selection = state.valid = None
+        state.replayed = None if self.replay is None else self.replay.take()
+        state.grid = spatial_shapes
+        if spatial_shapes is None and self.patch_size is not None and pixel_values.ndim == 4:
+            state.grid = (
+                pixel_values.shape[-2] // self.patch_size[0],
+                pixel_values.shape[-1] // self.patch_size[1],
+            )
+
+    def delete(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking)."""
+        batch, tokens, _ = hidden.shape
+        config, lead, state = self.deletion, self.num_prefix_tokens, self.current
+        if tokens - lead < 2 * config.count:
+            raise ValueError(
+                f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
+                "input. Use larger images or a smaller count."
+            )
+        valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
+        patch = torch.arange(tokens, device=hidden.device) >= lead
+        dropped = D.choose_dropped(D.outlier_scores(hidden, valid & patch, config.score), valid | ~patch, config)
+        masked = self.keep_positions or config.rule == "threshold"
+        kept = None if masked else D.kept_positions(dropped, config.count)
+        state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
+        state.valid = None if attention_mask is None else valid
+        return D.fill_deleted(hidden, state.selection, state.valid) if kept is None else D.gather_tokens(hidden, kept)
+
+    def enter(self, hidden: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """Before the first block: rotate the residual stream, and add the test-time register."""
+        if rotation is not None:
+            hidden = hidden @ rotation
+        if not self.extra_token:
+            return hidden
+        token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])
+        return torch.cat((hidden[:, : self._leading], token, hidden[:, self._leading :]), 1)
+
+    def leave(self, hidden: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """After the last block: undo :meth:`enter`."""
+        if self.extra_token:
+            hidden = torch.cat((hidden[:, : self._leading], hidden[:, self._leading + 1 :]), 1)
+        return hidden if rotation is None else hidden @ rotation.T
+
+    def mask_for_token(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The encoder's mask [B or 1, 1, N or 1, N] with a row and a column for the test-time register."""
+        if attention_mask is None or not self.extra_token:
+            return attention_mask
+        order = list(range(attention_mask.shape[-1]))
+        order.insert(self._leading, 0)  # the register sees, and is seen by, what the first token does
+        index = torch.tensor(order, device=attention_mask.device)
+        attention_mask = attention_mask.index_select(-1, index)
+        return attention_mask if attention_mask.shape[-2] == 1 else attention_mask.index_select(-2, index)
+
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """After the last block: restore the grid if the config asks for it, and forget the pass."""
+        state = self.current
+        selection, valid = state.selection, state.valid
+        state.selection = state.valid = None
+        if selection is None or self.deletion.fill == "none":
+            return hidden
+        return D.fill_deleted(D.scatter_tokens(hidden, selection), selection, valid)
