@@ -8,55 +8,118 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import image_features, move
 from optimum_regcache.evaluation.norms import PaddingMask
 from optimum_regcache.evaluation.objective import has_classifier
-from optimum_regcache.observers import Observer, make_observer
-from optimum_regcache.surgery import config_sites
+from optimum_regcache.observers import ProbabilityObserver, make_observer
+from optimum_regcache.products import attention_products, install_products
+from optimum_regcache.rewrites.hadamard import block_hadamard, block_order
+from optimum_regcache.surgery import config_sites, site_activations
+
+
+class _Tap:
+    """Feeds one observer (or one per head) from a forward pre-hook."""
+
+    def __init__(self, activations: ActivationsConfig, padding: PaddingMask, hadamard: bool) -> None:
+        self.config, self.padding, self.hadamard = activations, padding, hadamard
+        self.observer = make_observer(activations)
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, a = args[0], self.config
+        normal_only = a.outlier_tokens == "per_token" and x.ndim == 3
+        x = _normal_tokens(x, a.outlier_ratio) if normal_only else self.padding.content(x)
+        if self.hadamard:
+            x = block_hadamard(x, block_order(x.shape[-1]))
+        self.observer.update(x.clamp(min=0) if a.post_activation == "twin" else x)
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.observer.qparams()
+
+
+class _OperandTap:
+    """The same for an operand [B, H, N, *] of an attention product."""
+
+    def __init__(self, role: str, config: AttentionConfig, heads: int, padding: PaddingMask) -> None:
+        self.padding, self.per_head = padding, config.granularity == "per_head" and role != "probabilities"
+        observer: Any
+        if role == "probabilities":
+            self.observers: list[Any] = [ProbabilityObserver(config)]
+        else:
+            observer = ActivationsConfig(bits=config.bits, symmetric=config.symmetric, observer=config.observer)
+            self.observers = [make_observer(observer) for _ in range(heads if self.per_head else 1)]
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = self.padding.content(args[0].transpose(1, 2))  # tokens first, then heads
+        if not self.per_head:
+            return self.observers[0].update(x)
+        for head, observer in enumerate(self.observers):
+            observer.update(x.select(-2, head))
+        return None
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = [observer.qparams() for observer in self.observers]
+        if not self.per_head:
+            return found[0]
+        return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
+
+
+def _normal_tokens(x: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Rows of ``x`` [B, N, D] whose l_inf norm is at most ``ratio`` times the median of their image, [rows, D]."""
+    norms = x.abs().amax(-1)
+    return x[norms <= ratio * norms.median(1, keepdim=True).values]
 
 
 @torch.inference_mode()
 def calibrate(
     float_model: nn.Module, config: RegCacheConfig, batches: Iterable[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Static activation scales of every module that ``config`` quantizes.
+    """Static scales of every module, and of every attention operand, that ``config`` quantizes.
 
     The float model runs with whatever registers and deletion are installed in it: prefix rows never pass through a linear
     layer, so they cannot enter the statistics (A.13-3); padding rows are left out.
 
     Args:
         float_model: unquantized model with its `prepare_tower` wiring.
-        config: activations and modules.
+        config: activations, attention and modules.
         batches: calibration images.
 
     Returns:
-        module name -> (scale [], zero_point []); empty if activations are dynamic.
+        module name -> (scale, zero_point); 0-dim, or [H] for operands with a scale per head. Empty if everything is dynamic.
 
     Raises:
         ValueError: no batch was given.
     """
-    if config.activations.mode == "dynamic":
-        return {}
-    observers: dict[str, Observer] = {}
-    padding = PaddingMask()
+    taps: dict[str, _Tap | _OperandTap] = {}
+    padding, handles = PaddingMask(), []
 
-    def hook(observer: Observer) -> Any:
-        return lambda module, args: observer.update(padding.content(args[0]))
+    def watch(name: str, tap: _Tap | _OperandTap) -> None:
+        taps[name] = tap
+        handles.append(float_model.get_submodule(name).register_forward_pre_hook(tap))
 
-    handles = []
     for site in config_sites(float_model, config):
-        observers[site.name] = make_observer(config.activations)
-        handles.append(float_model.get_submodule(site.name).register_forward_pre_hook(hook(observers[site.name])))
+        activations = site_activations(config, site)
+        if activations.mode == "static":
+            watch(site.name, _Tap(activations, padding, activations.mlp_out_hadamard))
+    if config.attention.quantize:
+        install_products(float_model, config.attention, bypass=True)
+        heads = find_tower(float_model).config.num_attention_heads
+        for name, products in attention_products(float_model):
+            for role, _ in products.operands():
+                watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))
     try:
-        for batch in batches:
-            padding.start(batch)
-            run_heads(float_model, batch)
+        if taps:
+            for batch in batches:
+                padding.start(batch)
+                run_heads(float_model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: observer.qparams() for name, observer in observers.items()}
+        if config.attention.quantize:
+            install_products(float_model, AttentionConfig())
+    return {name: tap.qparams() for name, tap in taps.items()}  # type: ignore[misc]
 
 
 def run_heads(model: Any, batch: Batch) -> None:

@@ -41,7 +41,7 @@ class ActivationsConfig:
     The presets are static, per tensor and symmetric with the absolute maximum: the protocol of the paper's "naive" rows.
 
     Attributes:
-        bits: 2 to 8.
+        bits: 2 to 8, or 16 (simulated only).
         mode: ``static`` (scale stored after calibration) or ``dynamic`` (computed for each input).
         granularity: ``per_tensor``; ``per_token`` (one scale per row, shape [..., 1]) needs ``mode="dynamic"``.
         symmetric: zero point fixed at 0, otherwise free.
@@ -74,7 +74,7 @@ class ActivationsConfig:
     mlp_out_hadamard: bool = False
 
     def __post_init__(self) -> None:
-        check_bits("activations", self.bits)
+        check_bits("activations", self.bits, sixteen=True)
         check_types(self, "activations")
         one_of("activations", "mode", self.mode, ("static", "dynamic"))
         one_of("activations", "granularity", self.granularity, ("per_tensor", "per_token"))

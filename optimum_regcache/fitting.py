@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from optimum_regcache.architectures import find_tower
-from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
+from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
 from optimum_regcache.data import Batch, ImageInputs, class_names, split_reference
 from optimum_regcache.evaluation.objective import Objective, has_classifier, make_objective, zero_shot_features
+from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
@@ -115,13 +116,14 @@ def fit_registers(
     progress: bool,
 ) -> FitResult:
     """Run sensitivity, mining and search; the arguments are those of `RegCacheQuantizer.fit`."""
+    config = configured(config)
     parts = split_inputs(ImageInputs(dataset, processor, data_collator), data, search.seed)
     calibration, selection, confirmation = (
         list(p.batches(data.batch_size)) for p in (parts.calibration, parts.selection, parts.confirmation)
     )
     by_label = search.objective == "accuracy"
     text = _text_features(model, processor, dataset, template) if by_label else None
-    bench = Workbench(model, config, calibration)
+    bench = Workbench(model, search_config(config), calibration)
     depth, seconds = len(find_tower(bench.float_model).blocks), {}
 
     def objective(part: ImageInputs, batches: list[Batch]) -> Objective:
@@ -135,7 +137,9 @@ def fit_registers(
     scan = None
     if search.sensitive_block is None:
         scanned = objective(parts.selection, selection[: -(-search.sensitivity_images // data.batch_size)])
-        scan = scan_sensitivity(bench.float_model, config, calibration, scanned, search.sensitivity, progress=progress)
+        scan = scan_sensitivity(
+            bench.float_model, bench.config, calibration, scanned, search.sensitivity, progress=progress
+        )
     sensitive = scan.sensitive_block if scan else int(search.sensitive_block or 0)
     require(sensitive < depth, f"search.sensitive_block={sensitive}, but the encoder has blocks 0 to {depth - 1}.")
     seconds["sensitivity"] = time.perf_counter() - begun
@@ -163,6 +167,7 @@ def fit_registers(
         record=_open_record(model, work_dir, config, search, data, parts, sensitive, text),
         num_blocks=depth,
         ceiling=float(selecting.scores(bench.float_model).mean()),
+        final=_final_scorer(model, config, search, calibration) if config.methods else None,
         progress=progress,
     )
     result = engine.run()
@@ -174,6 +179,40 @@ def fit_registers(
     return FitResult(
         resolved, cache, scan, sensitive, mined, result, variants, parts.calibration, config, search, data, seconds
     )
+
+
+def search_config(config: RegCacheConfig) -> RegCacheConfig:
+    """What the search quantizes with: round to nearest at the bits and granularity of ``config``, without its methods."""
+    a = config.activations
+    return RegCacheConfig(
+        weights=WeightsConfig(config.weights.bits, config.weights.granularity),
+        activations=ActivationsConfig(
+            bits=a.bits,
+            mode=a.mode,
+            granularity=a.granularity,
+            symmetric=a.symmetric,
+            observer="minmax" if config.methods else a.observer,
+            percentile=a.percentile,
+            momentum=a.momentum,
+        ),
+        registers=config.registers,
+        deletion=config.deletion,
+        modules=replace(config.modules, sixteen_bit=()),
+    )
+
+
+def _final_scorer(
+    model: Any, config: RegCacheConfig, search: SearchConfig, calibration: list[Batch]
+) -> Callable[[Setup, RegisterCache | None, DeletionConfig, Objective], torch.Tensor]:
+    """Scores a setup with the complete final quantizer instead of round to nearest."""
+
+    def score(
+        setup: Setup, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective
+    ) -> torch.Tensor:
+        resolved = resolve_config(config, setup, cache, deletion, search.kv_mode)
+        return objective.scores(quantize_with(model, resolved, cache, calibration, progress=False).model)
+
+    return score
 
 
 def _text_features(model: Any, processor: Any, dataset: Any, template: str) -> torch.Tensor | None:

@@ -18,7 +18,10 @@ from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.hf_private import loaded_key_names, mark_quantized
 from optimum_regcache.surgery import check_complete, install_structure, quantize_modules
 
-_OWN_STATE = ("weight_scale", "input_scale", "input_zero_point", "register_key", "register_value")
+_OWN_STATE = (
+    "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
+    "register_key", "register_value", "rotation", "scale", "zero_point",
+)  # fmt: skip
 
 
 class RegCacheHfQuantizer(HfQuantizer):

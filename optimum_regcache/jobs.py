@@ -15,19 +15,20 @@ from transformers import PreTrainedModel
 
 from optimum_regcache import reference
 from optimum_regcache.architectures import find_tower
-from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import Batch, ImageInputs, object_boxes
 from optimum_regcache.evaluation.features import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, has_classifier, make_objective
 from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, measure_outliers
 from optimum_regcache.files import write_json
-from optimum_regcache.fitting import FitResult, split_inputs
+from optimum_regcache.fitting import FitResult, resolve_config, search_config, split_inputs
 from optimum_regcache.loading import load_model
+from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.modules import quant_linears
-from optimum_regcache.quantizer import RegCacheQuantizer, build_quantized
+from optimum_regcache.quantizer import RegCacheQuantizer
 from optimum_regcache.recipe import Recipe
-from optimum_regcache.registers import get_register_cache
+from optimum_regcache.registers import RegisterCache, get_register_cache
 from optimum_regcache.report import (
     NOTHING,
     Reporter,
@@ -39,6 +40,7 @@ from optimum_regcache.report import (
     write_model_card,
 )
 from optimum_regcache.search.mining import mine_tokens
+from optimum_regcache.search.search import Setup
 from optimum_regcache.search.sensitivity import scan_sensitivity
 from optimum_regcache.search.workbench import Workbench
 from optimum_regcache.sources import EMBEDDED_IMAGES, Source, accuracy_data, open_source, saved_recipe
@@ -56,7 +58,7 @@ def quantize_job(
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
     quantizer = RegCacheQuantizer(source.model, source.processor)
-    config, fit = recipe.quantization, None
+    config, fit = configured(recipe.quantization), None
     data = replace(recipe.data, num_samples=min(recipe.data.num_samples, len(source.search_images)))
     inputs = ImageInputs(source.search_images, source.processor)
     calibration = list(split_inputs(inputs, data, recipe.search.seed).calibration.batches(data.batch_size))
@@ -70,20 +72,25 @@ def quantize_job(
             work_dir=path / "search",
             progress=progress,
         )
-        config = fit.config
-        model = build_quantized(source.model, config, fit.cache, calibration)
+        config, cache = fit.config, fit.cache
     else:
         cache = quantizer.fixed_cache(config, inputs, data.batch_size) if config.registers.mode == "fixed" else None
-        model = build_quantized(source.model, config, cache, calibration)
+    quantized = quantize_with(source.model, config, cache, calibration, progress)
+    config = quantized.config
     given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
     recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
-    quantizer.save(model, path, recipe=recipe)
-    rows, notes = _report(source, recipe, fit, path, calibration)
+    quantizer.save(quantized.model, path, recipe=recipe)
+    rows, notes = _report(source, recipe, fit, path, calibration, progress)
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
         "note": source.note,
         "quantization": config.label,
+        "protocol": config.protocol,
+        "methods": [dict(entry) for entry in config.methods],
+        "simulated": config.simulated_reason,
+        "measured": quantized.measured,
+        "stage_seconds": quantized.seconds,
         "report_images": len(source.report_images),
         "rows": [row.to_dict() for row in rows],
         "fit": fit.to_dict() if fit else None,
@@ -105,10 +112,12 @@ def _report(
     fit: FitResult | None,
     path: Path,
     calibration: list[Batch],
+    progress: bool,
 ) -> tuple[list[Row], list[str]]:
     report = ImageInputs(source.report_images, source.processor)
     labels, text = accuracy_data(source, report, source.report_images)
-    bench = Workbench(source.model, recipe.quantization, calibration)
+    config = recipe.quantization
+    bench = Workbench(source.model, search_config(config), calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
     reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
     rows = _plain_rows(reporter)
@@ -126,9 +135,11 @@ def _report(
         ]
     if any(row.name == "per token" for row in rows):
         notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
+    if config.methods:
+        rows += _method_rows(source, config, fit, reporter, calibration, progress)
+        notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
     opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
     opened = opened.to(source.model.device)
-    config = recipe.quantization
     name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
     installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
     rows.append(reporter.model_row(name, opened, get_register_cache(opened), config.deletion, installed))
@@ -136,7 +147,42 @@ def _report(
     if fit is not None:
         _pictures(source, recipe, fit, reporter, path, notes)
     notes.append("norms: patch tokens, float model with the same registers and deletion")
+    notes.append(f"quantized: {config.protocol}")
+    if config.simulated_reason:
+        notes.append(f"simulated, not run in integers: {config.simulated_reason}")
     return rows, notes
+
+
+def method_label(config: RegCacheConfig) -> str:
+    """The methods of a config in one word, for tables."""
+    return " + ".join(entry["name"] for entry in config.methods) or "rtn"
+
+
+def _method_rows(
+    source: Source,
+    config: RegCacheConfig,
+    fit: FitResult | None,
+    reporter: Reporter,
+    calibration: list[Batch],
+    progress: bool,
+) -> list[Row]:
+    """The methods without registers, and under the best prefix and the best deletion of the search."""
+    setups: list[tuple[str, Setup, RegisterCache | None, DeletionConfig]] = []
+    if config.registers.mode == "fixed" or config.deletion.active or fit is not None:
+        setups.append(("alone", Setup(), None, replace(config.deletion, block=None, count=0)))
+    if fit is not None:
+        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
+        for kind, (cache, deletion) in fit.variants.items():
+            trial = best[kind]
+            if trial is not None:
+                setups.append((kind, trial.setup, cache, deletion))
+    rows = []
+    for kind, setup, cache, deletion in setups:
+        resolved = resolve_config(config, setup, cache, deletion, config.registers.kv_mode)
+        model = quantize_with(source.model, resolved, cache, calibration, progress).model
+        name = f"{method_label(config)}, {kind}"
+        rows.append(reporter.model_row(name, model, cache, deletion, setup.describe()))
+    return rows
 
 
 def _plain_rows(reporter: Reporter) -> list[Row]:

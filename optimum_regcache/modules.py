@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels import LinearBackend, LinearState, select_backend
+from optimum_regcache.nonuniform import twin_signed
+from optimum_regcache.rewrites.hadamard import block_hadamard, block_order, rotate_mlp_input_weight
 
-_FLOAT32_STATE = ("weight_scale", "input_scale")
+_FLOAT32_STATE = ("weight_scale", "input_scale", "input_negative_scale", "input_offset")
 
 
 class QuantLinear(nn.Module):
@@ -23,14 +25,21 @@ class QuantLinear(nn.Module):
         weight: int32 [out, ceil(in / (32 // bits))], packed codes. The shape differs from the float layer's on purpose:
             loading such a checkpoint without this package is a size mismatch, not silent garbage.
         weight_scale: float32 [out] or [1].
+        weight_zero_point: int32 of the same shape; None when weights are symmetric.
         bias: [out] in the model dtype, or None.
         input_scale, input_zero_point: float32 [] and int32 [] when activations are static; NaN means not calibrated.
+        input_negative_scale: float32 [], step of negative inputs of a twin quantizer, else None.
+        input_offset: float32 [in], added to the input before it is quantized (NoisyQuant), else None.
 
-    Scales stay float32 when the model is cast (``model.half()``).
+    With ``activations.mlp_out_hadamard`` the input is transformed by a block Hadamard matrix first, and the weight holds the
+    inverse. Scales stay float32 when the model is cast (``model.half()``).
     """
 
+    weight_zero_point: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
+    input_negative_scale: torch.Tensor | None
+    input_offset: torch.Tensor | None
 
     def __init__(
         self,
@@ -54,11 +63,16 @@ class QuantLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
-        static = activations.mode == "static"
-        self.register_buffer(
-            "input_scale", torch.tensor(float("nan"), dtype=torch.float32, device=device) if static else None
-        )
-        self.register_buffer("input_zero_point", torch.tensor(0, dtype=torch.int32, device=device) if static else None)
+        static, twin = activations.mode == "static", activations.post_activation == "twin"
+        self.hadamard_order = block_order(in_features) if activations.mlp_out_hadamard else 1
+        unknown, zero = torch.tensor(float("nan"), device=device), torch.tensor(0, dtype=torch.int32, device=device)
+        unknown = unknown.float()  # the default dtype may be another one while a checkpoint is loaded
+        self.register_buffer("weight_zero_point", None if weights.symmetric else zero.repeat(scales))
+        self.register_buffer("input_scale", unknown.clone() if static else None)
+        self.register_buffer("input_zero_point", zero if static else None)
+        self.register_buffer("input_negative_scale", unknown.clone() if twin else None)
+        offset = torch.zeros(in_features, dtype=torch.float32, device=device) if activations.mlp_out_offset else None
+        self.register_buffer("input_offset", offset)
 
     @classmethod
     def empty_like(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
@@ -85,11 +99,36 @@ class QuantLinear(nn.Module):
         """
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError("The float weight to quantize is not finite; the float model is damaged.")
-        scale = numerics.weight_qparams(weight, self.weights.bits, self.weights.granularity, self.weights.observer)
-        column = scale.reshape(-1, 1)
-        codes = numerics.quantize(weight, column, torch.zeros_like(column), self.weights.bits, True)
+        weight, w = self.rotated_weight(weight), self.weights
+        self.set_weight(weight, *numerics.weight_qparams(weight, w.bits, w.granularity, w.observer, w.symmetric))
+
+    def rotated_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The float ``weight`` [out, in] with the inverse of the online Hadamard transform, if the layer has one; float32."""
+        weight = weight.detach().float()
+        return weight if self.hadamard_order == 1 else rotate_mlp_input_weight(weight, self.hadamard_order)
+
+    def set_weight(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> None:
+        """Quantize ``weight`` [out, in] with given qparams (`numerics.weight_qparams`); the online Hadamard transform, if the
+        layer has one, must be folded into it already.
+
+        Raises:
+            ValueError: scales that are not positive and finite, or of another shape than ``weight_scale``.
+        """
+        scale = scale.detach().float()
+        good = scale.shape == self.weight_scale.shape and bool((torch.isfinite(scale) & (scale > 0)).all())
+        if not good:
+            raise ValueError(f"Weight scales must be positive, finite and of shape {tuple(self.weight_scale.shape)}.")
+        zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point.to(torch.int32)
+        if self.weight_zero_point is not None:
+            self.weight_zero_point = zero.clone()
+        elif bool((zero != 0).any()):
+            raise ValueError("This layer has symmetric weights; their zero points must be 0.")
+        self.weight_scale = scale.clone()
+        self.set_codes(numerics.weight_codes(weight.detach(), scale, zero, self.weights.bits))
+
+    def set_codes(self, codes: torch.Tensor) -> None:
+        """Store signed weight codes [out, in] (whole numbers) for the scales that the layer has."""
         self.weight = numerics.pack_codes(codes, self.weights.bits)
-        self.weight_scale = scale
         self.reset_runtime()
 
     def set_input_qparams(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
@@ -106,13 +145,28 @@ class QuantLinear(nn.Module):
         self.input_zero_point = zero_point.detach().to(self.weight.device, torch.int32).clone()
         self.reset_runtime()
 
+    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What is quantized: ``x`` plus the offset, transformed by the Hadamard matrix."""
+        if self.input_offset is not None:
+            x = x + self.input_offset.to(x.dtype)
+        return x if self.hadamard_order == 1 else block_hadamard(x, self.hadamard_order)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that the layer multiplies in place of the input ``x`` [..., in], float32."""
+        x, state, a = self.prepare_input(x.float()), self.state(), self.activations
+        scale, zero = state.input_qparams(x)
+        if self.input_negative_scale is not None:
+            return twin_signed(x, scale, self.input_negative_scale, a.bits)
+        return numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric)
+
     def codes(self) -> torch.Tensor:
         """int8 weight codes [out, in]."""
         return numerics.unpack_codes(self.weight, self.weights.bits, self.in_features)
 
     def dequantized_weight(self) -> torch.Tensor:
         """float32 weight [out, in] that the codes stand for."""
-        return self.codes().float() * self.weight_scale.reshape(-1, 1)
+        zero = 0 if self.weight_zero_point is None else self.weight_zero_point.reshape(-1, 1)
+        return (self.codes().float() - zero) * self.weight_scale.reshape(-1, 1)
 
     def state(self) -> LinearState:
         """Everything a backend needs.
@@ -128,7 +182,14 @@ class QuantLinear(nn.Module):
                 "RegCacheQuantizer.quantize(calibration_dataset=...), or use the preset 'w8a8-dynamic'."
             )
         return LinearState(
-            self.codes(), self.weight_scale, self.bias, self.activations, self.input_scale, self.input_zero_point
+            self.codes(),
+            self.weight_scale,
+            self.bias,
+            self.activations,
+            self.input_scale,
+            self.input_zero_point,
+            self.weight_zero_point,
+            self.input_negative_scale,
         )
 
     def runtime(self) -> LinearBackend:
@@ -144,7 +205,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        return self.runtime()(x)
+        return self.runtime()(self.prepare_input(x))
 
     def extra_repr(self) -> str:
         a = self.activations

@@ -72,30 +72,85 @@ def dynamic_qparams(x: torch.Tensor, bits: int, symmetric: bool, granularity: st
     return choose_qparams(low, high, bits, symmetric)
 
 
-def weight_qparams(weight: torch.Tensor, bits: int, granularity: str, observer: str) -> torch.Tensor:
-    """Symmetric weight scales.
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+
+def percentile_mse_range(
+    rows: torch.Tensor, bits: int, symmetric: bool, widen: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range among :data:`PERCENTILES` with the smallest squared quantization error (RepQ-ViT, C.2), each row on its own.
+
+    Args:
+        rows: float [n, values]; quantiles interpolate linearly between values.
+        bits: 2 to 8.
+        symmetric: the larger absolute end counts, otherwise both.
+        widen: judge the range after widening it to contain zero, as :func:`choose_qparams` does; RepQ-ViT does not.
+
+    Returns:
+        (low, high), each float32 [n].
+    """
+    rows = rows.float()
+    ordered = rows.sort(dim=1).values
+    best = (ordered[:, 0], ordered[:, -1])
+    best_error = torch.full((len(rows),), float("inf"), device=rows.device)
+    for p in PERCENTILES:
+        low, high = _sorted_quantile(ordered, 1.0 - p), _sorted_quantile(ordered, p)
+        if widen:
+            scale, zero = choose_qparams(low, high, bits, symmetric)
+        else:
+            scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+            zero = torch.round(-low / scale)
+        error = (fake_quantize(rows, scale[:, None], zero[:, None], bits, symmetric) - rows).pow(2).mean(1)
+        better = error < best_error
+        best = tuple(torch.where(better, new, old) for new, old in zip((low, high), best, strict=True))
+        best_error = torch.where(better, error, best_error)
+    return best  # type: ignore[return-value]
+
+
+def _sorted_quantile(ordered: torch.Tensor, q: float) -> torch.Tensor:
+    """Quantile of sorted rows [n, values], linear interpolation (`torch.quantile` stops at 16 million values)."""
+    place = q * (ordered.shape[1] - 1)
+    below = min(int(place), ordered.shape[1] - 1)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], place - below)
+
+
+def weight_qparams(
+    weight: torch.Tensor, bits: int, granularity: str, observer: str, symmetric: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight scales and zero points.
 
     Args:
         weight: [out, in].
         bits: 2 to 8.
-        granularity: ``per_channel`` -> scale [out]; ``per_tensor`` -> scale [1].
-        observer: ``minmax`` (absolute maximum) or ``mse`` (best of 80 shrink factors 0.21 to 1.0, each row on its own).
+        granularity: ``per_channel`` -> [out]; ``per_tensor`` -> [1].
+        observer: ``minmax`` (the whole range), ``mse`` (best of 80 shrink factors 0.21 to 1.0, each row on its own) or
+            ``percentile_mse`` (:func:`percentile_mse_range`).
+        symmetric: zero point 0.
 
     Returns:
-        float32 scales.
+        (scale float32, zero_point int32); the zero points belong to signed codes in ``[-2^(b-1), 2^(b-1) - 1]``.
     """
     rows = weight.float() if granularity == "per_channel" else weight.float().reshape(1, -1)
-    peak = rows.abs().amax(1)
-    scale, zero = choose_qparams(-peak, peak, bits, True)
-    if observer == "minmax":
-        return scale
-    best, best_error = scale, torch.full_like(scale, float("inf"))
-    for step in range(21, 101):
-        candidate = scale * (step / 100)
-        error = (fake_quantize(rows, candidate[:, None], zero[:, None], bits, True) - rows).pow(2).sum(1)
-        better = error < best_error
-        best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
-    return best
+    if observer == "percentile_mse":
+        low, high = percentile_mse_range(rows, bits, symmetric)
+    else:
+        low, high = rows.amin(1), rows.amax(1)
+    scale, zero = choose_qparams(low, high, bits, symmetric)
+    if observer == "mse":
+        best_error = torch.full_like(scale, float("inf"))
+        for step in range(21, 101):
+            trial = choose_qparams(low * (step / 100), high * (step / 100), bits, symmetric)
+            error = (fake_quantize(rows, trial[0][:, None], trial[1][:, None], bits, symmetric) - rows).pow(2).sum(1)
+            better = error < best_error
+            scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
+            best_error = torch.where(better, error, best_error)
+    return scale, zero if symmetric else zero - 2 ** (bits - 1)
+
+
+def weight_codes(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes (whole float32 numbers) of ``weight`` [out, in] for the qparams of :func:`weight_qparams`."""
+    return quantize(weight, scale.reshape(-1, 1), zero_point.reshape(-1, 1), bits, True)
 
 
 def codes_per_word(bits: int) -> int:

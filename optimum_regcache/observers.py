@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from optimum_regcache import numerics
-from optimum_regcache.config import ActivationsConfig
+from optimum_regcache.config import ActivationsConfig, AttentionConfig
+from optimum_regcache.nonuniform import quantize_probabilities
 
 _BINS = 16384
 _SHRINK_STEPS = 100
@@ -119,6 +120,18 @@ class _HistogramObserver(Observer):
         width = 2 * self._radius / _BINS
         return -self._radius + width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
 
+    def _quantiles(self, keep: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ends that keep this share of the values, to a bin's outer edge; of |x| if symmetric, else on each side."""
+        centres, half = self._centres(), self._radius / _BINS
+        if self.config.symmetric:
+            folded = self._counts[: _BINS // 2].flip(0) + self._counts[_BINS // 2 :]
+            index = _quantile_bin(folded, keep)
+            edge = (centres[_BINS // 2 + index] + half).float()
+            return -edge, edge
+        high = (centres[_quantile_bin(self._counts, keep)] + half).float()
+        low = (centres[_BINS - 1 - _quantile_bin(self._counts.flip(0), keep)] - half).float()
+        return low, high
+
     def _occupied(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest observed value, to a bin's outer edge."""
         centres, half = self._centres(), self._radius / _BINS
@@ -133,16 +146,7 @@ class PercentileObserver(_HistogramObserver):
     """
 
     def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        centres, half = self._centres(), self._radius / _BINS
-        keep = self.config.percentile / 100
-        if self.config.symmetric:
-            folded = self._counts[: _BINS // 2].flip(0) + self._counts[_BINS // 2 :]
-            index = _quantile_bin(folded, keep)
-            edge = (centres[_BINS // 2 + index] + half).float()
-            return -edge, edge
-        high = (centres[_quantile_bin(self._counts, keep)] + half).float()
-        low = (centres[_BINS - 1 - _quantile_bin(self._counts.flip(0), keep)] - half).float()
-        return low, high
+        return self._quantiles(self.config.percentile / 100)
 
 
 def _quantile_bin(counts: torch.Tensor, keep: float) -> int:
@@ -165,12 +169,75 @@ class MSEObserver(_HistogramObserver):
         return low * factors[best], high * factors[best]
 
 
+class PercentileMSEObserver(_HistogramObserver):
+    """The range among a few percentiles that minimises the squared quantization error (RepQ-ViT, C.2), to a bin's width."""
+
+    def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        used = self._counts > 0
+        values, weights = self._centres().float()[used], self._counts[used].float()
+        best, best_error = self._occupied(), math.inf
+        for keep in numerics.PERCENTILES:
+            low, high = self._quantiles(keep)
+            scale, zero = numerics.choose_qparams(low, high, self.config.bits, self.config.symmetric)
+            rebuilt = numerics.fake_quantize(values, scale, zero, self.config.bits, self.config.symmetric)
+            error = float(((rebuilt - values).pow(2) * weights).sum())
+            if error < best_error:
+                best, best_error = (low, high), error
+        return best
+
+
 OBSERVERS: dict[str, Callable[[ActivationsConfig], Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
     "percentile": PercentileObserver,
     "mse": MSEObserver,
+    "percentile_mse": PercentileMSEObserver,
 }
+
+
+class ProbabilityObserver:
+    """Parameter of a probability quantizer from a sample of the probabilities.
+
+    ``uniform``: the upper end by ``config.observer``; ``log2``, ``log_sqrt2``: the scale among a few upper percentiles with
+    the smallest squared error (RepQ-ViT, C.4); ``twin``: the split 2^-i, i = 0 .. 19, with the smallest squared error
+    (PTQ4ViT, B.5; the method searches it again by the error of AV).
+    """
+
+    LIMIT = 2**20
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config = config
+        self._values: list[torch.Tensor] = []
+        self._observer = make_observer(ActivationsConfig(bits=config.bits, symmetric=False, observer=config.observer))
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take one batch of probabilities; every k-th value is kept for the error."""
+        if self.config.probabilities == "uniform":
+            self._observer.update(x)
+        flat = x.detach().float().flatten()
+        self._values.append(flat[:: max(1, 8 * flat.numel() // self.LIMIT)].cpu())
+
+    def qparams(self) -> tuple[torch.Tensor, None]:
+        """(scale or split, 0-dim float32; no zero point).
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        if not self._values:
+            raise _nothing_observed()
+        form, values = self.config.probabilities, torch.cat(self._values)
+        if form == "uniform":
+            return self._observer.range()[1].clamp(min=1e-6), None
+        if form == "twin":
+            candidates = torch.exp2(-torch.arange(20.0))
+        else:
+            ordered = values.sort().values
+            places = [min(int(p * len(ordered)), len(ordered) - 1) for p in numerics.PERCENTILES]
+            candidates = ordered[places].clamp(min=1e-6)
+        errors = [
+            (quantize_probabilities(values, c, self.config.bits, form) - values).pow(2).mean() for c in candidates
+        ]
+        return candidates[int(torch.stack(errors).argmin())], None
 
 
 def make_observer(config: ActivationsConfig) -> Observer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,16 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from optimum_regcache.architectures import find_tower
-from optimum_regcache.calibration import calibrate
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch, ImageInputs, choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import Collator, FitResult, fit_registers
-from optimum_regcache.hf_integration import attach_quantizer
 from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
-from optimum_regcache.registers import RegisterCache, set_deletion, set_registers
+from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
-from optimum_regcache.surgery import assign_input_qparams, install_structure, quantize_modules, validate_positions
 from optimum_regcache.validation import require
 
 if TYPE_CHECKING:
@@ -207,6 +204,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         """
         data = DataConfig(batch_size=batch_size)
         config = quantization_config or (self.fit_result.config if self.fit_result else RegCacheConfig())
+        config = configured(config)
         calibration: ImageInputs | None = None
         if calibration_dataset is not None:
             calibration = ImageInputs(calibration_dataset, self.processor, data_collator)
@@ -225,7 +223,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             calibration = self.fit_result.calibration
         cache = self.fixed_cache(config, calibration, batch_size) if config.registers.mode == "fixed" else None
         batches: list[Batch] = []
-        if config.activations.mode == "static":
+        if config.activations.mode == "static" or config.methods:
             if calibration is None:
                 raise ValueError(
                     "Static activations need calibration images: pass calibration_dataset, or use the preset "
@@ -234,7 +232,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0)).tolist()
             chosen = sorted(order[:MAX_CALIBRATION_IMAGES])  # a data set may be sorted by class
             batches = list(calibration.subset(chosen).batches(batch_size))
-        model = build_quantized(self.model, config, cache, batches)
+        model = build_quantized(self.model, config, cache, batches, progress)
         if save_dir is not None:
             self.save(model, save_dir, file_prefix=file_prefix)
         return model
@@ -290,31 +288,23 @@ class RegCacheQuantizer(OptimumQuantizer):
 
 
 def build_quantized(
-    model: PreTrainedModel, config: RegCacheConfig, cache: RegisterCache | None, calibration: Sequence[Batch]
+    model: PreTrainedModel,
+    config: RegCacheConfig,
+    cache: RegisterCache | None,
+    calibration: Sequence[Batch],
+    progress: bool = False,
 ) -> PreTrainedModel:
-    """The quantized copy of ``model``: registers, deletion, scales calibrated with both active.
+    """The quantized copy of ``model``: registers and deletion installed, then the methods of ``config`` in the order of
+    `optimum_regcache.methods.pipeline`.
 
     Args:
         model: float model, unchanged.
-        config: resolved (registers ``fixed`` or ``none``).
+        config: registers ``fixed`` or ``none``.
         cache: registers for ``fixed``.
-        calibration: batches for static activations.
+        calibration: batches for static activations and methods.
+        progress: show progress bars.
 
     Raises:
-        ValueError: config and cache disagree.
+        ValueError: config and cache disagree, or a method that cannot be used here, with the reason.
     """
-    validate_positions(model, config)
-    r = config.registers
-    agree = cache is None if r.mode == "none" else cache is not None
-    if agree and cache is not None:
-        agree = (r.blocks, r.num_registers, r.num_copies) == (cache.blocks, cache.num_registers, cache.num_copies)
-    require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
-    quantized = copy.deepcopy(model).eval().requires_grad_(False)
-    install_structure(quantized, config)
-    set_registers(quantized, cache)
-    set_deletion(quantized, config.deletion)
-    qparams = calibrate(quantized, config, calibration)
-    quantize_modules(quantized, config)
-    assign_input_qparams(quantized, qparams)
-    attach_quantizer(quantized, config)
-    return quantized
+    return quantize_with(model, config, cache, calibration, progress).model

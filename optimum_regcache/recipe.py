@@ -36,6 +36,8 @@ class SearchConfig:
         kv_mode: ``in_context`` or ``isolated``.
         min_gain: smallest mean gain of the objective worth installing anything for.
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
+        retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
+            decision; each costs one run of all methods.
         seed: order of images and sampling of normal tokens.
     """
 
@@ -54,6 +56,7 @@ class SearchConfig:
     kv_mode: str = "in_context"
     min_gain: float = 0.001
     noise_sigmas: float = 2.0
+    retune: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

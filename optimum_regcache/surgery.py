@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import Site, find_tower, quantization_sites
-from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.architectures import Site, find_tower, matches, quantization_sites
+from optimum_regcache.config import ActivationsConfig, RegCacheConfig
 from optimum_regcache.modules import QuantLinear, QuantPatchEmbedding, quant_linears
+from optimum_regcache.nonuniform import activation_minimum
+from optimum_regcache.products import attention_products, install_products
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.registers.neurons import set_register_neurons
+from optimum_regcache.rewrites.rotation import empty_rotation
 
 QParams = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -20,6 +25,31 @@ def config_sites(model: nn.Module, config: RegCacheConfig) -> list[Site]:
     """The modules that ``config`` quantizes in ``model``."""
     m = config.modules
     return quantization_sites(model, patch_embedding=m.patch_embedding, head=m.head, ignore=m.ignore)
+
+
+def site_activations(config: RegCacheConfig, site: Site) -> ActivationsConfig:
+    """How the input of one module is quantized: special forms are for the MLP output projections only, and the modules named
+    in ``modules.sixteen_bit`` get 16 bits."""
+    if any(matches(site.name, pattern) for pattern in config.modules.sixteen_bit):
+        return ActivationsConfig(bits=16)
+    if site.role == "activation":
+        return config.activations
+    return replace(config.activations, post_activation="uniform", mlp_out_offset=False, mlp_out_hadamard=False)
+
+
+def negative_scale(model: nn.Module, bits: int) -> torch.Tensor:
+    """Step of the negative values after the tower's activation function (PTQ4ViT, B.6): ``|min act| / 2^(b-1)``, 0-dim.
+
+    Raises:
+        ValueError: the MLP multiplies two branches (SwiGLU), or its activation function has no negative minimum.
+    """
+    tower = find_tower(model)
+    if not tower.mlp_out_name(0).endswith("fc2"):
+        raise ValueError(
+            "activations.post_activation='twin' needs an MLP whose output projection reads the activation function; this "
+            "encoder multiplies it by a second branch (SwiGLU). Use post_activation='uniform'."
+        )
+    return torch.tensor(-activation_minimum(tower.config.hidden_act) / 2 ** (bits - 1), dtype=torch.float32)
 
 
 def _replace(model: nn.Module, site: Site, new: nn.Module) -> None:
@@ -35,11 +65,21 @@ def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = 
         config: what to quantize and how (round to nearest).
         empty: leave the new modules without weights, for a checkpoint to be loaded into.
     """
-    for site in config_sites(model, config):
+    sites = config_sites(model, config)
+    unused = [p for p in config.modules.sixteen_bit if not any(matches(site.name, p) for site in sites)]
+    if unused:
+        raise ValueError(f"modules.sixteen_bit pattern(s) {', '.join(unused)} match no module that would be quantized.")
+    for site in sites:
         module: Any = model.get_submodule(site.name)
         kind = QuantPatchEmbedding if site.kind == "patch_embedding" else QuantLinear
         build = kind.empty_like if empty else kind.from_float
-        _replace(model, site, build(module, config.weights, config.activations))
+        new = build(module, config.weights, site_activations(config, site))
+        linear: Any = new.linear if isinstance(new, QuantPatchEmbedding) else new
+        if linear.input_negative_scale is not None and not empty:
+            step = negative_scale(model, config.activations.bits)
+            linear.input_negative_scale = step.to(linear.weight.device)
+        _replace(model, site, new)
+    install_products(model, config.attention)
 
 
 def assign_input_qparams(model: nn.Module, qparams: QParams) -> None:
@@ -51,6 +91,11 @@ def assign_input_qparams(model: nn.Module, qparams: QParams) -> None:
     Raises:
         ValueError: a layer without qparams.
     """
+    for name, products in attention_products(model):
+        for role, operand in products.operands():
+            if f"{name}.{role}" not in qparams:
+                raise ValueError(f"No activation statistics for {name}.{role}: calibration never reached it.")
+            operand.set_qparams(*qparams[f"{name}.{role}"])
     for name, module in quant_linears(model):
         if module.input_scale is None:
             continue
@@ -82,9 +127,13 @@ def validate_positions(model: nn.Module, config: RegCacheConfig) -> None:
 
 
 def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
-    """Registers (empty, of the right shape) and deletion of ``config``, in place: what a checkpoint is loaded into."""
+    """Registers (empty, of the right shape), deletion and run-time rewrites of ``config``, in place: what a checkpoint is
+    loaded into."""
     validate_positions(model, config)
     prepare_tower(model)
+    if config.rewrites.rotation:
+        empty_rotation(model)
+    set_register_neurons(model, config.rewrites.neurons())
     r = config.registers
     if r.mode == "fixed":
         tower = find_tower(model)
@@ -104,7 +153,11 @@ def check_complete(model: nn.Module) -> None:
     Raises:
         ValueError: naming every tensor that is missing, renamed or damaged.
     """
-    scales = {f"{name}.{field}" for name, _ in quant_linears(model) for field in ("weight_scale", "input_scale")}
+    fields = ("weight_scale", "input_scale", "input_negative_scale")
+    scales = {f"{name}.{field}" for name, _ in quant_linears(model) for field in fields}
+    scales |= {
+        f"{name}.{role}.scale" for name, products in attention_products(model) for role, _ in products.operands()
+    }
     bad = []
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():

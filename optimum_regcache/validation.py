@@ -60,8 +60,9 @@ def check_types(part: Any, owner: str) -> None:
     Raises:
         TypeError: a field of another type.
     """
-    for name, hint in get_type_hints(type(part)).items():
-        value = getattr(part, name)
+    hints = get_type_hints(type(part))
+    for name in (f.name for f in fields(part)):
+        value, hint = getattr(part, name), hints[name]
         if get_origin(hint) is tuple:
             kind = get_args(hint)[0]
             good = isinstance(value, (list, tuple)) and all(_is(v, kind) for v in value)
@@ -77,6 +78,7 @@ def check_types(part: Any, owner: str) -> None:
             raise TypeError(f"{owner}.{name} must be {expected}, got {value!r}.")
 
 
-def check_bits(owner: str, bits: int) -> None:
-    """Raise ``ValueError`` unless ``bits`` is an integer from 2 to 8."""
-    require(isinstance(bits, int) and 2 <= bits <= 8, f"{owner}.bits must be an integer from 2 to 8, got {bits!r}.")
+def check_bits(owner: str, bits: int, sixteen: bool = False) -> None:
+    """Raise ``ValueError`` unless ``bits`` is an integer from 2 to 8, or 16 where ``sixteen`` allows it."""
+    good = isinstance(bits, int) and (2 <= bits <= 8 or (sixteen and bits == 16))
+    require(good, f"{owner}.bits must be an integer from 2 to 8{' or 16' if sixteen else ''}, got {bits!r}.")

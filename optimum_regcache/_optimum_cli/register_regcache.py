@@ -58,6 +58,11 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         recipe = recipe.with_quantization(
             recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
         )
+    if getattr(args, "method", None):
+        recipe = recipe.with_quantization(recipe.quantization.replace(methods=tuple(dict.fromkeys(args.method))))
+    if getattr(args, "quantize_attention", False):
+        attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
+        recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
     recipe = recipe.override([*assignments, *args.assignments])
     return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
 
@@ -98,7 +103,19 @@ class QuantizeCommand(_Command):
     def parse_args(parser: ArgumentParser) -> None:
         _add_common(parser, several=True)
         parser.add_argument("--output", required=True, help="directory of the quantized model")
-        parser.add_argument("--no-registers", action="store_true", help="plain quantization, for comparison")
+        parser.add_argument(
+            "--no-registers", action="store_true", help="without registers and deletion, for comparison"
+        )
+        parser.add_argument(
+            "--method", nargs="+", action="extend", metavar="NAME",
+            help="quantization methods, several work together: rtn (default), percentile, mse, output_mse, dynamic, oracle, "
+            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, rotation, bias_correction, sixteen_bit, test_time_registers; "
+            "parameters through --set quantization.methods=[{name: gptq, damping: 0.1}]",
+        )  # fmt: skip
+        parser.add_argument(
+            "--quantize-attention", action="store_true",
+            help="quantize both attention products too (simulated): the protocol of the ViT literature",
+        )  # fmt: skip
 
     def job(self) -> None:
         from pathlib import Path

@@ -54,8 +54,8 @@ class PaddingMask:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
 
     def content(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of ``x`` [B, N, D] that are not padding, [rows, D]; other shapes pass unchanged."""
-        if self.mask is None or x.ndim != 3 or self.mask.shape != x.shape[:2]:
+        """Rows of ``x`` [B, N, ...] that are not padding, [rows, ...]; other shapes pass unchanged."""
+        if self.mask is None or x.ndim < 3 or self.mask.shape != x.shape[:2]:
             return x
         return x[self.mask.to(x.device)]
 

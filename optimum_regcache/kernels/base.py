@@ -21,6 +21,8 @@ class LinearState:
         bias: [out] or None.
         activations: how the input is quantized.
         input_scale, input_zero_point: 0-dim float32 / int32, None when dynamic.
+        weight_zero_point: int32 of the shape of ``weight_scale``, None when symmetric.
+        input_negative_scale: 0-dim float32, step of the negative values of a twin quantizer, else None.
     """
 
     codes: torch.Tensor
@@ -29,17 +31,26 @@ class LinearState:
     activations: ActivationsConfig
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
+    weight_zero_point: torch.Tensor | None = None
+    input_negative_scale: torch.Tensor | None = None
 
     def input_qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point for ``x``; shape [] (per tensor) or [..., 1] (per token)."""
-        if self.input_scale is not None and self.input_zero_point is not None:
-            return self.input_scale, self.input_zero_point
         a = self.activations
+        if self.input_scale is not None and self.input_zero_point is not None:
+            if a.outlier_tokens == "clip":
+                return self.input_scale, self.input_zero_point
+            return torch.maximum(token_scale(x, a.bits), self.input_scale), self.input_zero_point
         return numerics.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
 
     def input_codes(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Whole-number float32 codes of ``x``."""
         return numerics.quantize(x, scale, zero_point, self.activations.bits, self.activations.symmetric)
+
+
+def token_scale(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Symmetric scale of every token, [..., 1] for ``x`` [..., features]; 0 for a token of zeros."""
+    return x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
 
 
 class LinearBackend(ABC):
@@ -52,6 +63,15 @@ class LinearBackend(ABC):
     def unsupported_reason(cls, state: LinearState) -> str | None:
         """Why this layer cannot run here, or None if it can."""
         del state
+        return None
+
+    @staticmethod
+    def no_integer_reason(state: LinearState) -> str | None:
+        """Why the input codes of this layer do not fit an integer product of one step, or None."""
+        if state.input_negative_scale is not None:
+            return "a twin quantizer has two steps and is simulated."
+        if state.activations.bits > 8:
+            return "16-bit inputs are simulated."
         return None
 
     @abstractmethod

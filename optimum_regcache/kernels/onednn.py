@@ -43,7 +43,11 @@ class OneDNNLinear(LinearBackend):
         bits = state.activations.bits
         self._lowest, self._highest = 0, 2**bits - 1
         self._static: tuple[float, float, int] | None = None
-        if state.input_scale is not None and state.input_zero_point is not None:
+        self._weight_shift: torch.Tensor | None = None  # s_w z_w, for weights with a zero point
+        if state.weight_zero_point is not None:
+            self._weight_shift = (state.weight_zero_point.float() * state.weight_scale).expand(state.codes.shape[0])
+        fixed = state.activations.outlier_tokens == "clip"
+        if fixed and state.input_scale is not None and state.input_zero_point is not None:
             inverse = 1.0 / state.input_scale  # float32, the same number that the other backends multiply by
             self._static = float(inverse), float(state.input_scale), int(state.input_zero_point) + self._shift
 
@@ -51,6 +55,9 @@ class OneDNNLinear(LinearBackend):
     def unsupported_reason(cls, state: LinearState) -> str | None:
         if state.codes.device.type != "cpu":
             return f"the weights are on {state.codes.device}, the kernel runs on the CPU."
+        reason = cls.no_integer_reason(state)
+        if reason is not None:
+            return reason
         if state.activations.granularity == "per_token" and not state.activations.symmetric:
             return "per-token zero points are not supported by the kernel."
         return machine_reason()
@@ -58,10 +65,14 @@ class OneDNNLinear(LinearBackend):
     def _product(self, codes: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None) -> torch.Tensor:
         if codes.numel() == 0:  # the kernel flattens the leading axes of an empty input
             return codes.new_empty(*codes.shape[:-1], self._weight_scale.numel(), dtype=torch.float32)
-        return torch.ops.onednn.qlinear_pointwise(
+        y = torch.ops.onednn.qlinear_pointwise(
             codes, scale, zero_point, self._packed, self._weight_scale, self._weight_zero, bias,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
+        if self._weight_shift is not None:  # sum (q_x - z_x)(q_w - z_w) = sum (q_x - z_x) q_w - z_w sum (q_x - z_x)
+            total = codes.sum(-1, keepdim=True, dtype=torch.int32) - zero_point * codes.shape[-1]
+            y -= (scale * total.float()) * self._weight_shift
+        return y
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._static is not None:
@@ -79,7 +90,7 @@ class OneDNNLinear(LinearBackend):
             return self._product(codes, scale, zero, self._bias).to(x.dtype)
         scale_t, zero_t = self.state.input_qparams(x)
         codes = (self.state.input_codes(x.contiguous(), scale_t, zero_t) + self._shift).to(torch.uint8)
-        if self.state.activations.granularity == "per_tensor":
+        if scale_t.ndim == 0:
             return self._product(codes, float(scale_t), int(zero_t) + self._shift, self._bias).to(x.dtype)
         y = self._product(codes, 1.0, self._shift, None) * scale_t
         if self._bias is not None:

@@ -1,4 +1,4 @@
-"""Simulated quantization ("fake-quant"): dequantized operands, float32 matrix product. Any device, 2 to 8 bits."""
+"""Simulated quantization ("fake-quant"): dequantized operands, float32 matrix product. Any device, every form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from optimum_regcache import numerics
 from optimum_regcache.kernels.base import LinearBackend, LinearState
+from optimum_regcache.nonuniform import twin_signed
 
 
 class SimulatedLinear(LinearBackend):
@@ -14,10 +15,14 @@ class SimulatedLinear(LinearBackend):
 
     def __init__(self, state: LinearState) -> None:
         super().__init__(state)
-        self._weight = state.codes.float() * state.weight_scale.reshape(-1, 1)
+        zero = 0 if state.weight_zero_point is None else state.weight_zero_point.reshape(-1, 1)
+        self._weight = (state.codes.float() - zero) * state.weight_scale.reshape(-1, 1)
         self._bias = None if state.bias is None else state.bias.detach().float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero = self.state.input_qparams(x)
+        if self.state.input_negative_scale is not None:
+            rebuilt = twin_signed(x, scale, self.state.input_negative_scale, self.state.activations.bits)
+            return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)
         rebuilt = numerics.dequantize(self.state.input_codes(x, scale, zero), scale, zero)
         return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)

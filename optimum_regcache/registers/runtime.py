@@ -94,10 +94,12 @@ class AttentionMixin(_Swapped):
     """Self-attention whose keys and values start with register rows (RegCache A.7).
 
     Buffers ``register_key`` and ``register_value`` [H, n, d] hold the stored registers; None where the block has none.
-    A `RegisterCache` passed as ``past_key_values`` takes their place.
+    A `RegisterCache` passed as ``past_key_values`` takes their place. ``products`` computes the attention if it is there
+    (`optimum_regcache.products`: quantized operands).
     """
 
     block_index: int
+    products: nn.Module | None
     tower_names: tuple[str, str, str, str, str, str]
     register_key: torch.Tensor | None
     register_value: torch.Tensor | None
@@ -118,25 +120,22 @@ class AttentionMixin(_Swapped):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         registers = self._registers(past_key_values)
-        if registers is None:
+        if registers is None and self.products is None:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        layer, copies = registers
+        layer, copies = registers or (RegisterLayer(), 1.0)
         module: Any = self
         query, key, value, out, scaling, dropout = self.tower_names
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         q, k, v = (getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in (query, key, value))
-        k, v = layer.update(k, v)
-        attention = attention_interface(module, self._native)
-        output, weights = attention(
-            module,
-            q,
-            k,
-            v,
-            widen_mask(attention_mask, layer.get_seq_length(), copies, q),
-            scaling=getattr(module, scaling),
-            dropout=getattr(module, dropout) if module.training else 0.0,
-            **kwargs,
-        )
+        mask, factor = widen_mask(attention_mask, layer.get_seq_length(), copies, q), getattr(module, scaling)
+        if self.products is not None:
+            rows = None if layer.keys is None else (layer.keys, layer.values)
+            output, weights = self.products(q, k, v, rows, mask, factor)
+        else:
+            k, v = layer.update(k, v)
+            attention = attention_interface(module, self._native)
+            rate = getattr(module, dropout) if module.training else 0.0
+            output, weights = attention(module, q, k, v, mask, scaling=factor, dropout=rate, **kwargs)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return getattr(module, out)(output), weights
 
@@ -193,6 +192,7 @@ def prepare_tower(model: nn.Module) -> TowerRuntime:
         attention.tower_names = (family.query, family.key, family.value, family.out, family.scaling, family.dropout)
         attention.register_buffer("register_key", None)
         attention.register_buffer("register_value", None)
+        attention.register_module("products", None)
     return runtime
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ class SearchResult:
         }
 
 
+FinalScorer = Callable[[Setup, RegisterCache | None, DeletionConfig, Objective], torch.Tensor]
+
+
 class SearchRecord:
     """Scores of finished configurations on disk; every write is atomic, so an interrupted search loses one trial at most.
 
@@ -163,6 +167,8 @@ class RegisterSearch:
         max_delete: largest k~.
         record: finished trials.
         ceiling: mean selection score of the float model.
+        final: scores (setup, registers, deletion, objective) with the final quantizer; configurations are then ranked with
+            round to nearest, but confirmed, and tuned again if ``config.retune``, with it.
         progress: show a progress bar.
     """
 
@@ -178,12 +184,13 @@ class RegisterSearch:
         record: SearchRecord,
         num_blocks: int,
         ceiling: float = 1.0,
+        final: FinalScorer | None = None,
         progress: bool = True,
     ) -> None:
         self.bench, self.config, self.mined = bench, config, mined
         self.delete_block, self.num_blocks, self.max_delete = delete_block, num_blocks, max_delete
         self.selection, self.confirmation, self.record = selection, confirmation, record
-        self.ceiling, self.progress = ceiling, progress
+        self.ceiling, self.final, self.progress = ceiling, final, progress
         self.trials: dict[str, Trial] = {}
         self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
 
@@ -265,6 +272,9 @@ class RegisterSearch:
         c = self.config
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
         # a simpler setup of equal score comes first: prefix, delete, both is the order of the tuple above
+        if self.final is not None and c.retune:
+            ranked = [self._retuned(t) for t in ranked]
+            ranked = sorted((t for t in ranked if t.setup != Setup()), key=lambda t: -t.mean)
         nothing = self._confirm(Setup())
         loss = self.ceiling - base.mean
         chosen, gain, noise = Setup(), 0.0, 0.0
@@ -285,12 +295,35 @@ class RegisterSearch:
         return SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
 
     def _confirm(self, setup: Setup) -> torch.Tensor:
-        key = f"confirm {setup.key}"
+        return self._final_scores("confirm", setup, self.confirmation)
+
+    def _final_scores(self, purpose: str, setup: Setup, objective: Objective) -> torch.Tensor:
+        """Scores with the final quantizer, or with round to nearest if there is no other."""
+        key = f"{purpose} {setup.key}"
         scores = self.record.get(key)
         if scores is None:
-            scores = self.bench.score(self.cache(setup), self.deletion(setup), self.confirmation)
+            cache, deletion = self.cache(setup), self.deletion(setup)
+            if self.final is None:
+                scores = self.bench.score(cache, deletion, objective)
+            else:
+                scores = self.final(setup, cache, deletion, objective)
             self.record.put(key, scores)
         return scores
+
+    def _retuned(self, trial: Trial) -> Trial:
+        """The neighbour of a setup in k~, then in tau, that scores best on the selection images with the final quantizer: a
+        better quantizer than round to nearest needs less deletion (methods I.2, step 9)."""
+        best = Trial(trial.setup, self._final_scores("final", trial.setup, self.selection))
+        count, copies = trial.setup.count, trial.setup.num_copies
+        counts = sorted({k for k in (0, count // 2, count - 1, count + 1) if 0 <= k <= self.max_delete} - {count})
+        neighbours = [replace(trial.setup, count=k) for k in counts]
+        for setup in tqdm(neighbours, desc="retune k", disable=not self.progress):
+            best = _best([best, Trial(setup, self._final_scores("final", setup, self.selection))]) or best
+        if best.setup.start_block is not None:
+            for factor in (0.25, 0.5, 2.0, 4.0):
+                setup = replace(best.setup, num_copies=copies * factor)
+                best = _best([best, Trial(setup, self._final_scores("final", setup, self.selection))]) or best
+        return best
 
 
 def _start(trial: Trial) -> tuple[int | None, str]:

@@ -17,7 +17,7 @@ from optimum_regcache.calibration import calibrate
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.objective import Objective
-from optimum_regcache.search.replay import record_block_inputs, replaying
+from optimum_regcache.replay import record_block_inputs, replaying
 from optimum_regcache.surgery import config_sites
 
 

@@ -1,0 +1,155 @@
+"""What a quantization method is, and what the steps of one fit share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_regcache.architectures import Site, Tower, find_tower
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.modules import QuantLinear
+from optimum_regcache.surgery import config_sites
+from optimum_regcache.validation import check_types
+
+
+@dataclass
+class Fit:
+    """State of one run of the pipeline.
+
+    Attributes:
+        config: what the result is made of; steps may change it as long as modules are not replaced yet.
+        model: float copy with registers and deletion installed; rewrites change it, later steps read it.
+        batches: calibration images.
+        quantized: the quantized copy, once the modules are replaced.
+        input_qparams: module name -> (scale, zero_point) that a step fixed before calibration.
+        measured: method name -> what it found, JSON-compatible.
+        progress: show progress bars.
+    """
+
+    config: RegCacheConfig
+    model: PreTrainedModel
+    batches: Sequence[Batch]
+    quantized: PreTrainedModel | None = None
+    input_qparams: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    progress: bool = True
+
+    @property
+    def tower(self) -> Tower:
+        """Vision tower of the float model."""
+        return find_tower(self.model)
+
+    @property
+    def result(self) -> PreTrainedModel:
+        """The quantized model.
+
+        Raises:
+            RuntimeError: the modules are not replaced yet.
+        """
+        if self.quantized is None:
+            raise RuntimeError("The modules are replaced after the rewrites; this step came too early.")
+        return self.quantized
+
+    def float_linear(self, name: str) -> nn.Linear:
+        """A layer of the float model."""
+        return self.model.get_submodule(name)  # type: ignore[return-value]
+
+    def quant_linear(self, name: str) -> QuantLinear:
+        """The same layer, quantized."""
+        return self.result.get_submodule(name)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Quantized linear layers that read the same tensor: query, key and value, or one layer.
+
+    Attributes:
+        block: 0-based block.
+        role: `Site.role`.
+        names: module names.
+    """
+
+    block: int
+    role: str
+    names: tuple[str, ...]
+
+
+def linear_groups(model: nn.Module, config: RegCacheConfig) -> list[Group]:
+    """The groups of the blocks, in the order in which they run."""
+    sites = [site for site in config_sites(model, config) if site.block is not None]
+    order = {"norm1": 0, "attention": 1, "norm2": 2, "activation": 3}
+    found: dict[tuple[int, int], list[Site]] = {}
+    for site in sites:
+        found.setdefault((int(site.block or 0), order[site.role]), []).append(site)
+    return [Group(key[0], found[key][0].role, tuple(s.name for s in found[key])) for key in sorted(found)]
+
+
+def groups_by_block(model: nn.Module, config: RegCacheConfig) -> dict[int, list[Group]]:
+    """Block -> its groups."""
+    found: dict[int, list[Group]] = {}
+    for group in linear_groups(model, config):
+        found.setdefault(group.block, []).append(group)
+    return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantization method; its fields are its parameters. One file, one subclass, one line in the registry.
+
+    A method takes part in the stages of `optimum_regcache.methods.pipeline` whose function it overrides.
+
+    Attributes:
+        name: in configs, recipes and on the command line.
+        paper: what it implements.
+        provides: what only one method of a pipeline may decide: ``input scales``, ``weights``, or "" for neither.
+        cache_effect: what it does to stored registers.
+        excludes: name of another method -> why the two make no sense together.
+        needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    provides: ClassVar[str] = ""
+    cache_effect: ClassVar[str] = "none"
+    excludes: ClassVar[dict[str, str]] = {}
+    needs_static: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_types(self, self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, JSON-compatible."""
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+    # stages, in the order in which they run
+
+    def configure(self, config: RegCacheConfig) -> RegCacheConfig:
+        """What the method asks of the config; needs no data."""
+        return config
+
+    def select(self, fit: Fit) -> None:
+        """Choose layers or units by looking at the float model; may change ``fit.config``."""
+
+    def rewrite(self, fit: Fit) -> None:
+        """Function-preserving changes of the float model and its registers that need no statistics."""
+
+    def smooth(self, fit: Fit) -> None:
+        """Function-preserving changes that are fitted to activations."""
+
+    def scales(self, fit: Fit) -> None:
+        """Choose scales of weights and activations of the quantized model."""
+
+    def round(self, fit: Fit) -> None:
+        """Choose weight codes."""
+
+    def noise(self, fit: Fit) -> None:
+        """Add offsets to inputs."""
+
+    def correct(self, fit: Fit) -> None:
+        """Correct biases."""

@@ -1,0 +1,122 @@
+"""GPTQ (arXiv 2210.17323) with quantized activations: column by column, each error compensated by the later columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm.auto import tqdm
+
+from optimum_regcache.methods.base import Fit, Method, groups_by_block
+from optimum_regcache.numerics import code_range
+from optimum_regcache.replay import capture_inputs, walk_blocks
+from optimum_regcache.validation import require
+
+
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """Weight codes that minimise ``||W x - W^ x||^2`` over the inputs ``x`` that the layer really gets: behind quantized
+    earlier layers and its own activation quantizer, with registers and deletion active.
+
+    Attributes:
+        damping: lambda over the mean of the Hessian's diagonal.
+        order_by_hessian: columns of large diagonal first ("act-order").
+        token_weights: ``none``, or ``inverse_energy``: tokens count by ``1 / ||x||^2``, so that massive ones do not dominate
+            (J.17).
+        max_tokens: tokens of the calibration images that the Hessian uses.
+    """
+
+    damping: float = 0.01
+    order_by_hessian: bool = True
+    token_weights: str = "none"
+    max_tokens: int = 16384
+    name: ClassVar[str] = "gptq"
+    paper: ClassVar[str] = "GPTQ (arXiv 2210.17323)"
+    provides: ClassVar[str] = "weight codes"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.damping > 0, f"gptq.damping must be > 0, got {self.damping}.")
+        require(
+            self.token_weights in ("none", "inverse_energy"),
+            f"gptq.token_weights must be none or inverse_energy, got {self.token_weights!r}.",
+        )
+
+    def round(self, fit: Fit) -> None:
+        groups = groups_by_block(fit.result, fit.config)
+        bar = tqdm(total=len(groups), desc="GPTQ", disable=not fit.progress)
+        for known in walk_blocks(fit.result, fit.batches):
+            for group in groups.get(known.block, []):
+                x = capture_inputs(fit.result, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
+                rounded = fit.quant_linear(group.names[0]).rounded_input(x)
+                if self.token_weights == "inverse_energy":
+                    rounded = rounded / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
+                hessian = rounded.T.double() @ rounded.double()
+                for name in group.names:
+                    layer = fit.quant_linear(name)
+                    weight = layer.rotated_weight(fit.float_linear(name).weight)
+                    zero = layer.weight_zero_point
+                    codes = gptq_codes(
+                        weight,
+                        hessian,
+                        layer.weight_scale,
+                        torch.zeros_like(layer.weight_scale) if zero is None else zero,
+                        layer.weights.bits,
+                        self.damping,
+                        self.order_by_hessian,
+                    )
+                    layer.set_codes(codes)
+            bar.update()
+        bar.close()
+
+
+def gptq_codes(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bits: int,
+    damping: float = 0.01,
+    order_by_hessian: bool = True,
+    block: int = 128,
+) -> torch.Tensor:
+    """Signed weight codes for fixed scales (H.7).
+
+    With ``H = X^T X + lambda I`` and U the upper Cholesky factor of ``H^-1``: for column j, ``e_j = (w_j - q_j) / U_jj`` and
+    ``w_k -= e_j U_jk`` for all later k; later blocks of columns are updated once per block.
+
+    Args:
+        weight: float [out, in].
+        hessian: float64 [in, in], X^T X.
+        scale, zero_point: [out] or [1], for signed codes.
+        bits: 2 to 8.
+        damping: lambda over the mean diagonal.
+        order_by_hessian: start with the columns of the largest diagonal.
+        block: columns per block.
+
+    Returns:
+        float32 [out, in], whole numbers.
+    """
+    size = weight.shape[1]
+    order = hessian.diagonal().argsort(descending=True) if order_by_hessian else torch.arange(size)
+    w = weight.double()[:, order].clone()
+    h = hessian[order][:, order].clone()
+    mean = h.diagonal().mean().clamp(min=1e-12)
+    h.diagonal().add_(damping * mean)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    lowest, highest = code_range(bits, True)
+    step, zero = scale.double().expand(len(w)), zero_point.double().expand(len(w))
+    codes = torch.zeros_like(w)
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        errors = torch.zeros(len(w), end - start, dtype=torch.float64)
+        for j in range(start, end):
+            codes[:, j] = (torch.round(w[:, j] / step) + zero).clamp(lowest, highest)
+            error = (w[:, j] - (codes[:, j] - zero) * step) / factor[j, j]
+            w[:, j:end] -= error[:, None] * factor[j, j:end]
+            errors[:, j - start] = error
+        w[:, end:] -= errors @ factor[start:end, end:]
+    found = torch.empty_like(codes)
+    found[:, order] = codes
+    return found.float()

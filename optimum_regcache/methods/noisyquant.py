@@ -1,0 +1,193 @@
+"""NoisyQuant (arXiv 2211.16056): a fixed noise vector before rounding, taken out again by the bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.methods.base import Fit, Group, Method, groups_by_block
+from optimum_regcache.methods.output_mse import search_input_scales
+from optimum_regcache.modules import QuantLinear
+from optimum_regcache.replay import capture_inputs, walk_blocks
+from optimum_regcache.rewrites.norms import map_registers
+
+SCALE_METHODS = ("rtn", "percentile", "mse", "output_mse", "ptq4vit", "repq_vit", "oracle")
+
+
+def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> torch.Tensor:
+    """Expected squared rounding error under uniform noise on ``(-n, n)`` (D.1), against ``distance^2`` without noise.
+
+    ``[b^3 - (x - n)^3 + b^3 - (2b - x - n)^3] / (6n)``, valid for ``b - x <= n <= b + x``.
+
+    Args:
+        distance: x >= 0, distance to the nearest grid point.
+        half_step: b, half of the quantizer's step.
+        noise: n.
+    """
+    b, n, x = half_step, noise, distance
+    return (b**3 - (x - n) ** 3 + b**3 - (2 * b - x - n) ** 3) / (6 * n)
+
+
+def predicted_gain(x: torch.Tensor, scale: torch.Tensor) -> float:
+    """How much mean squared rounding error noise over the full step saves: ``mean(d^2) - step^2 / 12`` (D.1).
+
+    With n = b the formula of :func:`expected_error` is ``b^2 / 3`` for every value, so only values further than ``b / sqrt 3``
+    from the grid gain.
+    """
+    distance = x / scale - torch.round(x / scale)
+    return float(scale**2 * (distance.pow(2).mean() - 1 / 12))
+
+
+@dataclass(frozen=True)
+class NoisyQuant(Method):
+    """Per linear input: a mean shift and a noise vector ``N``; ``y = W^ (Q(x + N)) + b - W^ N`` (Eq. 5 to 7).
+
+    Folded into the LayerNorm before (one vector for query, key and value), or into the value projection and its registers;
+    only the MLP output projection adds it at run time. A vector is kept only if it lowers the output error on tokens that did
+    not choose it. Without another method that chooses scales, the paper's clip search by output error comes first.
+
+    Attributes:
+        shifts: candidates of the mean shift, within one step to both sides.
+        draws: noise vectors tried, uniform on (-1, 1).
+        ranges: amplitudes tried for each, up to two steps.
+        skip_by_prediction: leave out the noise where the histogram predicts no gain (D.1); the mean shift is still tried.
+        max_tokens: tokens that the search uses.
+        seed: of the draws.
+    """
+
+    shifts: int = 40
+    draws: int = 8
+    ranges: int = 20
+    skip_by_prediction: bool = True
+    max_tokens: int = 1024
+    seed: int = 0
+    name: ClassVar[str] = "noisyquant"
+    paper: ClassVar[str] = "NoisyQuant (arXiv 2211.16056)"
+    cache_effect: ClassVar[str] = "the vector of the value projection is added to the register values"
+    needs_static: ClassVar[bool] = True
+    excludes: ClassVar[dict[str, str]] = {
+        "oracle": "tokens with a scale of their own have another grid than the one the noise is fitted to.",
+    }
+
+    def configure(self, config: RegCacheConfig) -> RegCacheConfig:
+        return config.replace(activations={"mlp_out_offset": True})
+
+    def scales(self, fit: Fit) -> None:
+        if not any(entry["name"] in SCALE_METHODS for entry in fit.config.methods):
+            search_input_scales(fit, 100, self.max_tokens)
+
+    def noise(self, fit: Fit) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        groups, gains = groups_by_block(fit.result, fit.config), {}
+        bar = tqdm(total=len(groups), desc="NoisyQuant", disable=not fit.progress)
+        for known in walk_blocks(fit.model, fit.batches):
+            for group in groups.get(known.block, []):
+                layers = [fit.quant_linear(name) for name in group.names]
+                if layers[0].activations.bits > 8 or not _foldable(fit, group, layers):
+                    continue
+                x = capture_inputs(fit.model, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
+                offset, gain = self._search(fit, group, layers, x, generator)
+                gains[f"{group.block}.{group.role}"] = gain
+                if offset is not None:
+                    _install(fit, group, layers, offset)
+            bar.update()
+        bar.close()
+        fit.measured[self.name] = {"relative gain of output error": gains}
+
+    def _search(
+        self, fit: Fit, group: Group, layers: list[QuantLinear], x: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor | None, float]:
+        """(vector [in] or None, relative gain on held-out tokens)."""
+        target = [
+            layer.rotated_weight(fit.float_linear(n).weight) for layer, n in zip(layers, group.names, strict=True)
+        ]
+        weight = torch.cat([layer.dequantized_weight() for layer in layers])
+        error = _OutputError(layers[0], torch.cat(target), weight)
+        chooser, judge = x[::2], x[1::2]
+        scale = layers[0].input_scale
+        if scale is None:
+            raise ValueError("NoisyQuant needs static activations.")
+        zero = torch.zeros(x.shape[1])
+        best, least = zero, error(chooser, zero)
+        for i in range(-self.shifts // 2, self.shifts // 2):
+            trial = zero + scale * (2 * i / self.shifts)
+            found = error(chooser, trial)
+            if found < least:
+                best, least = trial, found
+        mean = best
+        if not self.skip_by_prediction or predicted_gain(layers[0].prepare_input(chooser), scale) > 0:
+            for _ in range(self.draws):
+                draw = torch.rand(x.shape[1], generator=generator) * 2 - 1
+                for i in range(1, self.ranges + 1):
+                    trial = mean + draw * scale * (2 * i / self.ranges)
+                    found = error(chooser, trial)
+                    if found < least:
+                        best, least = trial, found
+        plain, noisy = error(judge, zero), error(judge, best)
+        gain = (plain - noisy) / plain if plain > 0 else 0.0
+        return (best, gain) if gain > 0 else (None, 0.0)
+
+
+class _OutputError:
+    """Squared error of a group's outputs for a given vector."""
+
+    def __init__(self, layer: QuantLinear, target: torch.Tensor, weight: torch.Tensor) -> None:
+        self.layer, self.target, self.weight = layer, target, weight
+
+    def __call__(self, x: torch.Tensor, offset: torch.Tensor) -> float:
+        layer = self.layer
+        wanted = F.linear(layer.prepare_input(x), self.target)
+        rounded = layer.rounded_input(x + offset)
+        correction = F.linear(layer.prepare_input(offset), self.weight)
+        return float((F.linear(rounded, self.weight) - correction - wanted).pow(2).mean())
+
+
+def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:
+    """Whether the vector can be added in front of the group and taken out behind it."""
+    if any(layer.bias is None for layer in layers):
+        return False
+    if group.role == "attention":
+        tower = find_tower(fit.result)
+        value = tower.attention(group.block).get_submodule(tower.family.value)
+        rows_sum_to_one = not fit.config.attention.quantize
+        return rows_sum_to_one and getattr(value, "bias", None) is not None
+    if group.role == "activation":
+        return layers[0].input_offset is not None
+    tower = find_tower(fit.result)
+    return len(group.names) == len(tower.norm_consumers(group.block, int(group.role == "norm2")))
+
+
+def _add(bias: Any, delta: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter((bias.detach().float() + delta).to(bias.dtype), requires_grad=False)
+
+
+def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Tensor) -> None:
+    """Add ``offset`` in front of the group in the quantized model, and take ``W^ offset`` out of the biases."""
+    tower = find_tower(fit.result)
+    for layer in layers:
+        taken = F.linear(layer.prepare_input(offset), layer.dequantized_weight())
+        layer.bias = _add(layer.bias, -taken)
+        layer.reset_runtime()
+    if group.role == "activation":
+        layers[0].input_offset = offset.clone()
+    elif group.role == "attention":
+        value: Any = tower.attention(group.block).get_submodule(tower.family.value)
+        value.bias = _add(value.bias, offset)
+        if isinstance(value, QuantLinear):
+            value.reset_runtime()
+
+        def shift(block: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            moved = values + offset.reshape(values.shape[0], 1, values.shape[2]).to(values)
+            return keys, moved if block == group.block else values
+
+        map_registers(fit.result, shift)
+    else:
+        norm = tower.norm(group.block, int(group.role == "norm2"))
+        norm.bias = _add(norm.bias, offset)

@@ -1,0 +1,166 @@
+"""The order in which methods work together (methods I.2), which combinations are refused, and the fit itself.
+
+| stage | what happens | who takes part |
+|---|---|---|
+| configure | structure of the checkpoint, before any data is seen | all |
+| search | sensitive block, registers, tau, k~, with round to nearest (`optimum_regcache.fitting`) | |
+| install | registers and deletion into a float copy | |
+| select | layers or units are chosen | sixteen_bit, test_time_registers |
+| rewrite | rotations, neurons silenced; function preserved, registers transformed along | rotation, test_time_registers |
+| smooth | norms and values rescaled to the statistics with registers active | smoothquant, repq_vit |
+| build | modules replaced, weights rounded to nearest, static scales calibrated | observers (rtn, percentile, mse, ...) |
+| scales | scales searched | output_mse, ptq4vit, noisyquant |
+| round | weight codes chosen, with activations quantized | gptq |
+| noise | offsets before rounding | noisyquant |
+| correct | biases | bias_correction |
+| retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.fitting`) | |
+
+Search comes before smoothing and rounding: outlier tokens are a property of the float network, and what is fitted without
+the registers wastes capacity on tokens that will be gone. Scales come before weight codes, unlike in the table of I.2: the
+codes are to absorb the error of the activation quantizers, so these have to be final.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_regcache.calibration import calibrate
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.hf_integration import attach_quantizer
+from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.surgery import assign_input_qparams, quantize_modules, validate_positions
+from optimum_regcache.validation import require
+
+STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Result of a fit.
+
+    Attributes:
+        model: the quantized model, ready for `save_pretrained`.
+        config: its config.
+        float_model: the float copy after all rewrites, registers and deletion installed.
+        measured: method name -> what it found.
+        seconds: stage -> duration.
+    """
+
+    model: PreTrainedModel
+    config: RegCacheConfig
+    float_model: PreTrainedModel
+    measured: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def check_composition(methods: Sequence[Method], config: RegCacheConfig) -> None:
+    """Refuse combinations that make no sense.
+
+    Raises:
+        ValueError: two methods that decide the same thing or exclude each other, a method given twice, or one that needs
+            static activations under dynamic ones; each with the reason.
+    """
+    names = [method.name for method in methods]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    require(not repeated, f"Method given twice: {', '.join(repeated)}.")
+    deciders: dict[str, list[str]] = {}
+    for method in methods:
+        if method.provides:
+            deciders.setdefault(method.provides, []).append(method.name)
+        for other, reason in method.excludes.items():
+            require(other not in names, f"{method.name} cannot be combined with {other}: {reason}")
+    for what, several in deciders.items():
+        require(len(several) == 1, f"{' and '.join(several)} both decide the {what}; use one of them.")
+    dynamic = config.activations.mode == "dynamic"
+    unfit = [method.name for method in methods if method.needs_static and dynamic]
+    require(
+        not unfit,
+        f"{', '.join(unfit)} fit something to stored activation scales, but activations are dynamic: their scale is "
+        "another one for each token. Use static activations, or leave these methods out.",
+    )
+
+
+def configure(methods: Sequence[Method], config: RegCacheConfig) -> RegCacheConfig:
+    """``config`` with everything the methods ask of it; applying it again changes nothing.
+
+    Raises:
+        ValueError: see :func:`check_composition`.
+    """
+    for method in methods:
+        config = method.configure(config)
+    check_composition(methods, config)
+    return config.replace(methods=tuple(method.to_dict() for method in methods))
+
+
+def run_pipeline(
+    methods: Sequence[Method],
+    model: PreTrainedModel,
+    config: RegCacheConfig,
+    cache: RegisterCache | None,
+    batches: Sequence[Batch],
+    progress: bool = True,
+) -> Quantized:
+    """Fit all stages from "install" to "correct" of the table above on a copy of ``model``.
+
+    Args:
+        methods: in any order.
+        model: float model, unchanged.
+        config: after :func:`configure`; registers are ``fixed`` or ``none``.
+        cache: the registers for ``fixed``.
+        batches: calibration images; may be empty if nothing needs any.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
+    """
+    validate_positions(model, config)
+    check_cache(config, cache)
+    require(
+        bool(batches) or not methods or config.activations.mode == "dynamic",
+        f"The methods {', '.join(m.name for m in methods)} need calibration images.",
+    )
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    prepare_tower(twin)
+    set_registers(twin, cache)
+    set_deletion(twin, config.deletion)
+    fit = Fit(config, twin, list(batches), progress=progress)
+    seconds: dict[str, float] = {}
+    for stage in STAGES:
+        begun = time.perf_counter()
+        if stage == "build":
+            _build(fit)
+        else:
+            for method in methods:
+                getattr(method, stage)(fit)
+        seconds[stage] = time.perf_counter() - begun
+    attach_quantizer(fit.result, fit.config)
+    return Quantized(fit.result, fit.config, fit.model, fit.measured, seconds)
+
+
+def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
+    """Make sure that ``cache`` is the one ``config.registers`` describes.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    r = config.registers
+    agree = cache is None if r.mode == "none" else cache is not None
+    if agree and cache is not None:
+        agree = (r.blocks, r.num_registers, r.num_copies) == (cache.blocks, cache.num_registers, cache.num_copies)
+    require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
+
+
+def _build(fit: Fit) -> None:
+    """Replace the modules of a copy, weights rounded to nearest, and calibrate the static scales."""
+    qparams = calibrate(fit.model, fit.config, fit.batches) | fit.input_qparams
+    fit.quantized = copy.deepcopy(fit.model)
+    quantize_modules(fit.quantized, fit.config)
+    assign_input_qparams(fit.quantized, qparams)

@@ -1,0 +1,111 @@
+"""PTQ4ViT (arXiv 2111.12293): scales by gradient-weighted output error, twin quantizers after GELU and softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tqdm.auto import tqdm
+
+from optimum_regcache.config import AttentionConfig, RegCacheConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.methods.base import Fit, Group, Method, linear_groups
+from optimum_regcache.methods.gradients import Watched, squared_gradients
+from optimum_regcache.methods.product_search import search_products
+from optimum_regcache.methods.scale_search import LayerGroup, SearchSpace, search_scales
+from optimum_regcache.products import attention_products, install_products
+
+
+@dataclass(frozen=True)
+class PTQ4ViT(Method):
+    """Scale search with the Hessian-guided metric (B.3, B.4), twin uniform quantizers (B.5, B.6; disjoint form).
+
+    Every layer is searched with the float inputs of all others, as in the official code. Query, key and value share one
+    input scale and have a weight scale each.
+
+    Attributes:
+        candidates, low, high, rounds: `SearchSpace`.
+        twin: use the twin quantizer after GELU (and after softmax where attention products are quantized).
+        weight_granularity: ``per_tensor`` as in the paper, or ``per_channel``.
+        draws: random probes per image for the gradients.
+        max_images: calibration images used.
+        max_tokens: tokens of these used for a linear layer.
+        product_images: images used for the attention products.
+        seed: of the probes.
+    """
+
+    candidates: int = 100
+    low: float = 0.01
+    high: float = 1.2
+    rounds: int = 3
+    twin: bool = True
+    weight_granularity: str = "per_tensor"
+    draws: int = 4
+    max_images: int = 32
+    max_tokens: int = 1024
+    product_images: int = 8
+    seed: int = 0
+    name: ClassVar[str] = "ptq4vit"
+    paper: ClassVar[str] = "PTQ4ViT (arXiv 2111.12293)"
+    provides: ClassVar[str] = "input scales"
+    needs_static: ClassVar[bool] = True
+    excludes: ClassVar[dict[str, str]] = {
+        "sixteen_bit": "the twin quantizer takes care of the MLP output projections.",
+    }
+
+    def configure(self, config: RegCacheConfig) -> RegCacheConfig:
+        form = "twin" if self.twin else "uniform"
+        return config.replace(
+            weights={"granularity": self.weight_granularity, "observer": "minmax", "symmetric": True},
+            activations={"symmetric": True, "observer": "minmax", "post_activation": form, "outlier_tokens": "clip"},
+            attention={"symmetric": True, "observer": "minmax", "granularity": "per_head", "probabilities": form},
+        )
+
+    def scales(self, fit: Fit) -> None:
+        groups = linear_groups(fit.model, fit.config)
+        batches = first_images(fit.batches, self.max_images)
+        names = [name for group in groups for name in group.names]
+        options = {"draws": self.draws, "seed": self.seed}
+        watched = squared_gradients(fit.model, names, batches, limit=self.max_tokens, **options)
+        for group in tqdm(groups, desc="PTQ4ViT scales", disable=not fit.progress):
+            self._search(fit, group, watched)
+        if fit.config.attention.quantize:
+            self._search_products(fit, first_images(batches, self.product_images), options)
+
+    def _search(self, fit: Fit, group: Group, watched: dict[str, Watched]) -> None:
+        layers = [fit.quant_linear(name) for name in group.names]
+        space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
+        weights = [fit.float_linear(name).weight.detach().float() for name in group.names]
+        data = LayerGroup(watched[group.names[0]].x, weights, [watched[name].importance for name in group.names])
+        first = layers[0]
+        found = search_scales(data, first.weights, first.activations, space, negative_scale=first.input_negative_scale)
+        for layer, weight, scale in zip(layers, weights, found.weight_scales or [], strict=True):
+            layer.set_weight(weight, scale)
+            layer.set_input_qparams(found.input_scale, found.input_zero_point)
+
+    def _search_products(self, fit: Fit, batches: list[Batch], options: dict[str, Any]) -> None:
+        space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
+        install_products(fit.model, fit.config.attention, bypass=True)
+        try:
+            for name, products in tqdm(
+                list(attention_products(fit.result)), desc="PTQ4ViT products", disable=not fit.progress
+            ):
+                parts = ("query", "key", "probabilities", "value", "logits", "output")
+                names = [f"{name}.{part}" for part in parts]
+                watched = squared_gradients(fit.model, names, batches, whole=True, **options)
+                search_products(products, {part: watched[f"{name}.{part}"] for part in parts}, space)
+        finally:
+            install_products(fit.model, AttentionConfig())
+        fit.measured[self.name] = {"product_images": sum(len(b["pixel_values"]) for b in batches)}
+
+
+def first_images(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first ``count`` images of ``batches``."""
+    found: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        found.append({key: value[:count] for key, value in batch.items()})
+        count -= len(batch["pixel_values"])
+    return found

@@ -1,0 +1,22 @@
+"""Round to nearest with the whole observed range (H.1): the paper's "naive" rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.methods.base import Method
+
+
+@dataclass(frozen=True)
+class RTN(Method):
+    """Min-max scales, static, per tensor for activations."""
+
+    name: ClassVar[str] = "rtn"
+    paper: ClassVar[str] = "round to nearest, min-max"
+    provides: ClassVar[str] = "input scales"
+
+    def configure(self, config: RegCacheConfig) -> RegCacheConfig:
+        observers = {"observer": "minmax"}
+        return config.replace(activations={"mode": "static", **observers}, weights=observers, attention=observers)

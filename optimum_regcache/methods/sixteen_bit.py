@@ -1,0 +1,51 @@
+"""The few most sensitive MLP output projections get 16-bit inputs (J.15): the simplest competitor of registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from optimum_regcache.calibration import calibrate
+from optimum_regcache.config import ModulesConfig, RegCacheConfig
+from optimum_regcache.evaluation.objective import CosineObjective
+from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.search.sensitivity import quantized_inputs
+from optimum_regcache.surgery import config_sites
+from optimum_regcache.validation import require
+
+
+@dataclass(frozen=True)
+class SixteenBit(Method):
+    """Inputs of the ``layers`` most sensitive MLP output projections at 16 bits; the weights keep the nominal bits.
+
+    Sensitivity: drop of the feature cosine on the calibration images when the input of that layer alone is quantized.
+
+    Attributes:
+        layers: how many.
+    """
+
+    layers: int = 2
+    name: ClassVar[str] = "sixteen_bit"
+    paper: ClassVar[str] = "mixed precision by sensitivity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.layers >= 1, f"sixteen_bit.layers must be at least 1, got {self.layers}.")
+
+    def select(self, fit: Fit) -> None:
+        names = [site.name for site in config_sites(fit.model, fit.config) if site.role == "activation"]
+        require(bool(names), "sixteen_bit needs quantized MLP output projections; modules.ignore leaves none.")
+        plain = RegCacheConfig(
+            weights=fit.config.weights,
+            activations=replace(fit.config.activations, mlp_out_offset=False, mlp_out_hadamard=False),
+            modules=ModulesConfig(ignore=fit.config.modules.ignore),
+        )
+        qparams = calibrate(fit.model, plain, fit.batches)
+        objective = CosineObjective(fit.model, list(fit.batches))
+        drops = {}
+        for name in names:
+            with quantized_inputs(fit.model, [name], qparams, plain):
+                drops[name] = 1 - float(objective.scores(fit.model).mean())
+        worst = sorted(sorted(drops), key=lambda name: -drops[name])[: self.layers]
+        fit.config = fit.config.replace(modules={"sixteen_bit": tuple(sorted(worst))})
+        fit.measured[self.name] = {"layers": worst, "drops": drops}

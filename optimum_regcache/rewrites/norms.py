@@ -1,0 +1,229 @@
+"""Exact scaling and shifting of LayerNorm outputs and of attention values, folded into the layers around them.
+
+Every function changes a float model in place and leaves what it computes as it is. The arithmetic is float64, the result
+is stored in the dtype of the parameter. `RegisterCache` objects that a user passes as ``past_key_values`` are not stored in
+the model: those of :func:`rescale_values` and :func:`shift_values` must be made anew from the changed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.registers import RegisterCache, get_register_cache, set_registers
+
+
+def rescale_norm(
+    tower: Tower, block: int, number: int, factor: torch.Tensor, shift: torch.Tensor | None = None
+) -> None:
+    """Make the LayerNorm put out x' = x / factor - shift, and its consumers compute the same from x' as they did from x.
+
+    gamma' = gamma / r, beta' = beta / r - b; for every consumer W'_c = W_c r_c (columns) and bias' = bias + W' b
+    (C.3: the scale reparametrisation of RepQ-ViT, arXiv 2212.08254; with b = 0 that of SmoothQuant, arXiv 2211.10438,
+    Eq. 3). Registers stay as they are.
+
+    Args:
+        tower: the float tower.
+        block: 0-based block.
+        number: 0 for the LayerNorm before attention, 1 for the one before the MLP.
+        factor: r, [D], positive.
+        shift: b, [D]; None is zero. Consumers without a bias get one, see :func:`add_to_bias`.
+
+    Raises:
+        ValueError: a factor or shift of another shape, not finite or not positive; a LayerNorm without affine parameters; a
+            layer that is quantized already; a result that overflows the model's dtype.
+    """
+    norm = affine_norm(tower, block, number)
+    consumers = [float_linear(module) for module in tower.norm_consumers(block, number)]
+    factor = _positive(factor, norm.weight)
+    store(norm.weight, exact(norm.weight) / factor)
+    scaled = exact(norm.bias) / factor
+    store(norm.bias, scaled if shift is None else scaled - _channels("shift", shift, norm.weight))
+    for linear in consumers:
+        store(linear.weight, exact(linear.weight) * factor)
+        if shift is not None:  # what was really subtracted: the rounding of beta is made up for
+            add_to_bias(tower, linear, exact(linear.weight) @ (scaled - exact(norm.bias)))
+
+
+def shift_norm(tower: Tower, block: int, number: int, offset: torch.Tensor) -> None:
+    """Add ``offset`` [D] to the output of a LayerNorm and take its effect out of the biases of all consumers.
+
+    beta' = beta + N, bias' = bias - W N (D.1: NoisyQuant, arXiv 2211.16056, with the addition folded into the norm).
+
+    Raises:
+        ValueError: as :func:`rescale_norm`.
+    """
+    weight = affine_norm(tower, block, number).weight
+    rescale_norm(tower, block, number, torch.ones_like(weight), -_channels("offset", offset, weight))
+
+
+def rescale_values(model: nn.Module, block: int, factor: torch.Tensor) -> None:
+    """Divide the channels of the attention values by ``factor``, and multiply the columns of the output projection by it.
+
+    Attention mixes tokens, not channels, so a factor per channel passes through it (H.5). Stored register values are
+    divided too.
+
+    Args:
+        model: float model.
+        block: 0-based block.
+        factor: [D], positive; channel ``h * head_dim + i`` is channel i of head h.
+
+    Raises:
+        ValueError: as :func:`rescale_norm`.
+    """
+    tower = find_tower(model)
+    value, out = attention_linears(tower, block, tower.family.value, tower.family.out)
+    factor = _positive(factor, value.weight)
+    store(value.weight, exact(value.weight) / factor[:, None])
+    if value.bias is not None:
+        store(value.bias, exact(value.bias) / factor)
+    store(out.weight, exact(out.weight) * factor)
+    map_registers(model, lambda index, k, v: (k, v / _per_head(factor, v)) if index == block else (k, v))
+
+
+def shift_values(model: nn.Module, block: int, offset: torch.Tensor) -> None:
+    """Add ``offset`` [D] to the attention values, stored registers included, and take it out of the output projection.
+
+    bias_v' = bias_v + c, V_register' = V_register + c, bias_out' = bias_out - W_out c. Exact, because every row of attention
+    probabilities, with the columns of the registers, sums to one.
+
+    Raises:
+        ValueError: as :func:`rescale_norm`.
+    """
+    tower = find_tower(model)
+    value, out = attention_linears(tower, block, tower.family.value, tower.family.out)
+    offset = _channels("offset", offset, value.weight)
+    before = torch.zeros_like(offset) if value.bias is None else exact(value.bias)
+    add_to_bias(tower, value, offset)
+    if value.bias is not None:
+        offset = exact(value.bias) - before  # what was really added, after rounding
+    add_to_bias(tower, out, -(exact(out.weight) @ offset))
+    map_registers(model, lambda index, k, v: (k, v + _per_head(offset, v)) if index == block else (k, v))
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float64, without gradient."""
+    return tensor.detach().to(torch.float64, copy=True)
+
+
+def store(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Put float64 ``value`` into ``parameter``, rounded to its dtype.
+
+    Raises:
+        ValueError: the dtype cannot hold it.
+    """
+    rounded = value.to(parameter.dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise ValueError(
+            f"A rewritten parameter overflows {parameter.dtype}. Rewrite the model in float32, and cast it afterwards."
+        )
+    with torch.no_grad():
+        parameter.copy_(rounded)
+
+
+def add_to_bias(tower: Tower, linear: nn.Linear, delta: torch.Tensor) -> None:
+    """Add ``delta`` [out] to the bias of ``linear``.
+
+    If it has none and ``delta`` is not zero, all linear layers of all blocks that lack a bias get one of zeros first, and
+    ``config.qkv_bias`` becomes true, so that the state dict still fits the config.
+
+    Raises:
+        ValueError: the bias overflows the model's dtype.
+    """
+    if linear.bias is None:
+        if not bool(delta.any()):
+            return
+        for index in range(len(tower.blocks)):
+            for module in tower.block_linears(index).values():
+                if isinstance(module, nn.Linear) and module.bias is None:
+                    zeros = module.weight.new_zeros(module.out_features)
+                    module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+        if hasattr(tower.config, "qkv_bias"):
+            tower.config.qkv_bias = True
+    store(linear.bias, exact(linear.bias) + delta)
+
+
+def affine_norm(tower: Tower, block: int, number: int) -> nn.LayerNorm:
+    """The LayerNorm of a block.
+
+    Raises:
+        ValueError: no such block, or a norm without weight and bias to fold into.
+    """
+    blocks = len(tower.blocks)
+    if not 0 <= block < blocks or number not in (0, 1):
+        raise ValueError(
+            f"There is no norm {number} of block {block}; blocks are 0 to {blocks - 1}, norms are 0 and 1."
+        )
+    norm = tower.norm(block, number)
+    if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
+        raise ValueError(
+            f"Norm {number} of block {block} ({type(norm).__name__}) has no weight and bias that could hold a scale and a "
+            "shift. Build the model with elementwise affine LayerNorms (weight 1, bias 0)."
+        )
+    return norm
+
+
+def float_linear(module: nn.Module) -> nn.Linear:
+    """``module`` itself.
+
+    Raises:
+        ValueError: it is not a float linear layer.
+    """
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise ValueError(
+            f"Rewrites change float linear layers, got {type(module).__name__}. Rewrite the model before it is quantized."
+        )
+    return module
+
+
+def attention_linears(tower: Tower, block: int, *names: str) -> list[nn.Linear]:
+    """Projections of a block's attention by their names in the family.
+
+    Raises:
+        ValueError: no such block, or a layer that is quantized already.
+    """
+    if not 0 <= block < len(tower.blocks):
+        raise ValueError(f"There is no block {block}; blocks are 0 to {len(tower.blocks) - 1}.")
+    return [float_linear(tower.attention(block).get_submodule(name)) for name in names]
+
+
+def map_registers(model: nn.Module, change: Callable[[int, torch.Tensor, torch.Tensor], Any]) -> None:
+    """Replace the stored registers of every block by ``change(block, keys, values)``, float64 [H, n, d] each."""
+    cache = get_register_cache(model)
+    if cache is None:
+        return
+    rows = {b: change(b, *(exact(t) for t in cache.rows(b))) for b in cache.blocks}
+    keys, values = ({b: r[i] for b, r in rows.items()} for i in (0, 1))
+    set_registers(model, RegisterCache(keys, values, len(cache.layers), cache.num_copies))
+
+
+def _per_head(channels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[D] -> [H, 1, d], to go with register rows [H, n, d]."""
+    return channels.to(rows.device).view(rows.shape[0], 1, rows.shape[2])
+
+
+def _channels(name: str, tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as float64 [D] on the device of ``weight`` [D, ...]."""
+    if tensor.shape != weight.shape[:1]:
+        raise ValueError(f"{name} needs one value per channel, [{weight.shape[0]}], got {list(tensor.shape)}.")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be finite; channels {_where(~torch.isfinite(tensor))} are not.")
+    return exact(tensor).to(weight.device)
+
+
+def _positive(factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    factor = _channels("factor", factor, weight)
+    if not bool((factor > 0).all()):
+        raise ValueError(
+            f"factor must be positive; channels {_where(factor <= 0)} are not. Clamp the statistics, for example to 1e-5."
+        )
+    return factor
+
+
+def _where(bad: torch.Tensor) -> str:
+    found = bad.nonzero().flatten().tolist()
+    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")

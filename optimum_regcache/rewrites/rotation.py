@@ -1,0 +1,171 @@
+"""Rotation of the residual stream and of the attention heads (QuaRot, arXiv 2404.00456, adapted to pre-LN encoders; H.6).
+
+Every function changes a float model in place and leaves what it computes as it is. Vectors are rows: ``hidden @ R``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.registers import prepare_tower
+from optimum_regcache.rewrites.hadamard import orthogonal_matrix, rotation_matrix
+from optimum_regcache.rewrites.norms import (
+    add_to_bias,
+    affine_norm,
+    attention_linears,
+    exact,
+    float_linear,
+    map_registers,
+    store,
+)
+
+
+def fold_norm_affine(tower: Tower) -> None:
+    """Move weight and bias of both LayerNorms of every block into all layers that read them.
+
+    W' = W diag(gamma), bias' = bias + W beta. The norms keep their parameters, which become 1 and 0, so that the state dict
+    has the same names. Consumers without a bias get one, see `optimum_regcache.rewrites.norms.add_to_bias`.
+
+    Raises:
+        ValueError: a quantized layer, a LayerNorm without affine parameters, or a result that overflows the model's dtype.
+    """
+    for block in range(len(tower.blocks)):
+        for number in (0, 1):
+            norm = affine_norm(tower, block, number)
+            for linear in [float_linear(module) for module in tower.norm_consumers(block, number)]:
+                weight = exact(linear.weight)
+                add_to_bias(tower, linear, weight @ exact(norm.bias))
+                store(linear.weight, weight * exact(norm.weight))
+            nn.init.ones_(norm.weight)
+            nn.init.zeros_(norm.bias)
+
+
+def fold_layer_scale(tower: Tower) -> None:
+    """Move the LayerScale behind each branch into the layer before it: W' = diag(lambda) W, bias' = lambda * bias.
+
+    The lambdas become 1. Families without LayerScale stay as they are.
+
+    Raises:
+        ValueError: a quantized layer, or a result that overflows the model's dtype.
+    """
+    for block in range(len(tower.blocks)):
+        for name, linear in zip(tower.family.layer_scales, _writers(tower, block), strict=False):
+            for scale in tower.blocks[block].get_submodule(name).parameters():
+                store(linear.weight, exact(linear.weight) * exact(scale)[:, None])
+                if linear.bias is not None:
+                    store(linear.bias, exact(linear.bias) * exact(scale))
+                nn.init.ones_(scale)
+
+
+def rotate_residual(model: nn.Module, seed: int = 0) -> None:
+    """Rotate the residual stream between the first and the last block: hidden' = hidden @ R (H.6 step 4).
+
+    The affine part of the norms and LayerScale are folded first. Then every layer that writes to the stream (output
+    projection, MLP output) gets W' = R^T W, bias' = R^T bias, and every layer that reads it through a LayerNorm W' = W R.
+    R (:func:`~optimum_regcache.rewrites.hadamard.rotation_matrix`) commutes with LayerNorm, so the stream needs no centring.
+    The first block multiplies its input by the buffer ``rotation``, the last one its output by the transpose. Registers stay
+    as they are: keys and values do not change (I.1).
+
+    Hidden states between the blocks (``output_hidden_states``) are rotated; the first and the last are not. Deletion must
+    rank tokens by ``score="l2"``, which no rotation changes; ``linf`` would choose other tokens.
+
+    Args:
+        model: float model.
+        seed: of the rotation.
+
+    Raises:
+        ValueError: rotated already; a backbone, whose inner hidden states are its output; deletion with ``score="linf"``; a
+            quantized layer.
+    """
+    runtime, tower = prepare_tower(model), find_tower(model)
+    _check_rotatable(tower)
+    if runtime.deletion.active and runtime.deletion.score != "l2":
+        raise ValueError(
+            "The l_inf norm by which this model deletes tokens changes under rotation, so other tokens would go. Set "
+            "deletion.score='l2' before the rotation."
+        )
+    fold_norm_affine(tower)
+    fold_layer_scale(tower)
+    weight = tower.norm(0, 0).weight
+    rotation = rotation_matrix(weight.shape[0], seed)
+    for block in range(len(tower.blocks)):
+        for linear in _writers(tower, block):
+            r = rotation.to(linear.weight.device)
+            store(linear.weight, r.T @ exact(linear.weight))
+            if linear.bias is not None:
+                store(linear.bias, r.T @ exact(linear.bias))
+        for module in (*tower.norm_consumers(block, 0), *tower.norm_consumers(block, 1)):
+            linear = float_linear(module)
+            store(linear.weight, exact(linear.weight) @ rotation.to(linear.weight.device))
+    _install(tower, rotation)
+
+
+def empty_rotation(model: nn.Module) -> None:
+    """Buffers ``rotation`` of the right shape and dtype, NaN, for a checkpoint of a rotated model to be loaded into.
+
+    Raises:
+        ValueError: rotated already, or a backbone.
+    """
+    prepare_tower(model)
+    tower = find_tower(model)
+    _check_rotatable(tower)
+    channels = tower.norm(0, 0).weight.shape[0]
+    _install(tower, torch.full((channels, channels), float("nan"), dtype=torch.float64, device="cpu"))
+
+
+def rotate_heads(model: nn.Module, seed: int = 0) -> None:
+    """Rotate query, key and value of every head by an orthogonal H [d, d] (H.6 steps 5 and 6).
+
+    q' = q H and k' = k H leave the logits as they are; v' = v H is undone in the columns of the output projection. The same
+    H serves all heads; it is a Hadamard matrix with random signs where the head size allows (`orthogonal_matrix`). Stored
+    registers turn along, K' = K H and V' = V H; a `RegisterCache` that a user passes as ``past_key_values`` must be made
+    anew from the changed model.
+
+    Args:
+        model: float model.
+        seed: of H.
+
+    Raises:
+        ValueError: a quantized layer.
+    """
+    tower, f = find_tower(model), find_tower(model).family
+    width = int(tower.attention(0).head_dim)  # type: ignore[arg-type]
+    matrix = orthogonal_matrix(width, seed)
+    for block in range(len(tower.blocks)):
+        query, key, value, out = attention_linears(tower, block, f.query, f.key, f.value, f.out)
+        for linear in (query, key, value):
+            h = matrix.to(linear.weight.device)
+            store(linear.weight, (h.T @ exact(linear.weight).unflatten(0, (-1, width))).flatten(0, 1))
+            if linear.bias is not None:
+                store(linear.bias, (exact(linear.bias).unflatten(0, (-1, width)) @ h).flatten())
+        h = matrix.to(out.weight.device)
+        store(out.weight, (exact(out.weight).unflatten(1, (-1, width)) @ h).flatten(1))
+    map_registers(model, lambda _, k, v: (k @ matrix.to(k.device), v @ matrix.to(v.device)))
+
+
+def is_rotated(model: nn.Module) -> bool:
+    """Whether the residual stream of ``model`` is rotated, or prepared for a rotated checkpoint."""
+    return any(getattr(block, "rotation", None) is not None for block in find_tower(model).blocks)
+
+
+def _check_rotatable(tower: Tower) -> None:
+    if is_rotated(tower.module):
+        raise ValueError("The residual stream of this model is rotated already; a second rotation cannot be stored.")
+    if tower.is_backbone:
+        raise ValueError(
+            f"{type(tower.module).__name__} returns the hidden states between its blocks as feature maps, which a rotation of "
+            "the residual stream would turn. Use the model class instead of the backbone, or rotation=False."
+        )
+
+
+def _install(tower: Tower, rotation: torch.Tensor) -> None:
+    """Buffers of the first and last block; two tensors, because a checkpoint cannot hold one under two names."""
+    for block in {0, len(tower.blocks) - 1}:
+        tower.blocks[block].rotation = rotation.to(tower.norm(block, 0).weight, copy=True)
+
+
+def _writers(tower: Tower, block: int) -> list[nn.Linear]:
+    """The layers whose output is added to the residual stream: output projection of attention, and of the MLP."""
+    return [*attention_linears(tower, block, tower.family.out), float_linear(tower.mlp_out(block))]

@@ -1,0 +1,399 @@
+"""Rewrites of the float weights: Hadamard transforms, rescaled norms and values, rotations. None may change the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import BLOCKS, COMPOSITES, DINOV2_BACKBONE, HEADS, TOWERS, WIDTH, TinyModel, random_cache
+from torch import nn
+
+from optimum_regcache import DeletionConfig
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.rewrites import (
+    block_hadamard,
+    block_order,
+    empty_rotation,
+    fold_layer_scale,
+    fold_norm_affine,
+    hadamard_matrix,
+    is_rotated,
+    orthogonal_matrix,
+    rescale_norm,
+    rescale_values,
+    rotate_heads,
+    rotate_mlp_input_weight,
+    rotate_residual,
+    rotation_matrix,
+    shift_norm,
+    shift_values,
+)
+
+DELETE_BLOCK = 2
+CLIP, DINOV2 = TOWERS["clip"], TOWERS["dinov2"]
+every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
+
+
+def build(tiny: TinyModel, dtype: torch.dtype = torch.float64, *, regcache: bool = True, **overrides: Any) -> Any:
+    """The model, with two copies of three registers in two blocks and two tokens deleted between them if ``regcache``."""
+    model = tiny.build(**overrides).to(dtype)
+    if regcache:
+        set_registers(model, random_cache(registers=3, num_copies=2.0))
+        set_deletion(model, DeletionConfig(block=DELETE_BLOCK, count=2, score="l2"))
+    return model
+
+
+def run(tiny: TinyModel, model: Any) -> torch.Tensor:
+    inputs = tiny.inputs()
+    return tiny.run(model, {**inputs, "pixel_values": inputs["pixel_values"].to(next(model.parameters()).dtype)})
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error relative to the largest entry."""
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def noise(seed: int, channels: int = WIDTH) -> torch.Tensor:
+    return torch.randn(channels, generator=torch.Generator().manual_seed(seed))
+
+
+def every_norm(change: Callable[..., None]) -> Callable[[Any], None]:
+    """``change(tower, block, norm number, seed)`` for all norms of a model."""
+
+    def apply(model: Any) -> None:
+        tower = find_tower(model)
+        for block in range(BLOCKS):
+            for number in (0, 1):
+                change(tower, block, number, 2 * block + number)
+
+    return apply
+
+
+def every_block(change: Callable[[Any, int], None]) -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        for block in range(BLOCKS):
+            change(model, block)
+
+    return apply
+
+
+rescale_all_norms = every_norm(lambda t, b, n, seed: rescale_norm(t, b, n, noise(seed).exp(), noise(seed + 50)))
+rescale_all_values = every_block(lambda model, block: rescale_values(model, block, noise(block).exp()))
+
+
+def compose(*steps: Callable[[Any], None]) -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        for step in steps:
+            step(model)
+
+    return apply
+
+
+REWRITES: dict[str, Callable[[Any], None]] = {
+    "scale_norms": every_norm(lambda t, b, n, seed: rescale_norm(t, b, n, noise(seed).exp())),
+    "scale_and_shift_norms": rescale_all_norms,
+    "shift_norms": every_norm(lambda t, b, n, seed: shift_norm(t, b, n, noise(seed))),
+    "scale_values": rescale_all_values,
+    "shift_values": every_block(lambda model, block: shift_values(model, block, noise(block))),
+    "fold_norms": lambda model: fold_norm_affine(find_tower(model)),
+    "fold_layer_scale": lambda model: fold_layer_scale(find_tower(model)),
+    "rotate_residual": rotate_residual,
+    "rotate_heads": rotate_heads,
+    "scale_then_rotate": compose(rescale_all_norms, rescale_all_values, rotate_residual, rotate_heads),
+    "rotate_then_scale": compose(rotate_heads, rotate_residual, rescale_all_values, rescale_all_norms),
+}
+
+
+@every_tower
+@pytest.mark.parametrize("regcache", [False, True], ids=["plain", "regcache"])
+@pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES.keys())
+def test_no_rewrite_changes_the_function(tiny: TinyModel, rewrite: Callable[[Any], None], regcache: bool) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        model = build(tiny, dtype, regcache=regcache)
+        expected = run(tiny, model)
+        before = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
+        rewrite(model)
+        assert difference(run(tiny, model), expected) < tolerance
+        after = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
+        assert {name: v for name, v in after.items() if not name.endswith(".rotation")} == before
+
+
+@every_tower
+def test_rewrites_change_the_weights_they_name(tiny: TinyModel) -> None:
+    """Otherwise the test above would pass for functions that do nothing."""
+    for name, rewrite in REWRITES.items():
+        model = build(tiny)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        rewrite(model)
+        same = all(torch.equal(tensor, before[k]) for k, tensor in model.state_dict().items() if k in before)
+        assert same == (name == "fold_layer_scale" and not find_tower(model).family.layer_scales)
+
+
+def test_a_norm_puts_out_what_was_asked_for() -> None:
+    model, seen = build(CLIP), []
+    tower, factor, shift = find_tower(model), noise(0).exp(), noise(1)
+    tower.norm(1, 1).register_forward_hook(lambda module, args, output: seen.append(output))
+    run(CLIP, model)
+    rescale_norm(tower, 1, 1, factor, shift)
+    run(CLIP, model)
+    shift_norm(tower, 1, 1, shift)
+    run(CLIP, model)
+    torch.testing.assert_close(seen[1], seen[0] / factor - shift)
+    torch.testing.assert_close(seen[2], seen[0] / factor)
+
+
+def test_values_are_rescaled_and_shifted_in_the_registers_too() -> None:
+    model, seen, factor, offset = build(CLIP), [], noise(0).exp(), noise(1)
+    find_tower(model).attention(1).v_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    run(CLIP, model)
+    keys, values = get_register_cache(model).rows(1)
+    untouched = get_register_cache(model).rows(3)[1]
+    rescale_values(model, 1, factor)
+    shift_values(model, 1, offset)
+    run(CLIP, model)
+    torch.testing.assert_close(seen[1], seen[0] / factor + offset)
+    new_keys, new_values = get_register_cache(model).rows(1)
+    torch.testing.assert_close(new_keys, keys)
+    torch.testing.assert_close(new_values, values / factor.view(HEADS, 1, -1) + offset.view(HEADS, 1, -1))
+    assert torch.equal(get_register_cache(model).rows(3)[1], untouched)
+    assert get_register_cache(model).num_copies == 2.0
+
+
+def test_the_shift_makes_up_for_the_rounding_of_beta() -> None:
+    """In bfloat16 a shift of 100 is rounded by up to 0.25; the biases take out what was really added."""
+    model = build(CLIP, torch.bfloat16)
+    tower = find_tower(model)
+    norm, linear = tower.norm(1, 0), tower.norm_consumers(1, 0)[2]
+    beta, bias = norm.bias.detach().double(), linear.bias.detach().double()
+    shift_norm(tower, 1, 0, 100 + noise(3))
+    added = norm.bias.detach().double() - beta
+    assert 0.1 < (added - 100 - noise(3)).abs().max() < 0.3
+    assert torch.equal(linear.bias, (bias - linear.weight.detach().double() @ added).bfloat16())
+
+
+def test_layers_without_bias_get_one_that_the_config_knows_of() -> None:
+    model = build(DINOV2, qkv_bias=False)
+    expected, names = run(DINOV2, model), set(model.state_dict())
+    rescale_norm(find_tower(model), 1, 0, noise(0).exp())
+    assert set(model.state_dict()) == names
+    shift_norm(find_tower(model), 1, 0, noise(0))
+    assert difference(run(DINOV2, model), expected) < 1e-10
+    assert model.config.qkv_bias is True
+    fresh = build(DINOV2, qkv_bias=True)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(run(DINOV2, fresh), run(DINOV2, model))
+
+
+def test_composed_models_are_rewritten_in_their_tower() -> None:
+    for tiny in COMPOSITES.values():
+        model = build(tiny)
+        expected = run(tiny, model)
+        compose(rescale_all_norms, rescale_all_values, rotate_residual, rotate_heads)(model)
+        assert difference(run(tiny, model), expected) < 1e-10
+
+
+@pytest.mark.parametrize("forgotten", ["key", "value"])
+def test_registers_that_stay_behind_a_head_rotation_change_the_output_grossly(forgotten: str) -> None:
+    model = build(CLIP)
+    expected, name = run(CLIP, model), f"register_{forgotten}"
+    old = getattr(find_tower(model).attention(1), name).clone()
+    rotate_heads(model)
+    setattr(find_tower(model).attention(1), name, old)
+    assert difference(run(CLIP, model), expected) > 0.1
+
+
+@every_tower
+def test_deletion_by_l2_chooses_the_same_tokens_in_a_rotated_model(tiny: TinyModel) -> None:
+    chosen = []
+    for rotate in (False, True):
+        model = build(tiny, torch.float32)
+        if rotate:
+            rotate_residual(model)
+        runtime = prepare_tower(model)
+        note = lambda *_, runtime=runtime: chosen.append(runtime.current.selection.dropped.clone())  # noqa: E731
+        find_tower(model).attention(DELETE_BLOCK).register_forward_pre_hook(note)
+        run(tiny, model)
+    assert torch.equal(*chosen)
+    assert chosen[0].sum(1).min() == 2
+
+
+def test_the_stream_between_the_blocks_is_rotated_and_no_other() -> None:
+    model = build(CLIP, regcache=False)
+    pixels = CLIP.inputs()["pixel_values"].double()
+    with torch.no_grad():
+        before = model(pixels, output_hidden_states=True).hidden_states
+        rotate_residual(model, seed=3)
+        after = model(pixels, output_hidden_states=True).hidden_states
+    rotation = rotation_matrix(WIDTH, seed=3)
+    for index, (plain, turned) in enumerate(zip(before, after, strict=True)):
+        torch.testing.assert_close(turned, plain @ rotation if 0 < index < BLOCKS else plain)
+    assert is_rotated(model)
+
+
+@every_tower
+def test_a_rotated_state_dict_loads_into_an_empty_rotation(tiny: TinyModel) -> None:
+    model, fresh = build(tiny, torch.float32), build(tiny, torch.float32)
+    rotate_residual(model)
+    empty_rotation(fresh)
+    buffers = [name for name, tensor in fresh.state_dict().items() if not torch.isfinite(tensor).all()]
+    blocks = find_tower(fresh).family.blocks
+    assert buffers == [f"{blocks}.0.rotation", f"{blocks}.{BLOCKS - 1}.rotation"]
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(run(tiny, fresh), run(tiny, model))
+
+
+def test_an_encoder_of_one_block_can_be_rotated() -> None:
+    model = CLIP.build(num_hidden_layers=1).double()
+    expected = run(CLIP, model)
+    rotate_residual(model)
+    assert difference(run(CLIP, model), expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 36, 44, 60, 64, 72, 80, 96, 256, 384, 512, 768, 1408]
+)
+def test_hadamard_matrices(order: int) -> None:
+    matrix = hadamard_matrix(order)
+    assert matrix.dtype == torch.float64
+    assert torch.equal(matrix.abs(), torch.ones(order, order, dtype=torch.float64))
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
+
+
+def test_hadamard_entries_never_change() -> None:
+    """Checkpoints hold weights that were multiplied by them."""
+    weights = torch.arange(1, 385, dtype=torch.float64)
+    for order, golden in ((12, -22.51666049839541), (64, 5972.0), (384, -481246.3507851252)):
+        w = weights[:order]
+        assert float(block_hadamard(w, order) @ w.flip(0)) == pytest.approx(golden)
+
+
+def test_block_order() -> None:
+    orders = {1: 1, 2: 2, 3: 1, 64: 64, 128: 128, 384: 384, 512: 512, 768: 384, 1152: 384, 1536: 512, 3072: 512}
+    orders |= {4096: 512, 4304: 16, 4305: 1}
+    assert {channels: block_order(channels) for channels in orders} == orders
+
+
+@pytest.mark.parametrize("order", [1, 2, 12, 16, 64, 80, 128, 384, 512])
+def test_block_hadamard_is_orthonormal_and_undone_by_the_weight(order: int) -> None:
+    generator = torch.Generator().manual_seed(order)
+    x = torch.randn(2, 3, 2 * order, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 2 * order, generator=generator, dtype=torch.float64)
+    y = block_hadamard(x, order)
+    torch.testing.assert_close(y @ rotate_mlp_input_weight(weight, order).T, x @ weight.T)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(y[..., :order].norm(dim=-1), x[..., :order].norm(dim=-1))
+    torch.testing.assert_close(block_hadamard(x.float(), order).double(), y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [16, 64, 80, 256, 384, 512])
+def test_block_hadamard_spreads_a_constant_offset(order: int) -> None:
+    """Without the signs a constant would end up in one channel, sqrt(order) times as large."""
+    y = block_hadamard(torch.ones(order, dtype=torch.float64), order)
+    assert torch.isfinite(block_hadamard(torch.full((order,), 2000.0, dtype=torch.float16), order)).all()
+    assert y.abs().max() < (1 + 1e-9 if order in (16, 64, 256) else 3.5)
+
+
+def test_block_hadamard_traces_and_has_gradients_after_inference_mode() -> None:
+    x = torch.randn(2, 80, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = block_hadamard(x, 40).clone()
+    block_hadamard(x, 40).sum().backward()
+    compiled = torch.compile(lambda t: block_hadamard(t, 40), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.detach()), expected.clone())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 10, 16, 52, 64, 384, 768, 1152])
+def test_rotations_are_orthogonal_and_fix_ones(channels: int) -> None:
+    for seed in range(3):
+        rotation, ones = rotation_matrix(channels, seed), torch.ones(channels, dtype=torch.float64)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(channels, dtype=torch.float64))
+        torch.testing.assert_close(rotation @ ones, ones)
+        torch.testing.assert_close(ones @ rotation, ones)
+        if channels >= 16:
+            assert rotation.abs().max() < 6 / channels**0.5
+    assert torch.equal(rotation_matrix(channels, 1), rotation_matrix(channels, 1))
+
+
+@pytest.mark.parametrize("channels", [64, 100, 768])
+def test_layer_norm_without_affine_part_commutes_with_a_rotation(channels: int) -> None:
+    x = torch.randn(7, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 2
+    rotation, norm = rotation_matrix(channels), nn.LayerNorm(channels, elementwise_affine=False)
+    torch.testing.assert_close(norm(x @ rotation), norm(x) @ rotation)
+    other = orthogonal_matrix(channels)
+    assert difference(norm(x @ other), norm(x) @ other) > 0.1
+
+
+@pytest.mark.parametrize("channels", [64, 100, 768])
+def test_an_outlier_channel_is_spread(channels: int) -> None:
+    x = torch.randn(50, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 7] = 100.0
+    assert (x @ rotation_matrix(channels)).abs().max() < 100 * 6 / channels**0.5
+    assert block_hadamard(x, block_order(channels)).abs().max() < 100 / block_order(channels) ** 0.5 + 6
+
+
+def test_orders_that_cannot_be_built_are_named() -> None:
+    for order in (0, 3, 6, 52, 92):
+        with pytest.raises(ValueError, match=f"order {order} can be built"):
+            hadamard_matrix(order)
+    with pytest.raises(ValueError, match=r"Blocks of 48 do not divide 64 channels; block_order\(64\)"):
+        block_hadamard(torch.ones(64), 48)
+    for build_matrix in (block_order, orthogonal_matrix, rotation_matrix):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            build_matrix(0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (torch.ones(3), r"factor needs one value per channel, \[64\], got \[3\]"),
+        (torch.full((WIDTH,), float("nan")), "factor must be finite; channels 0, 1, 2, 3, 4, 5, 6, 7, ... are not"),
+        (1 - torch.eye(WIDTH)[5], "factor must be positive; channels 5 are not. Clamp"),
+    ],
+)
+def test_bad_factors_are_refused(factor: torch.Tensor, message: str) -> None:
+    model = CLIP.build()
+    with pytest.raises(ValueError, match=message):
+        rescale_norm(find_tower(model), 0, 0, factor)
+    with pytest.raises(ValueError, match=message):
+        rescale_values(model, 0, factor)
+
+
+def test_bad_places_are_refused() -> None:
+    model, ones = CLIP.build(), torch.ones(WIDTH)
+    with pytest.raises(ValueError, match="no norm 0 of block 4; blocks are 0 to 3"):
+        rescale_norm(find_tower(model), 4, 0, ones)
+    with pytest.raises(ValueError, match="no norm 2 of block 0"):
+        shift_norm(find_tower(model), 0, 2, ones)
+    with pytest.raises(ValueError, match="no block -1"):
+        shift_values(model, -1, ones)
+    with pytest.raises(ValueError, match="offset needs one value per channel"):
+        shift_values(model, 0, ones[:5])
+    find_tower(model).blocks[0].layer_norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    with pytest.raises(ValueError, match="no weight and bias that could hold a scale"):
+        rescale_norm(find_tower(model), 0, 0, ones)
+    find_tower(model).attention(1).v_proj = nn.Identity()
+    with pytest.raises(ValueError, match=r"got Identity\. Rewrite the model before it is quantized"):
+        rescale_values(model, 1, ones)
+
+
+def test_overflow_is_refused() -> None:
+    model = CLIP.build().half()
+    with pytest.raises(ValueError, match=r"overflows torch\.float16\. Rewrite the model in float32"):
+        rescale_norm(find_tower(model), 0, 0, torch.full((WIDTH,), 1e-6))
+
+
+def test_rotations_that_cannot_be_exact_are_refused() -> None:
+    model = build(CLIP)
+    rotate_residual(model)
+    for again in (rotate_residual, empty_rotation):
+        with pytest.raises(ValueError, match="rotated already"):
+            again(model)
+        with pytest.raises(ValueError, match="Dinov2Backbone returns the hidden states between its blocks"):
+            again(DINOV2_BACKBONE.build())
+    model = build(CLIP)
+    set_deletion(model, DeletionConfig(block=DELETE_BLOCK, count=2))
+    with pytest.raises(ValueError, match=r"Set deletion.score='l2' before the rotation"):
+        rotate_residual(model)
