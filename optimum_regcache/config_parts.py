@@ -155,7 +155,8 @@ class DeletionConfig:
     Attributes:
         block: 0-based block at whose input tokens are ranked by norm; None when nothing is deleted.
         count: k~, tokens deleted in each image (``topk``) or at most deleted (``threshold``).
-        score: norm that ranks the tokens: ``linf``, or ``l2``, which a rotation of the residual stream does not change (I.1).
+        score: norm that ranks the tokens: ``linf`` (in the original basis, also where the residual stream is rotated) or
+            ``l2``, which needs no basis but may rank other tokens first.
         rule: ``topk``, or ``threshold``: only tokens with norm > ``kappa`` x the image's median norm.
         kappa: ratio for ``threshold``.
         fill: ``neighbour_mean`` puts the deleted positions back after the last block as the mean of their kept

@@ -115,13 +115,13 @@ class QuantLinear(nn.Module):
             ValueError: scales that are not positive and finite, or of another shape than ``weight_scale``.
         """
         scale = scale.detach().float()
-        good = scale.shape == self.weight_scale.shape and bool((torch.isfinite(scale) & (scale > 0)).all())
-        if not good:
+        good = scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all())
+        if not good or scale.shape != self.weight_scale.shape:
             raise ValueError(f"Weight scales must be positive, finite and of shape {tuple(self.weight_scale.shape)}.")
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point.to(torch.int32)
         if self.weight_zero_point is not None:
             self.weight_zero_point = zero.clone()
-        elif bool((zero != 0).any()):
+        elif not zero.is_meta and bool((zero != 0).any()):
             raise ValueError("This layer has symmetric weights; their zero points must be 0.")
         self.weight_scale = scale.clone()
         self.set_codes(numerics.weight_codes(weight.detach(), scale, zero, self.weights.bits))

@@ -28,7 +28,7 @@ from optimum_regcache.config import (
     require,
 )
 
-PARTS = ("weights", "activations", "registers", "deletion", "modules")
+PARTS = ("weights", "activations", "attention", "registers", "deletion", "modules", "rewrites")
 
 
 def unusual_config() -> RegCacheConfig:
@@ -121,7 +121,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (WeightsConfig, {"bits": 9}, r"weights\.bits must be an integer from 2 to 8, got 9\."),
     (WeightsConfig, {"bits": "8"}, r"weights\.bits must be an integer from 2 to 8, got '8'\."),
     (WeightsConfig, {"granularity": "per_group"}, r"weights\.granularity must be one of per_channel, per_tensor; got"),
-    (WeightsConfig, {"observer": "percentile"}, r"weights\.observer must be one of minmax, mse; got 'percentile'\."),
+    (WeightsConfig, {"observer": "percentile"}, r"weights\.observer must be one of minmax, mse, percentile_mse; got 'percentile'\."),
     (ActivationsConfig, {"bits": 8.0}, r"activations\.bits must be an integer from 2 to 8, got 8\.0\."),
     (ActivationsConfig, {"mode": "fast"}, r"activations\.mode must be one of static, dynamic; got 'fast'\."),
     (
@@ -132,7 +132,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (
         ActivationsConfig,
         {"observer": "kl"},
-        r"activations\.observer must be one of minmax, moving_average, percentile, mse; got 'kl'\.",
+        r"activations\.observer must be one of minmax, moving_average, percentile, mse, percentile_mse; got 'kl'\.",
     ),
     (
         ActivationsConfig,
@@ -246,7 +246,7 @@ def test_unknown_keys_of_a_part_are_named_with_the_known_ones(name: str) -> None
 
 
 def test_unknown_keys_of_the_config() -> None:
-    expected = r"in RegCacheConfig: {}\. Known keys: activations, deletion, modules, registers, weights\."
+    expected = r"in RegCacheConfig: {}\. Known keys: activations, attention, deletion, methods, modules, registers, rewrites, weights\."
     with pytest.raises(ValueError, match="Unknown key " + expected.format("weight")):
         RegCacheConfig(weight={})
     with pytest.raises(ValueError, match="Unknown keys " + expected.format("bits, group_size")):
@@ -293,7 +293,7 @@ def test_replace_validates_and_names_what_it_does_not_know() -> None:
         config.replace(bits=8)
     with pytest.raises(ValueError, match=r"Unknown parts of RegCacheConfig: bits, mode\."):
         config.replace(mode="static", bits=8)
-    with pytest.raises(ValueError, match=r"Unknown key in weights: bitz\. Known keys: bits, granularity, observer\."):
+    with pytest.raises(ValueError, match=r"Unknown key in weights: bitz\. Known keys: bits, granularity, observer, symmetric\."):
         config.replace(weights={"bitz": 8})
     with pytest.raises(ValueError, match=r"activations\.bits must be an integer"):
         config.replace(activations={"bits": 16})
@@ -338,7 +338,7 @@ def test_a_deep_copy_shares_nothing_mutable() -> None:
 def test_stored_forms_hold_every_field_defaults_included(as_json: bool) -> None:
     config = RegCacheConfig()
     data = json.loads(config.to_json_string(use_diff=True)) if as_json else config.to_diff_dict()
-    assert set(data) == {*PARTS, "version", "quant_method"}
+    assert set(data) == {*PARTS, "methods", "version", "quant_method"}
     for name in PARTS:
         assert set(data[name]) == set(getattr(config, name).__dataclass_fields__)
 

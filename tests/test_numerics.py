@@ -201,7 +201,7 @@ def test_dynamic_qparams_ignore_the_order_of_features_and_follow_that_of_tokens(
 @given(matrices(), BITS, st.sampled_from(["per_channel", "per_tensor"]), st.randoms(use_true_random=False))
 def test_minmax_weight_scales(x: np.ndarray, bits: int, granularity: str, random: object) -> None:
     weight = torch.from_numpy(x)
-    scale = numerics.weight_qparams(weight, bits, granularity, "minmax")
+    scale = numerics.weight_qparams(weight, bits, granularity, "minmax")[0]
     peak = np.abs(x).max(1) if granularity == "per_channel" else np.abs(x).max(keepdims=True).reshape(1)
     expected = peak / np.float32(2 ** (bits - 1) - 1)
     expected[expected <= np.finfo(np.float32).tiny] = 1
@@ -209,7 +209,7 @@ def test_minmax_weight_scales(x: np.ndarray, bits: int, granularity: str, random
     np.testing.assert_array_equal(scale.numpy(), expected)
     columns = list(range(x.shape[1]))
     random.shuffle(columns)  # type: ignore[attr-defined]
-    assert torch.equal(numerics.weight_qparams(weight[:, columns], bits, granularity, "minmax"), scale)
+    assert torch.equal(numerics.weight_qparams(weight[:, columns], bits, granularity, "minmax")[0], scale)
 
 
 def brute_force_error(row: np.ndarray, scale: float, bits: int) -> float:
@@ -221,8 +221,8 @@ def brute_force_error(row: np.ndarray, scale: float, bits: int) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_mse_weight_scales_against_brute_force(bits: int, granularity: str) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(bits)) ** 3  # heavy tails
-    got = numerics.weight_qparams(weight, bits, granularity, "mse")
-    minmax = numerics.weight_qparams(weight, bits, granularity, "minmax")
+    got = numerics.weight_qparams(weight, bits, granularity, "mse")[0]
+    minmax = numerics.weight_qparams(weight, bits, granularity, "minmax")[0]
     rows = weight.double().numpy() if granularity == "per_channel" else weight.double().numpy().reshape(1, -1)
     assert got.shape == (len(rows),)
     for row, scale, start in zip(rows, got.double(), minmax.double(), strict=True):
@@ -235,18 +235,18 @@ def test_mse_weight_scales_against_brute_force(bits: int, granularity: str) -> N
 
 def test_mse_treats_each_row_on_its_own_and_leaves_exact_rows_alone() -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) ** 3
-    scale = numerics.weight_qparams(weight, 4, "per_channel", "mse")
+    scale = numerics.weight_qparams(weight, 4, "per_channel", "mse")[0]
     order = [3, 0, 4, 1, 2]
-    assert torch.equal(numerics.weight_qparams(weight[order], 4, "per_channel", "mse"), scale[order])
+    assert torch.equal(numerics.weight_qparams(weight[order], 4, "per_channel", "mse")[0], scale[order])
     exact = torch.arange(-7, 8).float().reshape(1, -1) * 0.25
-    assert numerics.weight_qparams(exact, 4, "per_channel", "mse").tolist() == [0.25]
+    assert numerics.weight_qparams(exact, 4, "per_channel", "mse")[0].tolist() == [0.25]
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 def test_a_weight_row_of_zeros_gets_a_usable_scale(observer: str) -> None:
     weight = torch.zeros(2, 3)
     weight[1] = 1.0
-    scale = numerics.weight_qparams(weight, 8, "per_channel", observer)
+    scale = numerics.weight_qparams(weight, 8, "per_channel", observer)[0]
     assert bool((torch.isfinite(scale) & (scale > 0)).all())
     assert torch.equal(numerics.fake_quantize(weight, scale[:, None], torch.zeros(2, 1), 8, True)[0], weight[0])
 

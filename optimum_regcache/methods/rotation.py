@@ -28,7 +28,7 @@ class Rotation(Method):
     name: ClassVar[str] = "rotation"
     paper: ClassVar[str] = "QuaRot (arXiv 2404.00456), for pre-LN encoders"
     cache_effect: ClassVar[str] = (
-        "head rotations turn K and V; deletion ranks by l2, which the residual rotation preserves"
+        "head rotations turn K and V; tokens are ranked in the original basis"
     )
     excludes: ClassVar[dict[str, str]] = {
         "ptq4vit": "the Hadamard transform mixes the channels after GELU, so that there is no negative side of fixed range "
@@ -37,8 +37,7 @@ class Rotation(Method):
     }
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
-        config = config.replace(rewrites={"rotation": self.residual}, activations={"mlp_out_hadamard": self.mlp})
-        return config.replace(deletion={"score": "l2"}) if self.residual else config
+        return config.replace(rewrites={"rotation": self.residual}, activations={"mlp_out_hadamard": self.mlp})
 
     def rewrite(self, fit: Fit) -> None:
         if self.residual:

@@ -80,7 +80,8 @@ class BlockMixin(_Swapped):
             hidden_states = runtime.enter(hidden_states, self.rotation)
         attention_mask = runtime.mask_for_token(attention_mask)
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
-            hidden_states = runtime.delete(hidden_states, attention_mask)
+            first: Any = runtime.first_block
+            hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation)
         selection = runtime.current.selection
         if selection is not None:
             attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
@@ -182,6 +183,7 @@ def prepare_tower(model: nn.Module) -> TowerRuntime:
     if isinstance(embeddings, EmbeddingsMixin):
         return embeddings.regcache
     runtime = TowerRuntime(tower)
+    runtime.first_block = tower.blocks[0]
     _swap(embeddings, EmbeddingsMixin, runtime)
     family = tower.family
     for index, block in enumerate(tower.blocks):

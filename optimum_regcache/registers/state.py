@@ -62,6 +62,7 @@ class TowerRuntime:
         keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
+        first_block: holds the rotation of the residual stream, if there is one.
         replay: recorded block inputs, while a search measures later blocks only.
     """
 
@@ -75,6 +76,7 @@ class TowerRuntime:
         patch = getattr(tower.config, "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
         self.replay: Replay | None = None
+        self.first_block: Any = None
         self._eager = _ThreadPass()
         self._traced = _Pass()  # torch.compile and torch.export see a plain object; it is empty between passes
 
@@ -106,8 +108,13 @@ class TowerRuntime:
                 pixel_values.shape[-1] // self.patch_size[1],
             )
 
-    def delete(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking)."""
+    def delete(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, rotation: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking).
+
+        In a rotated residual stream (``rotation`` [D, D]) tokens are ranked in the original basis, where outliers stand out.
+        """
         batch, tokens, _ = hidden.shape
         config, lead, state = self.deletion, self.num_prefix_tokens, self.current
         if tokens - lead < 2 * config.count:
@@ -117,7 +124,8 @@ class TowerRuntime:
             )
         valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
         patch = torch.arange(tokens, device=hidden.device) >= lead
-        dropped = D.choose_dropped(D.outlier_scores(hidden, valid & patch, config.score), valid | ~patch, config)
+        states = hidden if rotation is None or config.score == "l2" else hidden @ rotation.T
+        dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)
         masked = self.keep_positions or config.rule == "threshold"
         kept = None if masked else D.kept_positions(dropped, config.count)
         state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)

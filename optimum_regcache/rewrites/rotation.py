@@ -68,24 +68,20 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> None:
     The first block multiplies its input by the buffer ``rotation``, the last one its output by the transpose. Registers stay
     as they are: keys and values do not change (I.1).
 
-    Hidden states between the blocks (``output_hidden_states``) are rotated; the first and the last are not. Deletion must
-    rank tokens by ``score="l2"``, which no rotation changes; ``linf`` would choose other tokens.
+    Hidden states between the blocks (``output_hidden_states``) are rotated; the first and the last are not. Deletion by
+    ``score="linf"`` turns the states back for the ranking (D^2 products a token, in one block), so that it chooses the same
+    tokens as before.
 
     Args:
         model: float model.
         seed: of the rotation.
 
     Raises:
-        ValueError: rotated already; a backbone, whose inner hidden states are its output; deletion with ``score="linf"``; a
-            quantized layer.
+        ValueError: rotated already; a backbone, whose inner hidden states are its output; a quantized layer.
     """
-    runtime, tower = prepare_tower(model), find_tower(model)
+    prepare_tower(model)
+    tower = find_tower(model)
     _check_rotatable(tower)
-    if runtime.deletion.active and runtime.deletion.score != "l2":
-        raise ValueError(
-            "The l_inf norm by which this model deletes tokens changes under rotation, so other tokens would go. Set "
-            "deletion.score='l2' before the rotation."
-        )
     fold_norm_affine(tower)
     fold_layer_scale(tower)
     weight = tower.norm(0, 0).weight

@@ -1,0 +1,279 @@
+"""Every quantization method alone and under registers, on unseen images: one JSON of cells, one Markdown table.
+
+    python benchmarks/bench_methods.py --output docs/results/methods.json
+    python benchmarks/bench_methods.py --model DIR --images FOLDER_OR_PARQUET --methods rtn repq_vit
+    python benchmarks/bench_methods.py --output docs/results/methods.json --table-only
+
+For each encoder and bit width registers and deletion are searched once, with round to nearest. Then each method is fitted
+four times: without registers (none), with the prefix, with the deletion, and with both, always of the same setup. A finished
+cell is not measured again; interrupt and continue at will. Which of the four "install" takes is decided on confirmation
+images that are neither reported nor used by the search's ranking: a variant counts only if it beats "none" there by more
+than twice the paired standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.config import DeletionConfig, RegCacheConfig
+from optimum_regcache.data import ImageInputs
+from optimum_regcache.evaluation.norms import measure_token_norms
+from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective
+from optimum_regcache.files import write_json, write_text
+from optimum_regcache.fitting import FitResult, fit_registers, resolve_config, split_inputs
+from optimum_regcache.methods import METHODS, quantize_with
+from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.report import environment
+from optimum_regcache.search.search import Setup
+from optimum_regcache.sources import Source, accuracy_data, open_source
+
+ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier")
+VARIANTS = ("none", "prefix", "delete", "both")
+ALL_POINTS = " (all points)"
+ENTRIES: dict[str, list[Any]] = {
+    **{name: [name] for name in METHODS if name not in ("percentile", "test_time_registers")},
+    **{f"percentile {p:g}": [{"name": "percentile", "percentile": p}] for p in (99.9, 99.99, 99.999)},
+    **{f"test_time_registers ({v})": [{"name": "test_time_registers", "variant": v}] for v in ("kv", "token")},
+    "output_mse + gptq": ["output_mse", "gptq"],
+    "ptq4vit + gptq": ["ptq4vit", "gptq"],
+    "ptq4vit + noisyquant": ["ptq4vit", "noisyquant"],
+    "repq_vit + gptq + bias_correction": ["repq_vit", "gptq", "bias_correction"],
+    "smoothquant + output_mse + gptq": ["smoothquant", "output_mse", "gptq"],
+    "dynamic + smoothquant + gptq": ["dynamic", "smoothquant", "gptq"],
+    **{f"{name}{ALL_POINTS}": [name] for name in ("rtn", "ptq4vit", "repq_vit")},
+}
+
+
+class Bench:
+    """One encoder at one bit width.
+
+    Args:
+        source: encoder and images.
+        recipe: preset, search settings and amounts.
+        directory: for the record of the search.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, directory: Path) -> None:
+        self.source, self.recipe = source, recipe
+        data = recipe.data
+        inputs = ImageInputs(source.search_images, source.processor)
+        parts = split_inputs(inputs, replace(data, num_samples=min(data.num_samples, len(inputs))), recipe.search.seed)
+        self.calibration = list(parts.calibration.batches(data.batch_size))
+        self.confirmation = CosineObjective(source.model, list(parts.confirmation.batches(data.batch_size)))
+        report = ImageInputs(source.report_images, source.processor)
+        batches = list(report.batches(data.batch_size))
+        labels, text = accuracy_data(source, report, source.report_images)
+        self.norm_batches = batches[: max(1, 64 // data.batch_size)]
+        self.cosine = CosineObjective(source.model, batches)
+        self.metric: Objective = self.cosine if labels is None else AccuracyObjective(batches, labels, text)
+        begun = time.perf_counter()
+        self.fit: FitResult = fit_registers(
+            source.model,
+            source.processor,
+            source.search_images,
+            recipe.quantization,
+            recipe.search,
+            replace(data, num_samples=min(data.num_samples, len(inputs))),
+            data_collator=None,
+            template=source.template,
+            work_dir=directory,
+            progress=True,
+        )
+        self.search_seconds = time.perf_counter() - begun
+
+    def header(self) -> dict[str, Any]:
+        """What the cells of this encoder and bit width have in common."""
+        norms = measure_token_norms(self.source.model, self.norm_batches)
+        return {
+            "metric": self.metric.name,
+            "images": len(self.source.report_images),
+            "float": float(self.metric.scores(self.source.model).mean()),
+            "float_max_norm": float(norms.max_block_input.max()),
+            "float_max_fc2": float(norms.max_any_fc2_input.max()),
+            "setup": self.both().describe(),
+            "search_reason": self.fit.search.reason,
+            "search_seconds": round(self.search_seconds, 1),
+        }
+
+    def both(self) -> Setup:
+        """The best setup with prefix and deletion, installed or not."""
+        trial = self.fit.search.best_both or self.fit.search.best_prefix
+        return trial.setup if trial is not None else Setup()
+
+    def variant(self, kind: str) -> tuple[Setup, RegisterCache | None, DeletionConfig]:
+        """Setup, registers and deletion of ``none``, ``prefix``, ``delete`` or ``both``."""
+        both = self.both()
+        setup = {
+            "none": Setup(),
+            "prefix": replace(both, count=0),
+            "delete": Setup(count=both.count),
+            "both": both,
+        }[kind]
+        deletion = self.fit.requested.deletion
+        if setup.count:
+            deletion = replace(deletion, block=self.fit.sensitive_block, count=setup.count)
+        cache = None
+        if setup.start_block is not None:
+            depth = len(find_tower(self.source.model).blocks)
+            blocks = setup.blocks(depth)
+            cache = self.fit.mined[setup.start_block].average(blocks, depth).restricted(blocks, setup.num_copies)
+        return setup, cache, deletion
+
+    def run(self, methods: list[Any], all_points: bool, variants: tuple[str, ...]) -> dict[str, Any]:
+        """Variants of one method."""
+        base = self.recipe.quantization.replace(methods=tuple(methods))
+        if all_points:
+            base = base.replace(attention={"quantize": True, "bits": base.activations.bits})
+        cells: dict[str, Any] = {}
+        plain: dict[str, torch.Tensor] = {}
+        for kind in variants:
+            setup, cache, deletion = self.variant(kind)
+            config = resolve_config(base, setup, cache, deletion, self.recipe.search.kv_mode)
+            begun = time.perf_counter()
+            result = quantize_with(self.source.model, config, cache, self.calibration, progress=False)
+            seconds = time.perf_counter() - begun
+            cosine, confirm = self.cosine.scores(result.model), self.confirmation.scores(result.model)
+            scores = cosine if self.metric is self.cosine else self.metric.scores(result.model)
+            if kind == "none":
+                plain = {"scores": scores, "confirm": confirm}
+            norms = measure_token_norms(result.float_model, self.norm_batches)
+            cells[kind] = {
+                "metric": float(scores.mean()),
+                "cosine": float(cosine.mean()),
+                "gain": _paired(scores - plain["scores"]),
+                "confirmed_gain": _paired(confirm - plain["confirm"]),
+                "max_norm": float(norms.max_block_input.max()),
+                "max_fc2": float(norms.max_any_fc2_input.max()),
+                "seconds": round(seconds, 2),
+                "simulated": result.config.simulated_reason,
+                "protocol": result.config.protocol,
+                "measured": result.measured,
+            }
+        return {"variants": cells, "installed": installed(cells)}
+
+
+def _paired(difference: torch.Tensor) -> dict[str, float]:
+    """Mean and standard error of a paired difference."""
+    return {"mean": float(difference.mean()), "error": float(difference.std() / math.sqrt(len(difference)))}
+
+
+def installed(cells: dict[str, Any]) -> str:
+    """The variant with the largest confirmed gain, if that exceeds the noise and 0.001; else ``none``."""
+    best = max((k for k in cells if k != "none"), key=lambda k: cells[k]["confirmed_gain"]["mean"])
+    gain = cells[best]["confirmed_gain"]
+    return best if gain["mean"] >= max(0.001, 2 * gain["error"]) else "none"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(ENCODERS), help="reference encoders, directories or Hub ids")
+    parser.add_argument("--images", help="data set for a model that brings none")
+    parser.add_argument("--name", help="name of the model in the table")
+    parser.add_argument("--preset", nargs="+", default=["w8a8", "w6a6", "w4a4"])
+    parser.add_argument("--methods", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="METHOD")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="'none' comes first")
+    parser.add_argument("--num-samples", type=int, default=256)
+    parser.add_argument("--num-report", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--output", default="docs/results/methods.json")
+    parser.add_argument("--work-dir", default="regcache-bench", help="records of the searches")
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--table-only", action="store_true", help="only write the table from the JSON")
+    args = parser.parse_args(arguments)
+    path = Path(args.output)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}, "runs": {}}
+    if not args.table_only:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for model in args.model:
+            for preset in args.preset:
+                measure(model, preset, args, results, path)
+    text = markdown(results)
+    write_text(path.with_suffix(".md"), text)
+    print(text)
+
+
+def measure(model: str, preset: str, args: argparse.Namespace, results: dict[str, Any], path: Path) -> None:
+    """Add the missing cells of one encoder and bit width to the JSON."""
+    name = args.name or model
+    missing = [m for m in args.methods if f"{name}/{preset}/{m}" not in results["cells"]]
+    if not missing:
+        return
+    recipe = Recipe(
+        quantization=RegCacheConfig.from_preset(preset),
+        search=SearchConfig(),
+        data=DataConfig(num_samples=args.num_samples, num_report=args.num_report, batch_size=args.batch_size),
+        model=model,
+        dataset=args.images,
+    )
+    bench = Bench(open_source(None, None, recipe), recipe, Path(args.work_dir) / f"{Path(name).name}-{preset}")
+    results["runs"][f"{name}/{preset}"] = bench.header()
+    for method in tqdm(missing, desc=f"{Path(name).name} {preset}"):
+        key = f"{name}/{preset}/{method}"
+        try:
+            results["cells"][key] = bench.run(ENTRIES[method], method.endswith(ALL_POINTS), tuple(args.variants))
+        except ValueError as error:  # a method that this encoder cannot have, with the reason
+            results["cells"][key] = {"refused": str(error)}
+        results["environment"] = environment()
+        write_json(path, results)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table per encoder and bit width."""
+    lines = [
+        "# Methods alone and under registers",
+        "",
+        "Written by `make bench-methods`; see docs/methods.md for how to read it.",
+        "",
+    ]
+    for run, head in results["runs"].items():
+        percent = head["metric"] == "top-1 accuracy"
+        show = (lambda v: f"{100 * v:.1f}") if percent else (lambda v: f"{v:.4f}")
+        lines += [
+            f"## {run}",
+            "",
+            f"{head['metric']}{' (%)' if percent else ''} on {head['images']} unseen images, float {show(head['float'])}; "
+            f"setup: {head['setup']}. Largest token norm {head['float_max_norm']:.0f}, fc2 input {head['float_max_fc2']:.0f}.",
+            "",
+            "| method | none | prefix | delete | both | both - none | recovery | installs | max norm | fc2 | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for key, cell in results["cells"].items():
+            if not key.startswith(f"{run}/"):
+                continue
+            method = key.rsplit("/", 1)[1]
+            if "refused" in cell:
+                lines.append(f"| {method} | refused: {cell['refused']} |" + " |" * 9)
+                continue
+            v = cell["variants"]
+            final = v[cell["installed"]]
+            gain = v["both"]["gain"]
+            scale = 100 if percent else 1
+            mark = " *" if final["simulated"] else ""
+            values = " | ".join(show(v[k]["metric"]) if k in v else "" for k in VARIANTS)
+            digits = 1 if percent else 4
+            lines.append(
+                f"| {method}{mark} | {values} | {scale * gain['mean']:+.{digits}f} +- {scale * gain['error']:.{digits}f} | "
+                f"{100 * final['metric'] / head['float']:.1f} % | {cell['installed']} | {final['max_norm']:.0f} | "
+                f"{final['max_fc2']:.0f} | {final['seconds']:.1f} |"
+            )
+        lines.append("")
+    lines.append("\\* simulated: not a plain set of scales and weights (`RegCacheConfig.simulated_reason`).")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
