@@ -160,7 +160,7 @@ class Bench:
                 "protocol": result.config.protocol,
                 "measured": result.measured,
             }
-        return {"variants": cells, "installed": installed(cells)}
+        return {"methods": list(result.config.methods), "variants": cells, "installed": installed(cells)}
 
 
 def _paired(difference: torch.Tensor) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
 
@@ -60,6 +60,12 @@ class PaddingMask:
         return x[self.mask.to(x.device)]
 
 
+def leading_tokens(tower: Tower) -> int:
+    """Tokens before the patches inside the blocks, a test-time register among them; works for unprepared towers too."""
+    runtime = getattr(tower.blocks[0], "regcache", None)
+    return tower.num_prefix_tokens if runtime is None else runtime.num_prefix_tokens
+
+
 Visitor = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
 
@@ -99,7 +105,7 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
 def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorms:
     """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out."""
     tower = find_tower(model)
-    lead, depth = tower.num_prefix_tokens, len(tower.blocks)
+    lead, depth = leading_tokens(tower), len(tower.blocks)
     collected: dict[tuple[str, int], list[torch.Tensor]] = {}
     any_max = torch.zeros(depth)
 

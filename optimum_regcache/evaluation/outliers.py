@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.norms import visit_tokens
+from optimum_regcache.evaluation.norms import leading_tokens, visit_tokens
 
 OUTLIER_RATIO = 20.0
 MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches
@@ -122,7 +122,7 @@ def measure_outliers(
         ValueError: no images.
     """
     tower = find_tower(model)
-    lead, depth = tower.num_prefix_tokens, len(tower.blocks)
+    lead, depth = leading_tokens(tower), len(tower.blocks)
     generator = torch.Generator().manual_seed(seed)
     norms: dict[tuple[str, int], list[torch.Tensor]] = {}
     tops: list[list[torch.Tensor]] = [[] for _ in range(depth)]

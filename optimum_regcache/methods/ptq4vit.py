@@ -43,7 +43,7 @@ class PTQ4ViT(Method):
     weight_granularity: str = "per_tensor"
     draws: int = 4
     max_images: int = 32
-    max_tokens: int = 1024
+    max_tokens: int = 512
     product_images: int = 8
     seed: int = 0
     name: ClassVar[str] = "ptq4vit"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config import DeletionConfig
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.registers import get_register_cache, set_registers
+from optimum_regcache.registers import get_register_cache, set_deletion, set_registers
 from optimum_regcache.registers.neurons import (
     find_register_neurons,
     register_cache_from_neurons,
@@ -43,22 +43,19 @@ class TestTimeRegisters(Method):
         one_of(self.name, "variant", self.variant, ("kv", "token"))
         require(self.top_k >= 1, f"test_time_registers.top_k must be at least 1, got {self.top_k}.")
 
-    def configure(self, config: RegCacheConfig) -> RegCacheConfig:
-        return config
-
     def select(self, fit: Fit) -> None:
-        installed = get_register_cache(fit.model)
+        installed, deletion = get_register_cache(fit.model), fit.config.deletion
         set_registers(fit.model, None)
+        set_deletion(fit.model, DeletionConfig())
         try:
-            found = find_register_neurons(fit.model, fit.batches, top_k=self.top_k, progress=fit.progress)
-            neurons: dict[int, list[int]] = {}
-            for block, neuron in found.neurons:
-                neurons.setdefault(block, []).append(neuron)
+            found = find_register_neurons(fit.model, fit.batches, top_k=self.top_k)
+            neurons = found.by_block()
             own = None
             if neurons and self.variant == "kv" and installed is None:
                 own = register_cache_from_neurons(fit.model, fit.batches, neurons)
         finally:
             set_registers(fit.model, installed)
+            set_deletion(fit.model, deletion)
         texts = tuple(f"{block}:{neuron}" for block in sorted(neurons) for neuron in sorted(neurons[block]))
         fit.measured[self.name] = {"neurons": list(texts), "variant": self.variant, "note": found.reason}
         if not neurons:
