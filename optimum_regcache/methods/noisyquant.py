@@ -54,7 +54,7 @@ class NoisyQuant(Method):
     not choose it. Without another method that chooses scales, the paper's clip search by output error comes first.
 
     Attributes:
-        shifts: candidates of the mean shift, within one step to both sides.
+        shifts: candidates of the mean shift, within one step to both sides (the error is a rugged function of it).
         draws: noise vectors tried, uniform on (-1, 1).
         ranges: amplitudes tried for each, up to two steps.
         skip_by_prediction: leave out the noise where the histogram predicts no gain (D.1); the mean shift is still tried.
@@ -62,11 +62,11 @@ class NoisyQuant(Method):
         seed: of the draws.
     """
 
-    shifts: int = 40
+    shifts: int = 200
     draws: int = 8
-    ranges: int = 20
+    ranges: int = 50
     skip_by_prediction: bool = True
-    max_tokens: int = 1024
+    max_tokens: int = 512
     seed: int = 0
     name: ClassVar[str] = "noisyquant"
     paper: ClassVar[str] = "NoisyQuant (arXiv 2211.16056)"
@@ -93,7 +93,7 @@ class NoisyQuant(Method):
                 if layers[0].activations.bits > 8 or not _foldable(fit, group, layers):
                     continue
                 x = capture_inputs(fit.model, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
-                offset, gain = self._search(fit, group, layers, x, generator)
+                offset, gain = self._search(layers, x, generator)
                 gains[f"{group.block}.{group.role}"] = gain
                 if offset is not None:
                     _install(fit, group, layers, offset)
@@ -102,14 +102,10 @@ class NoisyQuant(Method):
         fit.measured[self.name] = {"relative gain of output error": gains}
 
     def _search(
-        self, fit: Fit, group: Group, layers: list[QuantLinear], x: torch.Tensor, generator: torch.Generator
+        self, layers: list[QuantLinear], x: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor | None, float]:
         """(vector [in] or None, relative gain on held-out tokens)."""
-        target = [
-            layer.rotated_weight(fit.float_linear(n).weight) for layer, n in zip(layers, group.names, strict=True)
-        ]
-        weight = torch.cat([layer.dequantized_weight() for layer in layers])
-        error = _OutputError(layers[0], torch.cat(target), weight)
+        error = _OutputError(layers[0], torch.cat([layer.dequantized_weight() for layer in layers]))
         chooser, judge = x[::2], x[1::2]
         scale = layers[0].input_scale
         if scale is None:
@@ -136,17 +132,15 @@ class NoisyQuant(Method):
 
 
 class _OutputError:
-    """Squared error of a group's outputs for a given vector."""
+    """``||W^ (Q(x + N) - N - x)||^2``: the error of the activations alone, as in the paper; that of the weights is not the
+    vector's to repair."""
 
-    def __init__(self, layer: QuantLinear, target: torch.Tensor, weight: torch.Tensor) -> None:
-        self.layer, self.target, self.weight = layer, target, weight
+    def __init__(self, layer: QuantLinear, weight: torch.Tensor) -> None:
+        self.layer, self.weight = layer, weight
 
     def __call__(self, x: torch.Tensor, offset: torch.Tensor) -> float:
-        layer = self.layer
-        wanted = F.linear(layer.prepare_input(x), self.target)
-        rounded = layer.rounded_input(x + offset)
-        correction = F.linear(layer.prepare_input(offset), self.weight)
-        return float((F.linear(rounded, self.weight) - correction - wanted).pow(2).mean())
+        difference = self.layer.rounded_input(x + offset) - self.layer.prepare_input(x + offset)
+        return float(F.linear(difference, self.weight).pow(2).mean())
 
 
 def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:

@@ -1,51 +1,94 @@
-"""Test-time registers (Jiang et al., arXiv 2506.08010): the MLP hidden units that write outlier tokens, and what to do to them.
+"""Test-time registers: MLP units that write the outlier lose their activation to one token, or to a constant K/V pair.
 
-Two variants (methods G.3): a token that takes the units' activation over at run time, or units silenced in the weights and
-one constant key and value per block in their place.
+Jiang et al., "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010; methods, section G). A few hidden units,
+the register neurons, write the massive activation onto a few patches. Two ways to keep the patches clean:
+
+- token: :func:`set_register_neurons`. One more token runs along, and takes over the activation of these units.
+- kv: :func:`zero_register_neurons` silences the units in the weights, :func:`register_cache_from_neurons` gives attention
+  the mean key and value of such a token. No token is added.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.config import DeletionConfig
+from optimum_regcache.data import Batch
+from optimum_regcache.evaluation.features import move
+from optimum_regcache.evaluation.norms import PaddingMask
 from optimum_regcache.registers.cache import RegisterCache
-from optimum_regcache.registers.runtime import prepare_tower
-from optimum_regcache.registers.state import TowerRuntime
+from optimum_regcache.registers.runtime import prepare_tower, set_deletion, set_registers
+from optimum_regcache.validation import require
 
-MIN_RATIO = 3.0
-Batch = Mapping[str, torch.Tensor]
+OUTLIER_RATIO = 3.0
 Neurons = Mapping[int, Sequence[int]]
+
+
+class RegisterNeuronActivation(nn.Module):
+    """The MLP's activation function, after which the register token takes over a few hidden units (G.3).
+
+    For each unit j: with m the value of largest magnitude over all tokens, sign kept, Z[register, j] = m and Z[n, j] = 0 for
+    the patches n. Leading tokens (CLS, trained registers) keep theirs. It has neither parameters nor buffers, so the names
+    in the state dict do not change.
+
+    Args:
+        inner: the activation function.
+        neurons: hidden units, distinct.
+        register: index of the register token; the patches follow it.
+    """
+
+    def __init__(self, inner: nn.Module, neurons: Sequence[int], register: int) -> None:
+        super().__init__()
+        self.inner, self.neurons, self.register = inner, tuple(neurons), register
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, N, M] -> [B, N, M]."""
+        z = self.inner(hidden_states)
+        index = torch.tensor(self.neurons, device=z.device)
+        units = z.index_select(-1, index)  # [B, N, k]
+        peak = units.gather(1, units.abs().argmax(1, keepdim=True))
+        clean = torch.zeros_like(units[:, self.register + 1 :])
+        return z.index_copy(-1, index, torch.cat((units[:, : self.register], peak, clean), 1))
+
+    def extra_repr(self) -> str:
+        return f"neurons={list(self.neurons)}, register={self.register}"
 
 
 @dataclass(frozen=True)
 class RegisterNeurons:
-    """What :func:`find_register_neurons` found.
+    """Result of :func:`find_register_neurons`.
 
     Attributes:
-        neurons: (block, hidden unit), largest score first; empty if the encoder has no outlier tokens.
-        scores: mean absolute activation of each on outlier tokens.
-        detection_block: outlier tokens were taken at the input of this block.
-        threshold: their smallest l2 norm.
-        images: images that have outlier tokens.
-        reason: how the choice came about, in words.
+        neurons: (block, hidden unit), highest score first; empty if nothing should be installed.
+        scores: mean absolute activation on outlier tokens, for each of ``neurons``.
+        detection_block: block at whose output the outlier tokens were told apart.
+        threshold: l2 norm above which a patch token is an outlier.
+        highest_block: last block whose units were ranked; None if there are no outliers.
+        outliers: outlier tokens found.
+        images: images that have one.
+        reason: why ``neurons`` is empty, else "".
     """
 
-    neurons: list[tuple[int, int]] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    detection_block: int = 0
-    threshold: float = float("nan")
-    images: int = 0
+    neurons: tuple[tuple[int, int], ...]
+    scores: tuple[float, ...]
+    detection_block: int
+    threshold: float
+    highest_block: int | None
+    outliers: int
+    images: int
     reason: str = ""
 
     def by_block(self) -> dict[int, list[int]]:
-        """Block -> units, both ascending."""
+        """Block -> hidden units, both ascending: what the functions below take."""
         found: dict[int, list[int]] = {}
         for block, neuron in sorted(self.neurons):
             found.setdefault(block, []).append(neuron)
@@ -61,233 +104,308 @@ def find_register_neurons(
     threshold: float | None = None,
     highest_block: int | None = None,
     top_k: int = 10,
+    progress: bool = True,
 ) -> RegisterNeurons:
-    """Hidden units with the largest mean activation on outlier tokens (G.2).
+    """Rank hidden units by their activation on outlier tokens (G.2).
 
-    ``score[l, j]`` is the mean over images with outlier tokens of the mean over these tokens of ``|Z_l[n, j]|``, Z the input
-    of the MLP output projection.
+    Outlier tokens are the patch tokens whose l2 norm at the output of the detection block exceeds the threshold. The score
+    of a unit is |fc2 input|, mean over the outlier tokens of an image, then over the images that have any. CLS, trained
+    registers and padding do not count. Two passes over ``batches``; what is kept are norms and sums.
 
     Args:
-        model: float model, without registers or deletion.
-        batches: images, used twice.
-        detection_block: outlier tokens are patches with an l2 norm above ``threshold`` at the input of this block; default:
-            the block whose input has the largest ratio of largest to median norm.
-        threshold: default: mean + 3 standard deviations of the norms there, and at least 3 times their median, so that an
-            encoder without outlier tokens has none.
-        highest_block: last block whose units are considered; default: the block before the first one whose input has
-            tokens above ``threshold`` in half of the images.
-        top_k: how many units, over all blocks.
+        model: float model or tower. Registers stay installed, so that what is found is what writes outliers in spite of
+            them; deletion is off meanwhile.
+        batches: images without labels; the paper uses 500.
+        detection_block: default: the block whose output has the largest ratio of maximum to median norm. The last block
+            would do for CLIP, but that of DINOv2 shrinks its outliers again.
+        threshold: default: mean + 3 sigma of the ordinary tokens, those up to :data:`OUTLIER_RATIO` times the median, and
+            no less than that. Outliers do not take part, because they raise sigma: a tenth of all tokens, equal and
+            arbitrarily large, stays below mean + 3 sigma of all tokens. And without the floor every encoder has outliers:
+            three sigma leave out some tokens of any distribution.
+        highest_block: last block whose units are ranked; default: the first block at whose output at least half as many
+            tokens exceed the threshold as at the detection block. Later units read the outlier, they did not write it.
+        top_k: units to return.
+        progress: show progress bars.
+
+    Returns:
+        The units, or none and the reason if there are no outlier tokens.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images; a block that does not exist; register neurons installed already; an MLP that multiplies two
+            branches (SwiGLU).
     """
-    from optimum_regcache.evaluation.norms import visit_tokens  # imports this package
-
     tower = find_tower(model)
-    lead, depth = prepare_tower(model).num_prefix_tokens, len(tower.blocks)
-    norms: list[list[torch.Tensor]] = [[] for _ in range(depth)]
+    depth = len(tower.blocks)
+    _check_plain_mlp(tower)
+    for name, block in (("detection_block", detection_block), ("highest_block", highest_block)):
+        require(block is None or 0 <= block < depth, f"{name}={block}, but the encoder has blocks 0 to {depth - 1}.")
+    require(top_k >= 1, f"top_k must be at least 1, got {top_k}.")
+    require(len(batches) > 0, "No images to find register neurons in.")
+    require(
+        not prepare_tower(model).extra_token,
+        "Register neurons are installed in this model and hide what is to be found. Remove them first: "
+        "set_register_neurons(model, None).",
+    )
+    with _no_deletion(model):
+        norms = _output_norms(tower, batches, progress)
+        flat = [torch.cat([n[n >= 0] for n in block]) for block in norms]
+        if detection_block is None:
+            detection_block = max(range(depth), key=lambda b: float(flat[b].max() / flat[b].median()))
+        if threshold is None:
+            threshold = _outlier_threshold(flat[detection_block])
+        outliers = [n > threshold for n in norms[detection_block]]
+        count, images = sum(int(o.sum()) for o in outliers), sum(int(o.any(1).sum()) for o in outliers)
+        if count == 0:
+            largest = float(flat[detection_block].max())
+            reason = (
+                f"no outlier tokens: the largest l2 norm at the output of block {detection_block} is {largest:.4g}, the "
+                f"threshold is {threshold:.4g}"
+            )
+            return RegisterNeurons((), (), detection_block, threshold, None, 0, 0, reason)
+        if highest_block is None:
+            share = [int((n > threshold).sum()) / count for n in flat]
+            highest_block = next(b for b in range(depth) if share[b] >= 0.5)
+        totals = _scores(tower, batches, outliers, highest_block, progress)
+    width = totals.shape[1]
+    values, order = (totals / images).flatten().topk(min(top_k, totals.numel()))
+    neurons = tuple((int(i) // width, int(i) % width) for i in order)
+    return RegisterNeurons(neurons, tuple(values.tolist()), detection_block, threshold, highest_block, count, images)
 
-    def measure(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
-        if site == "block":
-            found = x.float().norm(dim=-1).masked_fill(~valid, torch.nan)[:, lead:]
-            norms[block].extend(found.cpu().unbind(0))
 
-    visit_tokens(model, batches, measure)  # type: ignore[arg-type]
-    if not norms[0]:
-        raise ValueError("No images to look for register neurons in.")
-    values = [torch.cat(rows) for rows in norms]
-    values = [v[~v.isnan()] for v in values]
-    ratios = torch.stack([v.amax() / v.median() for v in values])
-    detection = int(ratios.argmax()) if detection_block is None else detection_block
-    at = values[detection]
-    limit = max(float(at.mean() + 3 * at.std()), MIN_RATIO * float(at.median())) if threshold is None else threshold
-    with_outliers = [sum(bool((row > limit).any()) for row in norms[b]) for b in range(depth)]
-    images = with_outliers[detection]
-    if images == 0:
-        reason = f"no patch token has more than {MIN_RATIO:g} times the median norm (largest ratio {float(ratios.max()):.1f})"
-        return RegisterNeurons([], [], detection, limit, 0, reason)
-    first = next((b for b in range(depth) if with_outliers[b] >= len(norms[0]) / 2), detection)
-    highest = max(0, min(first, detection) - 1) if highest_block is None else highest_block
-    scores = _scores(model, batches, detection, limit, highest, lead, images)
-    flat = torch.cat(scores)
-    best = flat.topk(min(top_k, len(flat)))
-    sizes = torch.tensor([len(s) for s in scores]).cumsum(0)
-    neurons = []
-    for index in best.indices.tolist():
-        block = int(torch.searchsorted(sizes, index, right=True))
-        neurons.append((block, index - (int(sizes[block - 1]) if block else 0)))
-    reason = f"outlier tokens at the input of block {detection} in {images} of {len(norms[0])} images; blocks up to {highest}"
-    return RegisterNeurons(neurons, best.values.tolist(), detection, limit, images, reason)
+def _outlier_threshold(norms: torch.Tensor) -> float:
+    floor = OUTLIER_RATIO * norms.median()
+    ordinary = norms[norms <= floor]
+    return float(torch.maximum(floor, ordinary.mean() + 3 * ordinary.std(correction=0)))
+
+
+def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> list[list[torch.Tensor]]:
+    """For each block and batch the l2 norms of its output tokens, float [B, N] on the CPU; -1 for tokens that do not count."""
+    norms: list[list[torch.Tensor]] = [[] for _ in tower.blocks]
+    padding = PaddingMask()
+
+    def hook(block: int) -> Any:
+        def seen(module: nn.Module, args: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            ignored = ~padding.valid(x.shape[0], x.shape[1], x.device)
+            ignored[:, : tower.num_prefix_tokens] = True
+            norms[block].append(x.float().norm(dim=-1).masked_fill(ignored, -1.0).cpu())
+
+        return seen
+
+    handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
+    _run(tower, batches, handles, progress, "outlier tokens", padding)
+    return norms
 
 
 def _scores(
-    model: nn.Module, batches: Sequence[Batch], detection: int, limit: float, highest: int, lead: int, images: int
-) -> list[torch.Tensor]:
-    """Score of every hidden unit of blocks 0 to ``highest``."""
-    from optimum_regcache.evaluation.norms import visit_tokens
+    tower: Tower, batches: Sequence[Batch], outliers: list[torch.Tensor], highest_block: int, progress: bool
+) -> torch.Tensor:
+    """Sum over images of the mean |fc2 input| over the outlier tokens of the image, float64 [blocks, M] on the CPU."""
+    totals: list[torch.Tensor | float] = [0.0] * (highest_block + 1)
+    remaining = [iter(outliers) for _ in totals]
 
-    hidden: dict[int, torch.Tensor] = {}
-    sums: dict[int, torch.Tensor] = {}
-    outliers: list[torch.Tensor] = []
+    def hook(block: int) -> Any:
+        def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            weight = next(remaining[block]).to(args[0].device).float()
+            weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+            score = torch.einsum("bn,bnm->m", weight, args[0].abs().float())
+            totals[block] = totals[block] + score.double().cpu()
 
-    def collect(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
-        if site == "fc2" and block <= highest:
-            hidden[block] = x
-        if site == "block" and block == detection:
-            mask = (x.float().norm(dim=-1) > limit) & valid
-            mask[:, :lead] = False
-            outliers[:] = [mask]
-        if block == max(detection, highest) and site == "fc2":  # everything of this batch is there
-            mask = outliers[0]
-            chosen = mask.any(1)
-            weight = (mask / mask.sum(1, keepdim=True).clamp(min=1))[chosen]
-            for number, z in hidden.items():
-                mean = torch.einsum("bn,bnm->m", weight, z[chosen].abs().float())
-                sums[number] = sums.get(number, torch.zeros_like(mean)) + mean
-            hidden.clear()
+        return seen
 
-    visit_tokens(model, batches, collect)  # type: ignore[arg-type]
-    return [sums[block].cpu() / images for block in range(highest + 1)]
+    handles = [tower.mlp_out(b).register_forward_pre_hook(hook(b)) for b in range(highest_block + 1)]
+    _run(tower, batches, handles, progress, "register neurons")
+    return torch.stack([torch.as_tensor(total) for total in totals])
 
 
-class RegisterNeuronActivation(nn.Module):
-    """An activation function after which register neurons give their value to the register token (G.3).
-
-    For each neuron j: the register gets the value of largest magnitude over all tokens, patches get 0, leading tokens keep
-    theirs.
-    """
-
-    def __init__(self, activation: nn.Module, neurons: Sequence[int], runtime: TowerRuntime) -> None:
-        super().__init__()
-        self.activation, self.neurons, self.runtime = activation, tuple(neurons), runtime
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, N, M] -> [B, N, M]; the register is the last of the leading tokens."""
-        z = self.activation(x)
-        place = self.runtime.num_prefix_tokens - 1
-        columns = torch.tensor(self.neurons, device=z.device)
-        values = z.index_select(-1, columns)
-        largest = values.gather(1, values.abs().argmax(1, keepdim=True))
-        tokens = torch.arange(z.shape[1], device=z.device)[None, :, None]
-        values = torch.where(tokens == place, largest, torch.where(tokens > place, torch.zeros_like(values), values))
-        return z.index_copy(-1, columns, values)
-
-
-def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
-    """Install the token variant, or remove it (None or empty); the state dict keeps its names.
-
-    Args:
-        model: model or tower, float or quantized.
-        neurons: block -> hidden units.
-
-    Raises:
-        ValueError: units that do not exist, or an encoder that cannot carry one more token, with the reason.
-    """
-    runtime, tower = prepare_tower(model), find_tower(model)
-    for block in range(len(tower.blocks)):
-        mlp = _mlp(tower, block)
-        if isinstance(getattr(mlp, "activation_fn", None), RegisterNeuronActivation):
-            mlp.activation_fn = mlp.activation_fn.activation
-    runtime.extra_token = False
-    if not neurons:
-        return
-    name = type(tower.module).__name__
-    if tower.is_backbone or tower.family.always_mask:
-        raise ValueError(
-            f"{name} hands out its hidden states as patch grids, or takes a padding mask, so that a register token has no "
-            "place in it. Use the 'kv' variant."
-        )
-    _check(tower, neurons)
-    for block, units in neurons.items():
-        mlp = _mlp(tower, block)
-        mlp.activation_fn = RegisterNeuronActivation(mlp.activation_fn, units, runtime)
-    runtime.extra_token = True
-
-
-def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
-    """Silence units in the weights of a float model: row and bias of the MLP input projection become 0, and GELU(0) = 0.
-
-    Raises:
-        ValueError: units that do not exist, a quantized model, or an MLP of another form.
-    """
-    tower = find_tower(model)
-    _check(tower, neurons)
-    for block, units in neurons.items():
-        layer: Any = tower.norm_consumers(block, 1)[0]
-        if not isinstance(layer, nn.Linear):
-            raise ValueError("Silence register neurons before the model is quantized.")
-        with torch.no_grad():
-            layer.weight[list(units)] = 0
-            if layer.bias is not None:
-                layer.bias[list(units)] = 0
-
-
-@torch.inference_mode()
-def register_cache_from_neurons(model: nn.Module, batches: Sequence[Batch], neurons: Neurons) -> RegisterCache:
-    """Mean key and value of the register token over images, for the blocks behind the first register neuron (G.3, kv).
-
-    In earlier blocks the token is still the zero vector and its key a constant without meaning, so they get no row.
-
-    Args:
-        model: float model; it is copied.
-        batches: images.
-        neurons: block -> hidden units.
-
-    Raises:
-        ValueError: as :func:`set_register_neurons`, or units only in the last block, which no attention follows.
-    """
-    from optimum_regcache.evaluation.features import move
-
-    copied = copy.deepcopy(model)
-    set_register_neurons(copied, neurons)
-    tower, runtime = find_tower(copied), prepare_tower(copied)
-    start, depth = min(neurons) + 1, len(tower.blocks)
-    if start >= depth:
-        raise ValueError("The register neurons sit in the last block; no attention follows that could read a register.")
-    rows: dict[tuple[int, str], list[torch.Tensor]] = {}
-    place, handles = runtime.num_prefix_tokens - 1, []
-
-    def keep(block: int, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            rows.setdefault((block, name), []).append(output[:, place].double())
-
-        return hook
-
-    for block in range(start, depth):
-        for name in (tower.family.key, tower.family.value):
-            linear = tower.attention(block).get_submodule(name)
-            handles.append(linear.register_forward_hook(keep(block, name)))
+def _run(
+    tower: Tower,
+    batches: Sequence[Batch],
+    handles: list[Any],
+    progress: bool,
+    what: str,
+    padding: PaddingMask | None = None,
+) -> None:
+    """Feed the hooks behind ``handles``, then remove them."""
     try:
-        for batch in batches:
-            tower.module(**move(dict(batch), copied))
+        for batch in tqdm(batches, desc=what, disable=not progress):
+            if padding is not None:
+                padding.start(batch)
+            tower.module(**move(batch, tower.module))
     finally:
         for handle in handles:
             handle.remove()
-    heads = tower.config.num_attention_heads
-
-    def mean(name: str) -> dict[int, torch.Tensor]:
-        return {b: torch.cat(rows[b, name]).mean(0).float().reshape(heads, 1, -1) for b in range(start, depth)}
-
-    return RegisterCache(mean(tower.family.key), mean(tower.family.value), depth)
 
 
-def _mlp(tower: Tower, block: int) -> Any:
-    """The module that holds the MLP output projection."""
-    return tower.blocks[block].get_submodule(tower.mlp_out_name(block).rpartition(".")[0])
+@contextmanager
+def _no_deletion(model: nn.Module) -> Iterator[None]:
+    runtime = prepare_tower(model)
+    installed, runtime.deletion = runtime.deletion, DeletionConfig()
+    try:
+        yield
+    finally:
+        runtime.deletion = installed
 
 
-def _check(tower: Tower, neurons: Neurons) -> None:
+def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
+    """Install the test-time register token, in place (G.3); replaces whatever was installed before.
+
+    A token that starts at zero is inserted after the leading tokens before the first block and dropped after the last one,
+    so outputs keep their shape; hidden states in between have one token more. The MLPs may be float or quantized. The
+    largest activation is taken in each image by itself. Deletion never takes the register token.
+
+    Args:
+        model: model or tower.
+        neurons: block -> hidden units; None or empty removes the token and the changes of the MLPs.
+
+    Raises:
+        ValueError: a block or unit that does not exist; an MLP that multiplies two branches (SwiGLU); a backbone; an encoder
+            with padded inputs (SigLIP2).
+    """
+    chosen = {block: sorted(set(units)) for block, units in (neurons or {}).items() if len(units)}
+    tower = find_tower(model)
+    if chosen:
+        _check_token(tower)
+        _check_neurons(tower, chosen)
+    runtime = prepare_tower(model)
+    for block in tower.blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, RegisterNeuronActivation):
+                    setattr(parent, name, child.inner)
+    for block, units in chosen.items():
+        mlp, name = _activation(tower, block)
+        setattr(mlp, name, RegisterNeuronActivation(mlp.get_submodule(name), units, tower.num_prefix_tokens))
+    runtime.extra_token = bool(chosen)
+
+
+@torch.no_grad()
+def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
+    """Silence hidden units in the weights, in place: row and bias of the MLP's input projection become zero, and act(0) = 0.
+
+    Alone this takes a sink away that the encoder needs (OpenCLIP-B zero-shot: 70.4 % -> 55.6 %, G.4); install a register
+    cache along with it.
+
+    Args:
+        model: float model or tower.
+        neurons: block -> hidden units.
+
+    Raises:
+        ValueError: a block or unit that does not exist; an MLP that multiplies two branches (SwiGLU); a quantized layer; an
+            activation function that is not zero at zero.
+    """
+    tower = find_tower(model)
+    _check_neurons(tower, neurons)
+    layers = {block: tower.norm_consumers(block, 1)[0] for block in neurons}
+    for block, linear in layers.items():
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+            raise ValueError(
+                f"The MLP of block {block} is quantized ({type(linear).__name__}). Zero register neurons in the float model, "
+                "then quantize it."
+            )
+        mlp, name = _activation(tower, block)
+        activation: Any = mlp.get_submodule(name)
+        if isinstance(activation, RegisterNeuronActivation):
+            activation = activation.inner
+        if bool(activation(torch.zeros(1, device=linear.weight.device)).abs() > 0):
+            raise ValueError(
+                f"The activation function {type(activation).__name__} is not zero at zero, so no weight silences a unit. Use "
+                "set_register_neurons (variant 'token')."
+            )
     for block, units in neurons.items():
-        if not 0 <= block < len(tower.blocks):
-            raise ValueError(
-                f"There is no block {block} for register neurons; blocks are 0 to {len(tower.blocks) - 1}."
-            )
-        if not hasattr(_mlp(tower, block), "activation_fn"):
-            raise ValueError(
-                "Register neurons need an MLP whose output projection reads the activation function; this encoder multiplies "
-                "it by a second branch (SwiGLU)."
-            )
-        out: Any = tower.mlp_out(block)
-        bad = [unit for unit in units if not 0 <= unit < out.in_features]
-        if bad:
-            raise ValueError(f"Block {block} has hidden units 0 to {out.in_features - 1}, not {bad}.")
+        layers[block].weight[list(units)] = 0
+        if layers[block].bias is not None:
+            layers[block].bias[list(units)] = 0
+
+
+@torch.inference_mode()
+def register_cache_from_neurons(
+    model: nn.Module, batches: Sequence[Batch], neurons: Neurons, *, start: int | None = None, progress: bool = True
+) -> RegisterCache:
+    """Mean key and value of the test-time register token over images, for a model whose register neurons are zeroed.
+
+    Args:
+        model: float model or tower with its register neurons intact; a copy of it is run, without registers and deletion.
+        batches: images; the paper uses 1,000.
+        neurons: block -> hidden units.
+        progress: show a progress bar.
+
+    Returns:
+        One row of K and V, float32 on the CPU, for every block after the first one with register neurons, one copy.
+
+    Raises:
+        ValueError: no neurons or no images; otherwise as :func:`set_register_neurons`.
+    """
+    require(any(len(units) for units in neurons.values()), "No register neurons to make a register cache from.")
+    require(len(batches) > 0, "No images to make a register cache from.")
+    model = copy.deepcopy(model)
+    set_registers(model, None)
+    set_deletion(model, DeletionConfig())
+    set_register_neurons(model, neurons)
+    tower = find_tower(model)
+    first = min(block for block, units in neurons.items() if len(units)) + 1 if start is None else start
+    sums: dict[str, dict[int, torch.Tensor]] = {tower.family.key: {}, tower.family.value: {}}
+    images = 0
+
+    def hook(store: dict[int, torch.Tensor], block: int) -> Any:
+        def seen(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            row = output[:, tower.num_prefix_tokens].double().sum(0).cpu()
+            store[block] = store[block] + row if block in store else row
+
+        return seen
+
+    handles = [
+        tower.attention(block).get_submodule(name).register_forward_hook(hook(store, block))
+        for block in range(first, len(tower.blocks))
+        for name, store in sums.items()
+    ]
+    _run(tower, batches, handles, progress, "register cache")
+    images = sum(len(next(iter(batch.values()))) for batch in batches)
+    keys, values = (
+        {b: (s / images).float().reshape(-1, 1, tower.attention(b).head_dim) for b, s in store.items()}
+        for store in sums.values()
+    )
+    return RegisterCache(keys, values, len(tower.blocks))
+
+
+def _activation(tower: Tower, block: int) -> tuple[nn.Module, str]:
+    """The MLP of a block, and the name of its activation function there: the child that is no projection."""
+    family, parent = tower.family, tower.mlp_out_name(block).rpartition(".")[0]
+    mlp = tower.blocks[block].get_submodule(parent)
+    projections = family.mlp_in + family.mlp_out
+    names = [name for name, _ in mlp.named_children() if f"{parent}.{name}" not in projections]
+    if len(names) != 1:
+        raise ValueError(f"{type(mlp).__name__} has no single activation function; its other parts are {names}.")
+    return mlp, names[0]
+
+
+def _check_plain_mlp(tower: Tower) -> None:
+    require(
+        tower.mlp_out_name(0).endswith("fc2"),
+        f"{type(tower.module).__name__} has an MLP that multiplies two branches (SwiGLU); register neurons are defined for "
+        "fc2(act(fc1(x))) only. Use RegCache's own registers (registers.mode='search').",
+    )
+
+
+def _check_token(tower: Tower) -> None:
+    name = type(tower.module).__name__
+    require(
+        not tower.is_backbone,
+        f"{name} reshapes every hidden state to the patch grid, where a test-time register token has no place. Use the model "
+        "class instead of the backbone, or zero_register_neurons (variant 'kv').",
+    )
+    require(
+        not tower.family.always_mask,
+        f"{name} pads its images, and the MLP does not know which tokens are padding: their activations would move to the "
+        "test-time register token. Use RegCache's own registers (registers.mode='search').",
+    )
+
+
+def _check_neurons(tower: Tower, neurons: Neurons) -> None:
+    _check_plain_mlp(tower)
+    depth = len(tower.blocks)
+    for block, units in neurons.items():
+        require(0 <= block < depth, f"Register neurons of block {block}, but the encoder has blocks 0 to {depth - 1}.")
+        width: int = tower.mlp_out(block).in_features  # type: ignore[assignment]
+        bad = [unit for unit in units if not 0 <= unit < width]
+        require(not bad, f"Register neurons {bad} of block {block}, but its MLP has units 0 to {width - 1}.")
