@@ -61,12 +61,11 @@ class Quantized:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check_composition(methods: Sequence[Method], config: RegCacheConfig) -> None:
+def check_composition(methods: Sequence[Method]) -> None:
     """Refuse combinations that make no sense.
 
     Raises:
-        ValueError: two methods that decide the same thing or exclude each other, a method given twice, or one that needs
-            static activations under dynamic ones; each with the reason.
+        ValueError: two methods that decide the same thing or exclude each other, or a method given twice, with the reason.
     """
     names = [method.name for method in methods]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -79,24 +78,23 @@ def check_composition(methods: Sequence[Method], config: RegCacheConfig) -> None
             require(other not in names, f"{method.name} cannot be combined with {other}: {reason}")
     for what, several in deciders.items():
         require(len(several) == 1, f"{' and '.join(several)} both decide the {what}; use one of them.")
-    dynamic = config.activations.mode == "dynamic"
-    unfit = [method.name for method in methods if method.needs_static and dynamic]
-    require(
-        not unfit,
-        f"{', '.join(unfit)} fit something to stored activation scales, but activations are dynamic: their scale is "
-        "another one for each token. Use static activations, or leave these methods out.",
-    )
 
 
 def configure(methods: Sequence[Method], config: RegCacheConfig) -> RegCacheConfig:
     """``config`` with everything the methods ask of it; applying it again changes nothing.
 
     Raises:
-        ValueError: see :func:`check_composition`.
+        ValueError: see :func:`check_composition`; or a method that needs static activations under dynamic ones.
     """
+    check_composition(methods)
     for method in methods:
         config = method.configure(config)
-    check_composition(methods, config)
+    unfit = [method.name for method in methods if method.needs_static and config.activations.mode == "dynamic"]
+    require(
+        not unfit,
+        f"{', '.join(unfit)} fit something to stored activation scales, but activations are dynamic: their scale is "
+        "another one for each token. Use static activations, or leave these methods out.",
+    )
     return config.replace(methods=tuple(method.to_dict() for method in methods))
 
 

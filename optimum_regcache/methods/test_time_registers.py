@@ -48,11 +48,11 @@ class TestTimeRegisters(Method):
         set_registers(fit.model, None)
         set_deletion(fit.model, DeletionConfig())
         try:
-            found = find_register_neurons(fit.model, fit.batches, top_k=self.top_k)
+            found = find_register_neurons(fit.model, fit.batches, top_k=self.top_k, progress=fit.progress)
             neurons = found.by_block()
             own = None
             if neurons and self.variant == "kv" and installed is None:
-                own = register_cache_from_neurons(fit.model, fit.batches, neurons)
+                own = register_cache_from_neurons(fit.model, fit.batches, neurons, progress=fit.progress)
         finally:
             set_registers(fit.model, installed)
             set_deletion(fit.model, deletion)

@@ -1,0 +1,551 @@
+"""The published methods against plain loops in float64 written from the papers' formulas, and against stored values.
+
+The loops below use nothing of the package. The stored values (`golden/method_agreement.json`) are the package's own, from a
+state that agreed with the authors' code (docs/method-agreement.md); a deliberate change of a method rewrites them with
+
+    python tests/test_method_agreement.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from optimum_regcache.config import ActivationsConfig, AttentionConfig, WeightsConfig
+from optimum_regcache.methods.gptq import gptq_codes
+from optimum_regcache.methods.gradients import Watched
+from optimum_regcache.methods.noisyquant import expected_error, predicted_gain
+from optimum_regcache.methods.product_search import search_products
+from optimum_regcache.methods.repq_vit import reparametrise
+from optimum_regcache.methods.scale_search import FoundScales, LayerGroup, SearchSpace, search_scales
+from optimum_regcache.nonuniform import log_quantize, twin_signed, twin_unit
+from optimum_regcache.numerics import percentile_mse_range
+from optimum_regcache.products import AttentionProducts
+
+GOLDEN = Path(__file__).parent / "golden" / "method_agreement.json"
+GELU_MINIMUM = 0.16997124
+
+Array = np.ndarray
+Rounding = Callable[[float], float]
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rand(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy_tailed(seed: int, *shape: int) -> torch.Tensor:
+    """Normal values with a few tokens and channels many times larger. The largest is positive: the first scale of a search puts
+    it exactly halfway between two codes, and only a negative one has a code on both sides, of which rounding picks either."""
+    x = randn(seed, *shape)
+    x[::7] *= 4
+    x[:, ::5] *= 3
+    return x * x.flatten()[x.abs().argmax()].sign()
+
+
+# ---- the papers' formulas, one value at a time ----------------------------------------------------------------------------
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def uniform(value: float, step: float, bits: int) -> float:
+    """Signed codes; `round` of Python goes to the even neighbour, like torch."""
+    return step * clip(round(value / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def gelu_twin(value: float, step: float, negative_step: float, bits: int) -> float:
+    if value >= 0:
+        return step * clip(round(value / step), 0, 2 ** (bits - 1) - 1)
+    return negative_step * clip(round(value / negative_step), -(2 ** (bits - 1)), 0)
+
+
+def softmax_twin(value: float, split: float, bits: int) -> float:
+    """B.5: R1 = [0, 2^(k-1) D1) with step D1, else R2 with step D2 = 1 / 2^(k-1)."""
+    levels = 2 ** (bits - 1)
+    fine, coarse = split / levels, 1 / levels
+    step = fine if value < levels * fine else coarse
+    return step * clip(round(value / step), 0, levels - 1)
+
+
+def logarithmic(value: float, scale: float, bits: int, base: float) -> float:
+    """C.4: s base^-q; what needs more than 2^b codes, and zero, become 0."""
+    if value == 0:
+        return 0.0
+    code = round(-math.log(value / scale) / math.log(base))
+    return 0.0 if code >= 2**bits else scale * base ** -clip(code, 0, 2**bits - 1)
+
+
+def asymmetric(values: Array, step: float, zero: float, bits: int) -> Array:
+    return step * (np.clip(np.round(values / step) + zero, 0, 2**bits - 1) - zero)
+
+
+def each(x: torch.Tensor, function: Rounding) -> torch.Tensor:
+    return torch.tensor([function(v) for v in x.double().flatten().tolist()], dtype=torch.float64).reshape(x.shape)
+
+
+def factors(space: SearchSpace) -> list[float]:
+    return [space.low + i * (space.high - space.low) / space.count for i in range(space.count)]
+
+
+# ---- quantizers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_gelu_twin_follows_the_formula(bits: int) -> None:
+    x = F.gelu(3 * randn(bits, 500))
+    scale, negative = 0.9 * x.amax() / 2 ** (bits - 1), torch.tensor(GELU_MINIMUM / 2 ** (bits - 1))
+    expected = each(x, lambda v: gelu_twin(v, float(scale), float(negative), bits))
+    torch.testing.assert_close(twin_signed(x, scale, negative, bits).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("exponent", [0, 1, 4, 9])
+def test_softmax_twin_follows_the_formula(bits: int, exponent: int) -> None:
+    x = (4 * randn(bits, 40, 25)).softmax(-1).flatten()
+    split = 2.0**-exponent
+    rebuilt = twin_unit(x, torch.tensor(split), bits).double()
+    torch.testing.assert_close(rebuilt, each(x, lambda v: softmax_twin(v, split, bits)), rtol=1e-6, atol=1e-7)
+    levels = 2 ** (bits - 1)
+    inside = (x >= split) & (x < 1 - 1 / levels)
+    assert ((rebuilt - x).abs()[inside] <= 0.5 / levels + 1e-6).all()
+    assert ((rebuilt - x).abs()[x < split * (1 - 1 / levels)] <= 0.5 * split / levels + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("half_steps", [True, False])
+def test_logarithmic_codes_follow_the_formula(bits: int, half_steps: bool) -> None:
+    base, scale = math.sqrt(2) if half_steps else 2.0, 0.83
+    x = torch.cat([torch.zeros(1), torch.tensor([0.83, 0.99]), torch.exp2(-12 * rand(bits, 400))])
+    place = (torch.log2(x.double() / scale) / math.log2(base)).abs() % 1
+    x = x[~((place - 0.5).abs() < 1e-4)]  # halfway between two codes float32 may go either way
+    expected = each(x, lambda v: logarithmic(v, scale, bits, base))
+    rebuilt = log_quantize(x, torch.tensor(scale), bits, half_steps=half_steps).double()
+    torch.testing.assert_close(rebuilt, expected, rtol=1e-6, atol=0.0)
+
+
+# ---- RepQ-ViT -------------------------------------------------------------------------------------------------------------
+
+
+def percentile_qparams(values: Array, bits: int) -> tuple[float, float]:
+    """C.2: step and zero point of the best of three percentile ranges."""
+    best = (math.inf, 0.0, 0.0)
+    for p in (0.999, 0.9999, 0.99999):
+        low, high = np.quantile(values, 1 - p), np.quantile(values, p)
+        step = float(high - low) / (2**bits - 1)
+        zero = float(np.round(-low / step))
+        error = float(((asymmetric(values, step, zero, bits) - values) ** 2).mean())
+        best = min(best, (error, step, zero))
+    return best[1], best[2]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_reparametrisation_follows_the_formulas(bits: int) -> None:
+    x = randn(bits, 1500, 9) * torch.exp(randn(bits + 1, 9)) + randn(bits + 2, 9)
+    qparams = [percentile_qparams(column, bits) for column in x.double().numpy().T]
+    steps, zeros = np.array([q[0] for q in qparams]), np.array([q[1] for q in qparams])
+    step, zero = steps.mean(), zeros.mean()
+    factor = steps / step
+    shift = (-zeros * steps) / factor - (-zero * step)  # b = m / r - m_common
+    found = reparametrise(x, bits, round_zero_point=False)
+    np.testing.assert_allclose(found.factor.double().numpy(), factor, rtol=2e-5)
+    np.testing.assert_allclose(found.shift.double().numpy(), shift, atol=1e-4 * step * 2**bits)
+    assert float(found.scale) == pytest.approx(step, rel=1e-5)
+    assert float(found.zero_point) == pytest.approx(zero, abs=1e-4)
+
+    rounded = reparametrise(x, bits)
+    assert float(rounded.zero_point) == round(zero)
+    moved = found.shift + (rounded.zero_point - found.zero_point) * found.scale
+    torch.testing.assert_close(rounded.shift, moved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("round_zero_point", [True, False])
+def test_reparametrisation_is_exact_and_makes_the_channels_alike(round_zero_point: bool) -> None:
+    bits, x = 6, randn(3, 1500, 9) * torch.exp(randn(4, 9)) + randn(5, 9)
+    weight, bias = randn(6, 5, 9).double(), randn(7, 5).double()
+    found = reparametrise(x, bits, round_zero_point)
+    factor, shift = found.factor.double(), found.shift.double()
+    new_x, new_weight = x.double() / factor - shift, weight * factor
+    new_bias = bias + new_weight @ shift
+    torch.testing.assert_close(
+        F.linear(new_x, new_weight, new_bias), F.linear(x.double(), weight, bias), rtol=1e-12, atol=1e-11
+    )
+    # one common quantizer of x' does to every channel what its own quantizer did to x
+    for c in range(x.shape[1]):
+        step, zero = percentile_qparams(x[:, c].double().numpy(), bits)
+        own = asymmetric(x[:, c].double().numpy(), step, zero, bits)
+        common = asymmetric(new_x[:, c].numpy(), float(found.scale), float(found.zero_point), bits)
+        back = (common + float(shift[c])) * float(factor[c])
+        inside = np.abs(np.round(x[:, c].numpy() / step) + zero - 2 ** (bits - 1)) < 2 ** (bits - 1) - 2
+        assert (np.abs(back - own)[inside] > 1e-3 * step).mean() < 0.002  # only values halfway between two codes
+        assert inside.mean() > 0.8
+
+
+# ---- NoisyQuant -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("distance", "noise"), [(0.0, 0.5), (0.2, 0.4), (0.3, 0.7), (0.45, 0.1), (0.5, 0.9)])
+def test_expected_error_by_simulation(distance: float, noise: float) -> None:
+    half_step = 0.5
+    assert half_step - distance <= noise <= half_step + distance  # where the formula holds
+    draws = np.random.default_rng(0).uniform(-noise, noise, 400_000)
+    simulated = ((np.round(distance + draws) - draws - distance) ** 2).mean()
+    got = float(expected_error(torch.tensor(distance, dtype=torch.float64), half_step, noise))
+    assert got == pytest.approx(simulated, rel=0.01)
+
+
+def test_predicted_gain_by_simulation() -> None:
+    x, scale = 0.3 * randn(0, 2000).double().numpy(), 0.8
+    plain = ((scale * np.round(x / scale) - x) ** 2).mean()
+    draws = np.random.default_rng(0).uniform(-scale / 2, scale / 2, (200, x.size))
+    noisy = ((scale * np.round((x + draws) / scale) - draws - x) ** 2).mean()
+    got = predicted_gain(torch.from_numpy(x), torch.tensor(scale, dtype=torch.float64))
+    assert got == pytest.approx(plain - noisy, abs=1e-3 * scale**2)
+
+
+# ---- PTQ4ViT --------------------------------------------------------------------------------------------------------------
+
+
+def layer_error(
+    x: Array, weights: list[Array], importance: list[Array], quantized: list[Array], x_hat: Array, layer: int, row: int
+) -> float:
+    """Sum over tokens of the weighted squared error of one output."""
+    total = 0.0
+    for token in range(len(x)):
+        exact = sum(x[token, i] * weights[layer][row, i] for i in range(x.shape[1]))
+        rounded = sum(x_hat[token, i] * quantized[layer][row, i] for i in range(x.shape[1]))
+        total += importance[layer][token, row] * (rounded - exact) ** 2
+    return total
+
+
+def brute_force(
+    group: LayerGroup, bits: int, per_channel: bool, negative_step: float | None, space: SearchSpace
+) -> tuple[list[list[float]], float]:
+    """The alternating search with loops over candidates, layers, rows and tokens."""
+    x, weights = group.x.double().numpy(), [w.double().numpy() for w in group.weights]
+    importance = [i.double().numpy() for i in group.importance or []]
+
+    def rounded_input(step: float) -> Array:
+        def value(v: float) -> float:
+            return uniform(v, step, bits) if negative_step is None else gelu_twin(v, step, negative_step, bits)
+
+        return np.vectorize(value)(x)
+
+    def rounded_rows(weight: Array, steps: Sequence[float]) -> Array:
+        return np.array([[uniform(v, s, bits) for v in row] for row, s in zip(weight, steps, strict=True)])
+
+    divisor = 2 ** (bits - 1) - 0.5
+    first_input = (np.abs(x).max() if negative_step is None else x.max()) / divisor
+    step, steps = first_input, [[0.0] * len(w) for w in weights]
+    for _ in range(space.rounds):
+        x_hat = rounded_input(step)
+        for layer, weight in enumerate(weights):
+            rows = [[r] for r in range(len(weight))] if per_channel else [list(range(len(weight)))]
+            for members in rows:
+                first, best = np.abs(weight[members]).max() / divisor, math.inf
+                for factor in factors(space):
+                    quantized = [*weights]
+                    quantized[layer] = rounded_rows(weight, [first * factor] * len(weight))
+                    error = sum(layer_error(x, weights, importance, quantized, x_hat, layer, r) for r in members)
+                    if error < best:
+                        best = error
+                        for r in members:
+                            steps[layer][r] = first * factor
+        quantized, best = [rounded_rows(w, s) for w, s in zip(weights, steps, strict=True)], math.inf
+        for factor in factors(space):
+            x_hat = rounded_input(first_input * factor)
+            error = sum(
+                layer_error(x, weights, importance, quantized, x_hat, layer, r)
+                for layer, w in enumerate(weights)
+                for r in range(len(w))
+            )
+            if error < best:
+                best, step = error, first_input * factor
+    return steps, step
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("twin", [False, True])
+def test_scale_search_against_brute_force(per_channel: bool, twin: bool) -> None:
+    bits, space = 4, SearchSpace(low=0.1, count=16, rounds=2)
+    x = F.gelu(2 * randn(0, 10, 4)) if twin else heavy_tailed(0, 10, 4)
+    group = LayerGroup(x, [randn(1, 3, 4), 2 * randn(2, 2, 4)], [randn(3, 10, 3) ** 2, randn(4, 10, 2) ** 2])
+    negative = GELU_MINIMUM / 2 ** (bits - 1) if twin else None
+    found = search_scales(
+        group,
+        WeightsConfig(bits=bits, granularity="per_channel" if per_channel else "per_tensor"),
+        ActivationsConfig(bits=bits, post_activation="twin" if twin else "uniform"),
+        space,
+        negative_scale=None if negative is None else torch.tensor(negative),
+    )
+    steps, step = brute_force(group, bits, per_channel, negative, space)
+    assert float(found.input_scale) == pytest.approx(step, rel=1e-5)
+    assert found.weight_scales is not None
+    for scale, expected in zip(found.weight_scales, steps, strict=True):
+        assert scale.expand(len(expected)).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def products_problem(bits: int, seed: int) -> tuple[AttentionProducts, dict[str, Watched]]:
+    """Two images, two heads of size 4, six tokens."""
+    q, k, v = (randn(seed + i, 2, 2, 6, 4) * torch.tensor([1.0, 2.5]).reshape(2, 1, 1) for i in range(3))
+    p = (q @ k.transpose(-1, -2)).softmax(-1)
+    nothing = torch.zeros(0)
+    watched = {n: Watched(x, nothing) for n, x in (("query", q), ("key", k), ("probabilities", p), ("value", v))}
+    watched["logits"] = Watched(nothing, randn(seed + 3, 2, 2, 6, 6) ** 2)
+    watched["output"] = Watched(nothing, randn(seed + 4, 2, 2, 6, 4) ** 2)
+    config = AttentionConfig(quantize=True, bits=bits, granularity="per_head", probabilities="twin")
+    return AttentionProducts(2, config), watched
+
+
+def test_product_search_against_brute_force() -> None:
+    bits, space = 4, SearchSpace(low=0.1, count=20, rounds=2)
+    products, watched = products_problem(bits, 10)
+    search_products(products, watched, space)
+    q, k, p, v = (watched[n].x.double().numpy() for n in ("query", "key", "probabilities", "value"))
+    logits, output = (watched[n].importance.double().numpy() for n in ("logits", "output"))
+
+    def head(x: Array, number: int, rounding: Rounding) -> Array:
+        return np.vectorize(rounding)(x[:, number])
+
+    def steps_of(x: Array, number: int) -> list[float]:
+        return [f * np.abs(x[:, number]).max() / (2 ** (bits - 1) - 0.5) for f in factors(space)]
+
+    def splitting(split: float) -> Rounding:
+        return lambda value: softmax_twin(value, split, bits)
+
+    def even(step: float) -> Rounding:
+        return lambda value: uniform(value, step, bits)
+
+    splits = [2.0**-i for i in range(20)]
+    totals = [
+        sum(((head(p, h, splitting(s)) @ v[:, h] - p[:, h] @ v[:, h]) ** 2 * output[:, h]).sum() for h in range(2))
+        for s in splits
+    ]
+    split = splits[int(np.argmin(totals))]
+    assert products.probabilities.scale.tolist() == [split]
+    for h in range(2):
+        exact = q[:, h] @ k[:, h].swapaxes(-1, -2)
+        first = 1 / (2 ** (bits - 1) - 0.5)
+        sq, sk = np.abs(q[:, h]).max() * first, np.abs(k[:, h]).max() * first
+        for _ in range(space.rounds):
+            fixed = head(k, h, even(sk)).swapaxes(-1, -2)
+            sq = min(steps_of(q, h), key=lambda s: ((head(q, h, even(s)) @ fixed - exact) ** 2 * logits[:, h]).sum())
+            left = head(q, h, even(sq))
+            sk = min(
+                steps_of(k, h),
+                key=lambda s: ((left @ head(k, h, even(s)).swapaxes(-1, -2) - exact) ** 2 * logits[:, h]).sum(),
+            )
+        rounded, exact = head(p, h, splitting(split)), p[:, h] @ v[:, h]
+        sv = min(steps_of(v, h), key=lambda s: ((rounded @ head(v, h, even(s)) - exact) ** 2 * output[:, h]).sum())
+        got = [float(getattr(products, part).scale[h]) for part in ("query", "key", "value")]
+        assert got == pytest.approx([sq, sk, sv], rel=1e-5)
+
+
+# ---- GPTQ -----------------------------------------------------------------------------------------------------------------
+
+
+def correlated(seed: int, tokens: int, size: int) -> torch.Tensor:
+    return randn(seed, tokens, size) @ (torch.eye(size) + 0.7 * randn(seed + 1, size, size))
+
+
+def obs_codes(weight: Array, hessian: Array, steps: Array, bits: int, damping: float, order: list[int]) -> Array:
+    """Optimal brain surgeon, column by column: the inverse of the Hessian of the columns that are left, made anew each time."""
+    w, codes = weight.copy(), np.zeros_like(weight)
+    damped = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    for position, column in enumerate(order):
+        left = order[position:]
+        inverse = np.linalg.inv(damped[np.ix_(left, left)])
+        codes[:, column] = np.clip(np.round(w[:, column] / steps), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error = w[:, column] - codes[:, column] * steps
+        w[:, left] -= np.outer(error / inverse[0, 0], inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("by_hessian", [True, False])
+def test_gptq_is_optimal_brain_surgery_column_by_column(bits: int, by_hessian: bool) -> None:
+    x, weight = correlated(bits, 40, 10).double(), randn(bits + 2, 6, 10).double()
+    hessian = x.T @ x
+    steps = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+    order = sorted(range(10), key=lambda c: -float(hessian[c, c])) if by_hessian else list(range(10))
+    expected = obs_codes(weight.numpy(), hessian.numpy(), steps.numpy(), bits, 0.01, order)
+    found = gptq_codes(weight, hessian, steps, torch.zeros(6), bits, 0.01, by_hessian, block=4)
+    np.testing.assert_array_equal(found.double().numpy(), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_beats_rounding_on_correlated_inputs(seed: int, bits: int) -> None:
+    x, weight = correlated(seed, 200, 24), randn(seed + 50, 16, 24)
+    step = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+    codes = gptq_codes(weight, x.T.double() @ x.double(), step, torch.zeros(16), bits)
+    plain = (weight / step[:, None]).round() * step[:, None]
+
+    def error(w: torch.Tensor) -> float:
+        return float(F.linear(x, w - weight).pow(2).sum())
+
+    assert error(codes * step[:, None]) <= 0.8 * error(plain)
+
+
+# ---- stored values --------------------------------------------------------------------------------------------------------
+
+
+def digits(value: Any) -> Any:
+    """Floats of a tensor or nested lists, to seven digits."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().double().tolist()
+    if isinstance(value, (list, tuple)):
+        return [digits(v) for v in value]
+    return float(f"{value:.7g}")
+
+
+def of_scales(found: FoundScales) -> dict[str, Any]:
+    weights = [] if found.weight_scales is None else found.weight_scales
+    return {
+        "input_scale": digits(found.input_scale),
+        "input_zero_point": int(found.input_zero_point),
+        "weight_scales": digits([s.tolist() for s in weights]),
+        "error": digits(found.error),
+    }
+
+
+def scale_search_values() -> dict[str, Any]:
+    x, gelu = heavy_tailed(0, 48, 12), F.gelu(2 * heavy_tailed(1, 48, 12))
+    weights = [randn(2, 5, 12), 2 * randn(3, 7, 12)]
+    importance = [randn(4, 48, 5) ** 2, randn(5, 48, 7) ** 2]
+    found = {}
+    for bits in (4, 8):
+        for granularity in ("per_tensor", "per_channel"):
+            w = WeightsConfig(bits=bits, granularity=granularity)
+            for form in ("uniform", "twin"):
+                twin = form == "twin"
+                a = ActivationsConfig(bits=bits, post_activation=form)
+                negative = torch.tensor(GELU_MINIMUM / 2 ** (bits - 1)) if twin else None
+                group = LayerGroup(gelu if twin else x, weights, importance)
+                result = search_scales(group, w, a, SearchSpace(), negative_scale=negative)
+                found[f"{form} {granularity} {bits}"] = of_scales(result)
+        a = ActivationsConfig(bits=bits, symmetric=False)
+        space = SearchSpace(0.01, 1.01, 100, rounds=1, weights=False)
+        result = search_scales(LayerGroup(gelu, weights), WeightsConfig(bits=bits), a, space, quantized_weights=weights)
+        found[f"asymmetric input only {bits}"] = of_scales(result)
+    return found
+
+
+def product_search_values() -> dict[str, Any]:
+    found = {}
+    for bits in (4, 8):
+        products, watched = products_problem(bits, 20)
+        search_products(products, watched, SearchSpace())
+        found[str(bits)] = {role: digits(operand.scale) for role, operand in products.operands()}
+    return found
+
+
+def reparametrisation_values() -> dict[str, Any]:
+    x = randn(30, 600, 8) * torch.exp(randn(31, 8)) + randn(32, 8)
+    found = {}
+    for bits in (4, 8):
+        for integer in (True, False):
+            r = reparametrise(x, bits, integer)
+            found[f"{bits} {'integer' if integer else 'free'}"] = {
+                "factor": digits(r.factor),
+                "shift": digits(r.shift),
+                "scale": digits(r.scale),
+                "zero_point": digits(r.zero_point),
+            }
+    return found
+
+
+def quantizer_values() -> dict[str, Any]:
+    x = torch.exp2(-14 * rand(40, 40))
+    logarithms = {
+        f"{form} {bits}": digits(log_quantize(x, torch.tensor(0.9), bits, half_steps=form == "log_sqrt2"))
+        for form in ("log2", "log_sqrt2")
+        for bits in (3, 4, 8)
+    }
+    rows = heavy_tailed(41, 6, 3000) + 0.5
+    ranges = {}
+    for bits in (4, 8):
+        for symmetric, widen in ((True, True), (False, True), (False, False)):
+            ends = percentile_mse_range(rows, bits, symmetric, widen)
+            ranges[f"{bits} symmetric={symmetric} widen={widen}"] = digits(torch.stack(ends))
+    return {"log_quantize": logarithms, "percentile_mse_range": ranges}
+
+
+def gptq_values() -> dict[str, Any]:
+    x, weight = correlated(50, 60, 12).double(), randn(52, 4, 12)
+    found = {}
+    for bits in (3, 4, 8):
+        step = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+        for by_hessian in (True, False):
+            codes = gptq_codes(weight, x.T @ x, step, torch.zeros(4), bits, 0.01, by_hessian, block=5)
+            found[f"{bits} {'by diagonal' if by_hessian else 'in order'}"] = [
+                [int(c) for c in r] for r in codes.tolist()
+            ]
+    return found
+
+
+def noise_values() -> dict[str, Any]:
+    distance = torch.linspace(0.2, 0.5, 7)
+    x = 0.3 * randn(60, 500)
+    return {
+        "expected_error": {str(n): digits(expected_error(distance, 0.5, n)) for n in (0.3, 0.5, 0.7)},
+        "predicted_gain": {str(s): digits(predicted_gain(x, torch.tensor(s))) for s in (0.1, 0.5, 0.8, 2.0)},
+    }
+
+
+def own_values() -> dict[str, Any]:
+    return {
+        "search_scales": scale_search_values(),
+        "search_products": product_search_values(),
+        "reparametrise": reparametrisation_values(),
+        **quantizer_values(),
+        "gptq_codes": gptq_values(),
+        **noise_values(),
+    }
+
+
+def assert_same(got: Any, stored: Any, place: str) -> None:
+    """Whole numbers exactly; other numbers within 1e-5, relative, of the largest in their list."""
+    if isinstance(stored, dict):
+        assert got.keys() == stored.keys(), place
+        for key in stored:
+            assert_same(got[key], stored[key], f"{place} / {key}")
+    elif isinstance(stored, list) and stored and isinstance(stored[0], list):
+        assert len(got) == len(stored), place
+        for number, (one, other) in enumerate(zip(got, stored, strict=True)):
+            assert_same(one, other, f"{place} / {number}")
+    else:
+        one, other = np.atleast_1d(got), np.atleast_1d(stored)
+        exact = other.dtype.kind == "i"
+        tolerance = 0.0 if exact or not other.size else 1e-5 * float(np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance, err_msg=place)
+
+
+def test_values_are_the_stored_ones() -> None:
+    assert_same(own_values(), json.loads(GOLDEN.read_text(encoding="utf-8")), "golden")
+
+
+def write_golden() -> None:
+    """Rewrite the stored values, atomically."""
+    GOLDEN.parent.mkdir(exist_ok=True)
+    temporary = GOLDEN.with_suffix(".tmp")
+    temporary.write_text(json.dumps(own_values(), separators=(",", ":")) + "\n", encoding="utf-8")
+    os.replace(temporary, GOLDEN)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_golden()
