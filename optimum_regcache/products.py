@@ -13,8 +13,6 @@ from optimum_regcache.config import AttentionConfig
 from optimum_regcache.nonuniform import quantize_probabilities
 from optimum_regcache.registers import prepare_tower
 
-OPERANDS = ("query", "key", "probabilities", "value")
-
 
 class Operand(nn.Module):
     """One operand of an attention product; passes its input on until :meth:`set_qparams` was called.
@@ -76,14 +74,15 @@ class AttentionProducts(nn.Module):
     def __init__(self, heads: int, config: AttentionConfig, device: torch.device | None = None) -> None:
         super().__init__()
         scales = heads if config.granularity == "per_head" else 1
-        for role in OPERANDS:
-            self.add_module(role, Operand(role, 1 if role == "probabilities" else scales, config, device))
+        self.query, self.key = (Operand(role, scales, config, device) for role in ("query", "key"))
+        self.probabilities = Operand("probabilities", 1, config, device)
+        self.value = Operand("value", scales, config, device)
         self.logits, self.output = nn.Identity(), nn.Identity()  # for hooks that watch the two products
 
     def operands(self) -> Iterator[tuple[str, Operand]]:
         """Role and module."""
-        for role in OPERANDS:
-            yield role, self.get_submodule(role)  # type: ignore[misc]
+        for operand in (self.query, self.key, self.probabilities, self.value):
+            yield operand.role, operand
 
     def forward(
         self,

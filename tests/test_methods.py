@@ -182,7 +182,9 @@ def test_plain_scales_and_weights_run_in_integers_and_the_others_say_so(pipeline
     for backend in ["reference"] + (["onednn"] if machine_reason() is None else []):
         set_backend(result.model, backend)
         difference = (CLIP.run(result.model) - simulated).norm() / simulated.norm()
-        assert difference < 0.02  # float32 sums differ in the last bit, and now and then a code of a later layer with them
+        assert (
+            difference < 0.02
+        )  # float32 sums differ in the last bit, and now and then a code of a later layer with them
 
 
 # single methods

@@ -18,6 +18,7 @@ from optimum_regcache.observers import (
     MovingAverageObserver,
     MSEObserver,
     Observer,
+    PercentileMSEObserver,
     PercentileObserver,
     make_observer,
 )
@@ -59,7 +60,7 @@ def batch_lists(draw: st.DrawFn) -> list[torch.Tensor]:
 
 def test_every_configured_name_has_its_observer() -> None:
     kinds = {"minmax": MinMaxObserver, "moving_average": MovingAverageObserver}
-    kinds |= {"percentile": PercentileObserver, "mse": MSEObserver}
+    kinds |= {"percentile": PercentileObserver, "mse": MSEObserver, "percentile_mse": PercentileMSEObserver}
     assert kinds == OBSERVERS
     for name, kind in kinds.items():
         assert type(make_observer(ActivationsConfig(observer=name))) is kind

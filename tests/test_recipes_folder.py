@@ -17,7 +17,15 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from optimum_regcache import reference
-from optimum_regcache.config import ActivationsConfig, DeletionConfig, ModulesConfig, RegistersConfig, WeightsConfig
+from optimum_regcache.config import (
+    ActivationsConfig,
+    AttentionConfig,
+    DeletionConfig,
+    ModulesConfig,
+    RegistersConfig,
+    RewritesConfig,
+    WeightsConfig,
+)
 from optimum_regcache.fitting import FitResult
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import RegCacheQuantizer
@@ -185,9 +193,11 @@ def test_the_readme_lists_every_field() -> None:
         "quantization.registers": RegistersConfig,
         "quantization.deletion": DeletionConfig,
         "quantization.modules": ModulesConfig,
+        "quantization.attention": AttentionConfig,
+        "quantization.rewrites": RewritesConfig,
     }
     known = {f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)}
-    assert {name for name, _ in rows} == known | {"model", "dataset", "notes", "preset"}
+    assert {name for name, _ in rows} == known | {"model", "dataset", "notes", "preset", "quantization.methods"}
     for name, default in rows:
         if name != "preset":
             assert Recipe().override([f"{name}={default.strip('`')}"]) == Recipe(), f"{name}: default is not {default}"

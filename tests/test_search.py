@@ -14,9 +14,9 @@ from optimum_regcache.config import DeletionConfig
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.recipe import DataConfig, SearchConfig
 from optimum_regcache.reference import planted
+from optimum_regcache.replay import record_block_inputs, replaying
 from optimum_regcache.search import RegisterSearch, Setup, Trial, Workbench, mine_tokens, scan_sensitivity
 from optimum_regcache.search.mining import isolated_cache
-from optimum_regcache.replay import record_block_inputs, replaying
 from optimum_regcache.search.search import SearchRecord, _best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)

@@ -46,8 +46,9 @@ def search_products(products: AttentionProducts, watched: dict[str, Watched], sp
 
             scales[part] = _best(first[part], factors, difference, importance)
     _search_values(products, watched, scales, first["value"], factors)
-    for part in ("query", "key", "value"):
-        products.get_submodule(part).set_qparams(scales[part])  # type: ignore[operator]
+    for part, operand in products.operands():
+        if part in scales:
+            operand.set_qparams(scales[part])
 
 
 def _search_values(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tqdm.auto import tqdm
 
@@ -66,12 +66,12 @@ class PTQ4ViT(Method):
         groups = linear_groups(fit.model, fit.config)
         batches = first_images(fit.batches, self.max_images)
         names = [name for group in groups for name in group.names]
-        options = {"draws": self.draws, "seed": self.seed}
-        watched = squared_gradients(fit.model, names, batches, limit=self.max_tokens, **options)
+        draws, seed = self.draws, self.seed
+        watched = squared_gradients(fit.model, names, batches, limit=self.max_tokens, draws=draws, seed=seed)
         for group in tqdm(groups, desc="PTQ4ViT scales", disable=not fit.progress):
             self._search(fit, group, watched)
         if fit.config.attention.quantize:
-            self._search_products(fit, first_images(batches, self.product_images), options)
+            self._search_products(fit, first_images(batches, self.product_images))
 
     def _search(self, fit: Fit, group: Group, watched: dict[str, Watched]) -> None:
         layers = [fit.quant_linear(name) for name in group.names]
@@ -84,7 +84,7 @@ class PTQ4ViT(Method):
             layer.set_weight(weight, scale)
             layer.set_input_qparams(found.input_scale, found.input_zero_point)
 
-    def _search_products(self, fit: Fit, batches: list[Batch], options: dict[str, Any]) -> None:
+    def _search_products(self, fit: Fit, batches: list[Batch]) -> None:
         space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
         install_products(fit.model, fit.config.attention, bypass=True)
         try:
@@ -93,7 +93,7 @@ class PTQ4ViT(Method):
             ):
                 parts = ("query", "key", "probabilities", "value", "logits", "output")
                 names = [f"{name}.{part}" for part in parts]
-                watched = squared_gradients(fit.model, names, batches, whole=True, **options)
+                watched = squared_gradients(fit.model, names, batches, whole=True, draws=self.draws, seed=self.seed)
                 search_products(products, {part: watched[f"{name}.{part}"] for part in parts}, space)
         finally:
             install_products(fit.model, AttentionConfig())

@@ -361,9 +361,9 @@ def register_cache_from_neurons(
     ]
     _run(tower, batches, handles, progress, "register cache")
     images = sum(len(next(iter(batch.values()))) for batch in batches)
+    heads = tower.config.num_attention_heads
     keys, values = (
-        {b: (s / images).float().reshape(-1, 1, tower.attention(b).head_dim) for b, s in store.items()}
-        for store in sums.values()
+        {b: (s / images).float().reshape(heads, 1, -1) for b, s in store.items()} for store in sums.values()
     )
     return RegisterCache(keys, values, len(tower.blocks))
 
