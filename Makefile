@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OUT ?= regcache-out
 
-.PHONY: demo test slow lint types bench clean
+.PHONY: demo test slow lint types bench bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -24,6 +24,10 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_cpu_int8.py
+
+# every method alone and under registers; hours on two cores, continues where it was interrupted
+bench-methods: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_methods.py --output docs/results/methods.json
 
 # torch first and pinned: an unpinned requirement may pull a build with CUDA
 $(VENV)/ready: setup.cfg pyproject.toml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,44 @@ def test_plain_scales_and_weights_run_in_integers_and_the_others_say_so(pipeline
         assert (
             difference < 0.02
         )  # float32 sums differ in the last bit, and now and then a code of a later layer with them
+
+
+@pytest.mark.parametrize("attention", [False, True], ids=["linear", "all-points"])
+@pytest.mark.parametrize("pipeline", PIPELINES[6:], ids=label)
+def test_compiled_in_one_graph_equals_eager(pipeline: Any, attention: bool) -> None:
+    model = fitted(CLIP, config(pipeline, attention=attention)).model
+    expected = CLIP.run(model)
+    torch.compiler.reset()
+    assert torch.equal(CLIP.run(torch.compile(model, fullgraph=True, backend="eager")), expected)
+
+
+def test_the_command_line_quantizes_with_methods(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimum.commands.optimum_cli import main
+
+    def command(*extra: str) -> None:
+        options = "--model planted-outlier --preset w8a8 --num-samples 48 --num-report 32 --batch-size 16".split()
+        limits = ("--set", "search.num_copies=[1]", "--set", "search.max_delete=4", "--set", "search.blocks_before=0")
+        monkeypatch.setattr("sys.argv", ["optimum-cli", "regcache", "quantize", *options, *limits, *extra])
+        main()
+
+    with pytest.raises(SystemExit):
+        command("--help")
+    help_text = capsys.readouterr().out
+    assert all(name in help_text for name in METHODS)
+    command("--method", "mse", "gptq", "--quantize-attention", "--output", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "mse + gptq, alone" in printed
+    assert "quantized: linear layers and attention products" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [m["name"] for m in results["methods"]] == ["mse", "gptq"]
+    assert results["protocol"] == "linear layers and attention products"
+    assert results["simulated"] == "the attention products are simulated"
+    assert RegCacheConfig(**results["recipe"]["quantization"]).methods == tuple(results["methods"])
+    with pytest.raises(SystemExit):
+        command("--method", "mse", "rtn", "--output", str(tmp_path))
+    assert "mse and rtn both decide the input scales" in capsys.readouterr().err
 
 
 # single methods
