@@ -110,6 +110,7 @@ class Method:
         provides: what only one method of a pipeline may decide: ``input scales``, ``weights``, or "" for neither.
         cache_effect: what it does to stored registers.
         excludes: name of another method -> why the two make no sense together.
+        needs_images: it looks at calibration images.
         needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
     """
 
@@ -118,6 +119,7 @@ class Method:
     provides: ClassVar[str] = ""
     cache_effect: ClassVar[str] = "none"
     excludes: ClassVar[dict[str, str]] = {}
+    needs_images: ClassVar[bool] = True
     needs_static: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ class Dynamic(Method):
     name: ClassVar[str] = "dynamic"
     paper: ClassVar[str] = "dynamic per-token quantization (for example arXiv 2206.01861)"
     provides: ClassVar[str] = "input scales"
+    needs_images: ClassVar[bool] = False
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         return config.replace(activations={"mode": "dynamic", "granularity": "per_token", "observer": "minmax"})

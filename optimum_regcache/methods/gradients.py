@@ -76,7 +76,8 @@ def squared_gradients(
         for batch in micro:
             sample.start(batch, first)
             first += len(batch["pixel_values"])
-            inputs.clear(), outputs.clear()
+            inputs.clear()
+            outputs.clear()
             with torch.enable_grad():
                 moved = move(batch, model)
                 moved["pixel_values"] = moved["pixel_values"].detach().clone().requires_grad_(True)

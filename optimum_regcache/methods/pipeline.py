@@ -121,10 +121,7 @@ def run_pipeline(
     """
     validate_positions(model, config)
     check_cache(config, cache)
-    require(
-        bool(batches) or not methods or config.activations.mode == "dynamic",
-        f"The methods {', '.join(m.name for m in methods)} need calibration images.",
-    )
+    require(bool(batches) or not needs_images(methods, config), f"{image_users(methods)} need calibration images.")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     prepare_tower(twin)
     set_registers(twin, cache)
@@ -141,6 +138,18 @@ def run_pipeline(
         seconds[stage] = time.perf_counter() - begun
     attach_quantizer(fit.result, fit.config)
     return Quantized(fit.result, fit.config, fit.model, fit.measured, seconds)
+
+
+def needs_images(methods: Sequence[Method], config: RegCacheConfig) -> bool:
+    """Whether a fit looks at calibration images: static scales, attention operands, or a method that does."""
+    static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.sixteen_bit)
+    return static or any(method.needs_images for method in methods)
+
+
+def image_users(methods: Sequence[Method]) -> str:
+    """Who needs them, for a message."""
+    names = [method.name for method in methods if method.needs_images]
+    return f"The methods {', '.join(names)}" if names else "Static activations"
 
 
 def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:

@@ -27,6 +27,7 @@ class Rotation(Method):
     seed: int = 0
     name: ClassVar[str] = "rotation"
     paper: ClassVar[str] = "QuaRot (arXiv 2404.00456), for pre-LN encoders"
+    needs_images: ClassVar[bool] = False
     cache_effect: ClassVar[str] = "head rotations turn K and V; tokens are ranked in the original basis"
     excludes: ClassVar[dict[str, str]] = {
         "ptq4vit": "the Hadamard transform mixes the channels after GELU, so that there is no negative side of fixed range "
