@@ -28,7 +28,7 @@ from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import RegCacheQuantizer
 from optimum_regcache.recipe import Recipe
-from optimum_regcache.registers import RegisterCache, get_register_cache
+from optimum_regcache.registers import RegisterCache
 from optimum_regcache.report import (
     NOTHING,
     Reporter,
@@ -80,7 +80,7 @@ def quantize_job(
     given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
     recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
     quantizer.save(quantized.model, path, recipe=recipe)
-    rows, notes = _report(source, recipe, fit, path, calibration, progress)
+    rows, notes = _report(source, recipe, fit, path, calibration, quantized.float_model, progress)
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
@@ -112,6 +112,7 @@ def _report(
     fit: FitResult | None,
     path: Path,
     calibration: list[Batch],
+    float_twin: PreTrainedModel,
     progress: bool,
 ) -> tuple[list[Row], list[str]]:
     report = ImageInputs(source.report_images, source.processor)
@@ -142,11 +143,11 @@ def _report(
     opened = opened.to(source.model.device)
     name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
     installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
-    rows.append(reporter.model_row(name, opened, get_register_cache(opened), config.deletion, installed))
+    rows.append(reporter.model_row(name, opened, float_twin, installed))
     notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
     if fit is not None:
         _pictures(source, recipe, fit, reporter, path, notes)
-    notes.append("norms: patch tokens, float model with the same registers and deletion")
+    notes.append("norms: patch tokens, float model with the same registers, deletion and rewrites")
     notes.append(f"quantized: {config.protocol}")
     if config.simulated_reason:
         notes.append(f"simulated, not run in integers: {config.simulated_reason}")
@@ -179,9 +180,9 @@ def _method_rows(
     rows = []
     for kind, setup, cache, deletion in setups:
         resolved = resolve_config(config, setup, cache, deletion, config.registers.kv_mode)
-        model = quantize_with(source.model, resolved, cache, calibration, progress).model
+        result = quantize_with(source.model, resolved, cache, calibration, progress)
         name = f"{method_label(config)}, {kind}"
-        rows.append(reporter.model_row(name, model, cache, deletion, setup.describe()))
+        rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
     return rows
 
 

@@ -38,9 +38,9 @@ class Operand(nn.Module):
         """
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"Scales of {self.role} must be positive and finite, got {scale.tolist()}.")
-        self.scale = scale.detach().float().expand(self.scale.shape).clone()
+        self.scale = scale.detach().to(self.scale.device, torch.float32).expand(self.scale.shape).clone()
         if self.zero_point is not None and zero_point is not None:
-            self.zero_point = zero_point.detach().to(torch.int32).expand(self.scale.shape).clone()
+            self.zero_point = zero_point.detach().to(self.scale.device, torch.int32).expand(self.scale.shape).clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, N, d or N] -> the same, quantized and dequantized, in the dtype of ``x``.

@@ -75,10 +75,10 @@ class Reporter:
         self.norms: dict[str, TokenNorms] = {}
         self._float_metric = 1.0
 
-    def _row(self, name: str, model: nn.Module, installed: str) -> Row:
+    def _row(self, name: str, model: nn.Module, installed: str, float_twin: nn.Module | None = None) -> Row:
         cosine = float(self.cosine.scores(model).mean())
         accuracy = None if self.accuracy is None else float(self.accuracy.scores(model).mean())
-        norms = self.norms[name] = measure_token_norms(self.bench.float_model, self.batches)
+        norms = self.norms[name] = measure_token_norms(float_twin or self.bench.float_model, self.batches)
         metric = cosine if accuracy is None else accuracy
         if name == "float":
             self._float_metric = metric
@@ -113,14 +113,10 @@ class Reporter:
         bench.install(None, DeletionConfig())
         return self._row(name, bench.quantized, NOTHING)
 
-    def model_row(
-        self, name: str, model: nn.Module, cache: RegisterCache | None, deletion: DeletionConfig, installed: str
-    ) -> Row:
-        """Measure a finished model (for example one opened from disk); norms come from the float twin."""
-        self.bench.install(cache, deletion)
-        row = self._row(name, model, installed)
-        self.bench.reset()
-        return row
+    def model_row(self, name: str, model: nn.Module, float_twin: nn.Module, installed: str) -> Row:
+        """Measure a finished model (for example one opened from disk); norms come from ``float_twin``, the float model with
+        the same registers, deletion and rewrites."""
+        return self._row(name, model, installed, float_twin)
 
 
 def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:

@@ -99,7 +99,9 @@ def gptq_codes(
         float32 [out, in], whole numbers.
     """
     size = weight.shape[1]
-    order = hessian.diagonal().argsort(descending=True) if order_by_hessian else torch.arange(size)
+    order = (
+        hessian.diagonal().argsort(descending=True) if order_by_hessian else torch.arange(size, device=weight.device)
+    )
     w = weight.double()[:, order].clone()
     h = hessian[order][:, order].clone()
     mean = h.diagonal().mean().clamp(min=1e-12)
@@ -110,7 +112,7 @@ def gptq_codes(
     codes = torch.zeros_like(w)
     for start in range(0, size, block):
         end = min(start + block, size)
-        errors = torch.zeros(len(w), end - start, dtype=torch.float64)
+        errors = w.new_zeros(len(w), end - start)
         for j in range(start, end):
             codes[:, j] = (torch.round(w[:, j] / step) + zero).clamp(lowest, highest)
             error = (w[:, j] - (codes[:, j] - zero) * step) / factor[j, j]

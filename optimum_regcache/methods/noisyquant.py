@@ -110,7 +110,7 @@ class NoisyQuant(Method):
         scale = layers[0].input_scale
         if scale is None:
             raise ValueError("NoisyQuant needs static activations.")
-        zero = torch.zeros(x.shape[1])
+        zero = torch.zeros(x.shape[1], device=x.device)
         best, least = zero, error(chooser, zero)
         for i in range(-self.shifts // 2, self.shifts // 2):
             trial = zero + scale * (2 * i / self.shifts)
@@ -120,7 +120,7 @@ class NoisyQuant(Method):
         mean = best
         if not self.skip_by_prediction or predicted_gain(layers[0].prepare_input(chooser), scale) > 0:
             for _ in range(self.draws):
-                draw = torch.rand(x.shape[1], generator=generator) * 2 - 1
+                draw = torch.rand(x.shape[1], generator=generator).to(x.device) * 2 - 1
                 for i in range(1, self.ranges + 1):
                     trial = mean + draw * scale * (2 * i / self.ranges)
                     found = error(chooser, trial)
@@ -158,22 +158,21 @@ def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:
     return len(group.names) == len(tower.norm_consumers(group.block, int(group.role == "norm2")))
 
 
-def _add(bias: Any, delta: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter((bias.detach().float() + delta).to(bias.dtype), requires_grad=False)
+def _add(module: Any, delta: torch.Tensor) -> torch.Tensor:
+    """Add ``delta`` to the bias of ``module``; returns what was really added, after rounding to the bias's dtype."""
+    before = module.bias.detach()
+    module.bias = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
+    return module.bias.detach().float() - before.float()
 
 
 def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Tensor) -> None:
     """Add ``offset`` in front of the group in the quantized model, and take ``W^ offset`` out of the biases."""
     tower = find_tower(fit.result)
-    for layer in layers:
-        taken = F.linear(layer.prepare_input(offset), layer.dequantized_weight())
-        layer.bias = _add(layer.bias, -taken)
-        layer.reset_runtime()
     if group.role == "activation":
         layers[0].input_offset = offset.clone()
     elif group.role == "attention":
         value: Any = tower.attention(group.block).get_submodule(tower.family.value)
-        value.bias = _add(value.bias, offset)
+        offset = _add(value, offset)
         if isinstance(value, QuantLinear):
             value.reset_runtime()
 
@@ -183,5 +182,9 @@ def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Te
 
         map_registers(fit.result, shift)
     else:
-        norm = tower.norm(group.block, int(group.role == "norm2"))
-        norm.bias = _add(norm.bias, offset)
+        offset = _add(tower.norm(group.block, int(group.role == "norm2")), offset)
+    if group.role == "activation":  # as the weight sees it: through the online Hadamard transform, if there is one
+        offset = layers[0].prepare_input(torch.zeros_like(offset))
+    for layer in layers:
+        _add(layer, -F.linear(offset, layer.dequantized_weight()))
+        layer.reset_runtime()

@@ -32,7 +32,7 @@ def search_products(products: AttentionProducts, watched: dict[str, Watched], sp
     importance = watched["logits"].importance[..., rows:]
     bits = products.query.config.bits
     first = {part: _first_scale(x, bits) for part, x in (("query", query), ("key", key), ("value", value))}
-    factors = space.factors()
+    factors = space.factors().to(query.device)
     target = query @ key.transpose(-1, -2)
     scales = dict(first)
     for _ in range(space.rounds):
@@ -70,7 +70,7 @@ def _search_values(
 
     chosen = products.probabilities.scale
     if config.probabilities == "twin":
-        splits = torch.exp2(-torch.arange(float(SPLITS)))
+        splits = torch.exp2(-torch.arange(float(SPLITS), device=value.device))
         errors = [((rebuilt(s) @ value - target).pow(2) * importance).mean() for s in splits]
         chosen = splits[int(torch.stack(errors).argmin())]
         products.probabilities.set_qparams(chosen)

@@ -89,7 +89,7 @@ def input_candidates(x: torch.Tensor, a: ActivationsConfig, factors: torch.Tenso
     if a.symmetric:
         peak = x.amax() if a.post_activation == "twin" else x.abs().amax()
         scale = (peak / (2 ** (a.bits - 1) - 0.5)).clamp(min=1e-12) * factors
-        return scale, torch.zeros(len(factors), dtype=torch.int32)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
     return choose_qparams(x.amin() * factors, x.amax() * factors, a.bits, False)
 
 
@@ -114,9 +114,9 @@ def search_scales(
     Returns:
         The scales with the smallest error of the last round.
     """
-    factors = space.factors()
+    factors = space.factors().to(group.x.device)
     scales, zeros = input_candidates(group.x, a, factors)
-    first, first_zero = input_candidates(group.x, a, torch.ones(1))
+    first, first_zero = input_candidates(group.x, a, torch.ones_like(factors[:1]))
 
     def quantize_input(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         if negative_scale is not None:
