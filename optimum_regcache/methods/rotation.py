@@ -42,4 +42,4 @@ class Rotation(Method):
         if self.residual:
             rotate_residual(fit.model, self.seed)
         if self.heads:
-            rotate_heads(fit.model)
+            rotate_heads(fit.model, self.seed)

@@ -124,7 +124,7 @@ class TowerRuntime:
             )
         valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
         patch = torch.arange(tokens, device=hidden.device) >= lead
-        states = hidden if rotation is None or config.score == "l2" else hidden @ rotation.T
+        states = hidden if rotation is None or config.score == "l2" else hidden @ rotation.T.to(hidden)
         dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)
         masked = self.keep_positions or config.rule == "threshold"
         kept = None if masked else D.kept_positions(dropped, config.count)
@@ -135,7 +135,7 @@ class TowerRuntime:
     def enter(self, hidden: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """Before the first block: rotate the residual stream, and add the test-time register."""
         if rotation is not None:
-            hidden = hidden @ rotation
+            hidden = hidden @ rotation.to(hidden)
         if not self.extra_token:
             return hidden
         token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])
@@ -145,7 +145,7 @@ class TowerRuntime:
         """After the last block: undo :meth:`enter`."""
         if self.extra_token:
             hidden = torch.cat((hidden[:, : self._leading], hidden[:, self._leading + 1 :]), 1)
-        return hidden if rotation is None else hidden @ rotation.T
+        return hidden if rotation is None else hidden @ rotation.T.to(hidden)
 
     def mask_for_token(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """The encoder's mask [B or 1, 1, N or 1, N] with a row and a column for the test-time register."""
