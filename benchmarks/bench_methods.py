@@ -192,6 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--table-only", action="store_true", help="only write the table from the JSON")
     args = parser.parse_args(arguments)
+    if args.variants[0] != "none" or "both" not in args.variants:
+        parser.error(
+            "--variants starts with none and contains both: gains are relative to the one, tables show the other."
+        )
     path = Path(args.output)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}, "runs": {}}
     if not args.table_only:

@@ -214,6 +214,7 @@ class Site:
         block: 0-based block, None outside the blocks.
         role: what feeds it: ``norm1`` (query, key, value), ``attention`` (output projection), ``norm2`` (MLP input),
             ``activation`` (MLP output projection), ``other``.
+        path: its name within the encoder; patterns match this.
     """
 
     parent: str
@@ -221,6 +222,7 @@ class Site:
     kind: str
     block: int | None
     role: str = "other"
+    path: str = ""
 
     @property
     def name(self) -> str:
@@ -263,8 +265,10 @@ def quantization_sites(
     for path, kind, block in kept:
         full = f"{tower.name}.{path}" if tower.name else path
         parent, _, attribute = full.rpartition(".")
-        sites.append(Site(parent, attribute, kind, block, "other" if block is None else _role(tower.family, path)))
-    sites += [Site("", path, "linear", None) for path in outer if not any(fnmatch(path, p) for p in ignore)]
+        sites.append(
+            Site(parent, attribute, kind, block, "other" if block is None else _role(tower.family, path), path)
+        )
+    sites += [Site("", path, "linear", None, path=path) for path in outer if not any(fnmatch(path, p) for p in ignore)]
     return sites
 
 

@@ -29,8 +29,10 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x, a = args[0], self.config
-        normal_only = a.outlier_tokens == "per_token" and x.ndim == 3
-        x = _normal_tokens(x, a.outlier_ratio) if normal_only else self.padding.content(x)
+        if a.outlier_tokens == "per_token" and x.ndim == 3:
+            x = _normal_tokens(x, a.outlier_ratio, self.padding.valid(x.shape[0], x.shape[1], x.device))
+        else:
+            x = self.padding.content(x)
         if self.hadamard:
             x = block_hadamard(x, block_order(x.shape[-1]))
         self.observer.update(x.clamp(min=0) if a.post_activation == "twin" else x)
@@ -66,10 +68,11 @@ class _OperandTap:
         return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
 
 
-def _normal_tokens(x: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Rows of ``x`` [B, N, D] whose l_inf norm is at most ``ratio`` times the median of their image, [rows, D]."""
-    norms = x.abs().amax(-1)
-    return x[norms <= ratio * norms.median(1, keepdim=True).values]
+def _normal_tokens(x: torch.Tensor, ratio: float, valid: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` [B, N, D] where ``valid`` [B, N] whose l_inf norm is at most ``ratio`` times the median of the valid
+    tokens of their image, [rows, D]."""
+    norms = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)
+    return x[norms <= ratio * norms.nanmedian(1, keepdim=True).values]
 
 
 @torch.inference_mode()

@@ -85,7 +85,11 @@ def _check_files(files: Any, model: Any) -> None:
     for kind in _OWN_STATE:
         wanted = {n for n in expected if n.rpartition(".")[2] == kind}
         missing = sorted(wanted - stored)
-        extra = sorted(n for n in stored - wanted if n.endswith(f".{kind}") and n.rpartition(".")[0] in modules)
+        extra = sorted(
+            n
+            for n in stored - wanted
+            if n.endswith(f".{kind}") and (n.rpartition(".")[0] in modules or ".products." in n)
+        )
         if missing or extra:
             found = sum(n.rpartition(".")[2] == kind for n in names)
             example = f"{missing[0]} is missing" if missing else f"{extra[0]} is not described"

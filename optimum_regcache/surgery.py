@@ -30,7 +30,7 @@ def config_sites(model: nn.Module, config: RegCacheConfig) -> list[Site]:
 def site_activations(config: RegCacheConfig, site: Site) -> ActivationsConfig:
     """How the input of one module is quantized: special forms are for the MLP output projections only, and the modules named
     in ``modules.sixteen_bit`` get 16 bits."""
-    if any(matches(site.name, pattern) for pattern in config.modules.sixteen_bit):
+    if any(matches(site.path, pattern) for pattern in config.modules.sixteen_bit):
         return ActivationsConfig(bits=16)
     if site.role == "activation":
         return config.activations
@@ -66,7 +66,7 @@ def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = 
         empty: leave the new modules without weights, for a checkpoint to be loaded into.
     """
     sites = config_sites(model, config)
-    unused = [p for p in config.modules.sixteen_bit if not any(matches(site.name, p) for site in sites)]
+    unused = [p for p in config.modules.sixteen_bit if not any(matches(site.path, p) for site in sites)]
     if unused:
         raise ValueError(f"modules.sixteen_bit pattern(s) {', '.join(unused)} match no module that would be quantized.")
     for site in sites:

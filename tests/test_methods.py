@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import TOWERS, TinyModel, random_cache
-from transformers import AutoModel
+from models import COMPOSITES, TOWERS, TinyModel, random_cache
+from transformers import AutoModel, CLIPVisionModel
 
 from optimum_regcache import RegCacheConfig, set_backend
+from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.methods import METHODS, build_methods, configured, quantize_with
 from optimum_regcache.methods.base import linear_groups
+from optimum_regcache.methods.scale_search import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.sixteen_bit import SixteenBit
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.products import attention_products
@@ -234,7 +236,51 @@ def test_the_command_line_quantizes_with_methods(
     assert RegCacheConfig(**results["recipe"]["quantization"]).methods == tuple(results["methods"])
     with pytest.raises(SystemExit):
         command("--method", "mse", "rtn", "--output", str(tmp_path))
-    assert "mse and rtn both decide the input scales" in capsys.readouterr().err
+    assert "rtn and mse both decide the input scales" in capsys.readouterr().err
+
+
+def test_forms_left_over_from_other_methods_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
+    """A saved recipe whose methods are edited: rewrites and forms belong to the methods that set them."""
+    stale = config(["rtn"], rewrites={"register_neurons": ["0:1"], "rotation": True})
+    stale = stale.replace(activations={"mlp_out_hadamard": True, "outlier_tokens": "per_token"})
+    result = fitted(CLIP, stale)
+    assert result.config.rewrites == RegCacheConfig().rewrites
+    assert not result.config.activations.mlp_out_hadamard
+    assert result.config.activations.outlier_tokens == "clip"
+    result.model.save_pretrained(tmp_path)
+    assert torch.equal(CLIP.run(AutoModel.from_pretrained(tmp_path)), CLIP.run(result.model))
+
+
+def test_sixteen_bit_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
+    dual = COMPOSITES["clip_dual"]
+    result = fitted(dual, config(["sixteen_bit"], bits=8))
+    assert all(name.startswith("encoder.layers.") for name in result.config.modules.sixteen_bit)
+    result.model.save_pretrained(tmp_path)
+    tower = CLIPVisionModel.from_pretrained(tmp_path)
+    bits = {module.activations.bits for _, module in quant_linears(tower)}
+    assert bits == {8, 16}
+
+
+def test_layers_of_one_group_with_other_bits_keep_their_own_scale() -> None:
+    mixed = {"sixteen_bit": ["self_attn.k_proj"]}
+    plain = fitted(CLIP, config(["rtn"], bits=8, modules=mixed))
+    for name in ("output_mse", "repq_vit"):
+        result = fitted(CLIP, config([{"name": name, **QUICK.get(name, {})}], bits=8, modules=mixed))
+        for (_, a), (_, b) in zip(quant_linears(plain.model), quant_linears(result.model), strict=True):
+            if a.activations.bits == 16:
+                torch.testing.assert_close(b.input_scale, a.input_scale)
+
+
+def test_without_importance_the_whole_range_is_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(20, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    importance = torch.ones(20, 3)
+    importance[:, 1] = 0
+    found = search_scales(
+        LayerGroup(x, [weight], [importance]), WeightsConfig(4), ActivationsConfig(bits=4), SearchSpace(count=20)
+    )
+    assert found.weight_scales is not None
+    assert float(found.weight_scales[0][1]) == pytest.approx(float(weight[1].abs().max()) / 7.5, rel=1e-5)
 
 
 # single methods
@@ -293,8 +339,8 @@ def test_sixteen_bit_takes_the_planted_layer() -> None:
     batch = {"pixel_values": planted_images(model, images)}
     c = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"}, methods=[SixteenBit(layers=1).to_dict()])
     result = quantize_with(model, c, None, [batch], progress=False)
-    assert result.config.modules.sixteen_bit == (result.measured["sixteen_bit"]["layers"][0],)
-    assert ".layers.3.mlp.fc2" in result.config.modules.sixteen_bit[0]
+    assert result.measured["sixteen_bit"]["layers"] == ["vit." + result.config.modules.sixteen_bit[0]]
+    assert "layers.3.mlp.fc2" in result.config.modules.sixteen_bit[0]
     assert "16-bit inputs" in (result.config.simulated_reason or "")
 
 

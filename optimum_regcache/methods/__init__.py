@@ -60,14 +60,14 @@ METHODS: dict[str, type[Method]] = {
         GPTQ,
         Rotation,
         BiasCorrection,
-        SixteenBit,
         TestTimeRegisters,
+        SixteenBit,
     )
 }
 
 
 def build_methods(config: RegCacheConfig) -> list[Method]:
-    """The methods of ``config.methods`` with their parameters.
+    """The methods of ``config.methods`` with their parameters, in the order of the registry.
 
     Raises:
         ValueError: an unknown method or parameter, with those that exist.
@@ -79,7 +79,8 @@ def build_methods(config: RegCacheConfig) -> list[Method]:
         name = values.pop("name")
         require(name in METHODS, f"Unknown method {name!r}; expected one of {', '.join(METHODS)}.")
         found.append(build_part(METHODS[name], values, f"method {name}"))
-    return found
+    order = list(METHODS)
+    return sorted(found, key=lambda method: order.index(method.name))
 
 
 def configured(config: RegCacheConfig) -> RegCacheConfig:

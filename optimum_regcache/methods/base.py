@@ -14,7 +14,7 @@ from optimum_regcache.architectures import Site, Tower, find_tower
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.modules import QuantLinear
-from optimum_regcache.surgery import config_sites
+from optimum_regcache.surgery import config_sites, site_activations
 from optimum_regcache.validation import check_types
 
 
@@ -84,9 +84,10 @@ def linear_groups(model: nn.Module, config: RegCacheConfig) -> list[Group]:
     """The groups of the blocks, in the order in which they run."""
     sites = [site for site in config_sites(model, config) if site.block is not None]
     order = {"norm1": 0, "attention": 1, "norm2": 2, "activation": 3}
-    found: dict[tuple[int, int], list[Site]] = {}
-    for site in sites:
-        found.setdefault((int(site.block or 0), order[site.role]), []).append(site)
+    found: dict[tuple[int, int, int], list[Site]] = {}
+    for site in sites:  # layers whose input has other bits read another quantized tensor
+        bits = site_activations(config, site).bits
+        found.setdefault((int(site.block or 0), order[site.role], bits), []).append(site)
     return [Group(key[0], found[key][0].role, tuple(s.name for s in found[key])) for key in sorted(found)]
 
 

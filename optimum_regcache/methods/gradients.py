@@ -82,12 +82,12 @@ def squared_gradients(
                 moved = move(batch, model)
                 moved["pixel_values"] = moved["pixel_values"].detach().clone().requires_grad_(True)
                 losses = _losses(model, moved, draws, generator)
-                squares = {name: torch.zeros_like(output) for name, output in outputs.items()}
+                squares = {name: torch.zeros_like(output, dtype=torch.float32) for name, output in outputs.items()}
                 for loss in losses:
                     grads = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True, allow_unused=True)
                     for name, grad in zip(outputs, grads, strict=True):
                         if grad is not None:
-                            squares[name] += grad.pow(2) / draws
+                            squares[name] += grad.float().pow(2) / draws
             for name in outputs:
                 found[name][0].append(pick(inputs[name]).float())
                 found[name][1].append(pick(squares[name]).float())

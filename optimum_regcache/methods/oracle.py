@@ -27,4 +27,12 @@ class Oracle(Method):
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         oracle = {"outlier_tokens": "per_token", "outlier_ratio": self.outlier_ratio}
-        return config.replace(activations={"mode": "static", "symmetric": True, "observer": "minmax", **oracle})
+        return config.replace(
+            activations={
+                "mode": "static",
+                "granularity": "per_tensor",
+                "symmetric": True,
+                "observer": "minmax",
+                **oracle,
+            }
+        )

@@ -23,5 +23,10 @@ class Percentile(Method):
     provides: ClassVar[str] = "input scales"
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
-        activations = {"mode": "static", "observer": "percentile", "percentile": self.percentile}
+        activations = {
+            "mode": "static",
+            "granularity": "per_tensor",
+            "observer": "percentile",
+            "percentile": self.percentile,
+        }
         return config.replace(activations=activations, attention={"observer": "percentile"})

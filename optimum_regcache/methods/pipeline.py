@@ -31,7 +31,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from optimum_regcache.calibration import calibrate
-from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config import RegCacheConfig, RewritesConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.hf_integration import attach_quantizer
 from optimum_regcache.methods.base import Fit, Method
@@ -87,6 +87,16 @@ def configure(methods: Sequence[Method], config: RegCacheConfig) -> RegCacheConf
         ValueError: see :func:`check_composition`; or a method that needs static activations under dynamic ones.
     """
     check_composition(methods)
+    # what only methods set: left over from others when a saved recipe is edited
+    config = config.replace(rewrites=RewritesConfig())
+    if methods:
+        forms = {
+            "outlier_tokens": "clip",
+            "post_activation": "uniform",
+            "mlp_out_offset": False,
+            "mlp_out_hadamard": False,
+        }
+        config = config.replace(activations=forms)
     for method in methods:
         config = method.configure(config)
     unfit = [method.name for method in methods if method.needs_static and config.activations.mode == "dynamic"]

@@ -96,4 +96,4 @@ def _best(
 ) -> torch.Tensor:
     """Scale of each head with the smallest weighted error, [H]."""
     errors = torch.stack([(difference(first * f).pow(2) * importance).mean((0, 2, 3)) for f in factors])
-    return first * factors[errors.argmin(0)]
+    return torch.where(errors.amax(0) > 0, first * factors[errors.argmin(0)], first)

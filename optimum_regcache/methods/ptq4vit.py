@@ -76,8 +76,14 @@ class PTQ4ViT(Method):
     def _search(self, fit: Fit, group: Group, watched: dict[str, Watched]) -> None:
         layers = [fit.quant_linear(name) for name in group.names]
         space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
-        weights = [fit.float_linear(name).weight.detach().float() for name in group.names]
-        data = LayerGroup(watched[group.names[0]].x, weights, [watched[name].importance for name in group.names])
+        weights = [
+            layer.rotated_weight(fit.float_linear(name).weight) for layer, name in zip(layers, group.names, strict=True)
+        ]
+        data = LayerGroup(
+            layers[0].prepare_input(watched[group.names[0]].x),
+            weights,
+            [watched[name].importance for name in group.names],
+        )
         first = layers[0]
         found = search_scales(data, first.weights, first.activations, space, negative_scale=first.input_negative_scale)
         for layer, weight, scale in zip(layers, weights, found.weight_scales or [], strict=True):

@@ -19,4 +19,8 @@ class RTN(Method):
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         observers = {"observer": "minmax"}
-        return config.replace(activations={"mode": "static", **observers}, weights=observers, attention=observers)
+        return config.replace(
+            activations={"mode": "static", "granularity": "per_tensor", **observers},
+            weights=observers,
+            attention=observers,
+        )

@@ -136,7 +136,7 @@ def search_scales(
         errors = torch.stack(
             [_total(group, targets, quantize_input(s, z), weights) for s, z in zip(scales, zeros, strict=True)]
         )
-        picked = int(errors.argmin())
+        picked = first_best(errors)
         chosen, chosen_zero, error = scales[picked], zeros[picked], float(errors[picked])
         same = before[1] is not None and weight_scales is not None and picked == before[0]
         if same and all(torch.equal(p, q) for p, q in zip(before[1] or [], weight_scales or [], strict=True)):
@@ -176,4 +176,10 @@ def _weight_scales(
             better = total < best[number]
             best[number] = torch.where(better, total, best[number])
             found[number] = torch.where(better, trial[number], found[number])
-    return found
+    # no error at all, for lack of importance: nothing was learned, keep the whole range
+    return [torch.where(b > 0, s, f) for b, s, f in zip(best, found, first, strict=True)]
+
+
+def first_best(errors: torch.Tensor) -> int:
+    """Index of the smallest error along axis 0; the last candidate (the least clipping) if all are equal."""
+    return len(errors) - 1 if bool((errors == errors[0]).all()) else int(errors.argmin())

@@ -33,7 +33,7 @@ class SixteenBit(Method):
         require(self.layers >= 1, f"sixteen_bit.layers must be at least 1, got {self.layers}.")
 
     def select(self, fit: Fit) -> None:
-        names = [site.name for site in config_sites(fit.model, fit.config) if site.role == "activation"]
+        names = {site.name: site.path for site in config_sites(fit.model, fit.config) if site.role == "activation"}
         require(bool(names), "sixteen_bit needs quantized MLP output projections; modules.ignore leaves none.")
         plain = RegCacheConfig(
             weights=fit.config.weights,
@@ -47,5 +47,5 @@ class SixteenBit(Method):
             with quantized_inputs(fit.model, [name], qparams, plain):
                 drops[name] = 1 - float(objective.scores(fit.model).mean())
         worst = sorted(sorted(drops), key=lambda name: -drops[name])[: self.layers]
-        fit.config = fit.config.replace(modules={"sixteen_bit": tuple(sorted(worst))})
+        fit.config = fit.config.replace(modules={"sixteen_bit": tuple(sorted(names[name] for name in worst))})
         fit.measured[self.name] = {"layers": worst, "drops": drops}

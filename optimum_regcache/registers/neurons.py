@@ -11,8 +11,7 @@ the register neurons, write the massive activation onto a few patches. Two ways 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,13 @@ from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
-from optimum_regcache.evaluation.norms import PaddingMask
+from optimum_regcache.evaluation.norms import PaddingMask, visit_tokens
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.runtime import prepare_tower, set_deletion, set_registers
 from optimum_regcache.validation import require
 
-OUTLIER_RATIO = 3.0
+OUTLIER_RATIO = 3.0  # l2 norm of an outlier token over the median token, at least
+UNIT_RATIO = 3.0  # activation of a register neuron on outlier tokens over that on the other patches, at least
 Neurons = Mapping[int, Sequence[int]]
 
 
@@ -110,29 +110,28 @@ def find_register_neurons(
 
     Outlier tokens are the patch tokens whose l2 norm at the output of the detection block exceeds the threshold. The score
     of a unit is |fc2 input|, mean over the outlier tokens of an image, then over the images that have any. CLS, trained
-    registers and padding do not count. Two passes over ``batches``; what is kept are norms and sums.
+    registers and padding do not count. Units whose score is less than :data:`UNIT_RATIO` times the same mean over the other
+    patches are left out: all tokens need them (the authors' code has a sparsity filter to this end). Two passes over
+    ``batches``; what is kept are norms and sums.
 
     Args:
-        model: float model or tower. Registers stay installed, so that what is found is what writes outliers in spite of
-            them; deletion is off meanwhile.
+        model: float model or tower. Registers stay installed: what is found is what writes outliers in spite of them.
         batches: images without labels; the paper uses 500.
         detection_block: default: the block whose output has the largest ratio of maximum to median norm. The last block
             would do for CLIP, but that of DINOv2 shrinks its outliers again.
-        threshold: default: mean + 3 sigma of the ordinary tokens, those up to :data:`OUTLIER_RATIO` times the median, and
-            no less than that. Outliers do not take part, because they raise sigma: a tenth of all tokens, equal and
-            arbitrarily large, stays below mean + 3 sigma of all tokens. And without the floor every encoder has outliers:
-            three sigma leave out some tokens of any distribution.
+        threshold: default: mean + 3 sigma of the tokens up to :data:`OUTLIER_RATIO` times the median, and no less than that.
+            Larger ones do not take part: a tenth of all tokens, equal and however large, stays below mean + 3 sigma of all.
+            Without the floor every encoder has outliers: three sigma leave out some tokens of any distribution.
         highest_block: last block whose units are ranked; default: the first block at whose output at least half as many
             tokens exceed the threshold as at the detection block. Later units read the outlier, they did not write it.
-        top_k: units to return.
+        top_k: units to return at most.
         progress: show progress bars.
 
     Returns:
-        The units, or none and the reason if there are no outlier tokens.
+        The units, or none and the reason if there are no outlier tokens, or no unit that is specific to them.
 
     Raises:
-        ValueError: no images; a block that does not exist; register neurons installed already; an MLP that multiplies two
-            branches (SwiGLU).
+        ValueError: no images; a block that does not exist; register neurons or deletion installed; a SwiGLU MLP.
     """
     tower = find_tower(model)
     depth = len(tower.blocks)
@@ -141,35 +140,39 @@ def find_register_neurons(
         require(block is None or 0 <= block < depth, f"{name}={block}, but the encoder has blocks 0 to {depth - 1}.")
     require(top_k >= 1, f"top_k must be at least 1, got {top_k}.")
     require(len(batches) > 0, "No images to find register neurons in.")
+    runtime = prepare_tower(model)
     require(
-        not prepare_tower(model).extra_token,
-        "Register neurons are installed in this model and hide what is to be found. Remove them first: "
-        "set_register_neurons(model, None).",
+        not runtime.extra_token and not runtime.deletion.active,
+        "Register neurons or deletion are installed in this model and hide what is to be found. Remove them first: "
+        "set_register_neurons(model, None), set_deletion(model, DeletionConfig()).",
     )
-    with _no_deletion(model):
-        norms = _output_norms(tower, batches, progress)
-        flat = [torch.cat([n[n >= 0] for n in block]) for block in norms]
-        if detection_block is None:
-            detection_block = max(range(depth), key=lambda b: float(flat[b].max() / flat[b].median()))
-        if threshold is None:
-            threshold = _outlier_threshold(flat[detection_block])
-        outliers = [n > threshold for n in norms[detection_block]]
-        count, images = sum(int(o.sum()) for o in outliers), sum(int(o.any(1).sum()) for o in outliers)
-        if count == 0:
-            largest = float(flat[detection_block].max())
-            reason = (
-                f"no outlier tokens: the largest l2 norm at the output of block {detection_block} is {largest:.4g}, the "
-                f"threshold is {threshold:.4g}"
-            )
-            return RegisterNeurons((), (), detection_block, threshold, None, 0, 0, reason)
-        if highest_block is None:
-            share = [int((n > threshold).sum()) / count for n in flat]
-            highest_block = next(b for b in range(depth) if share[b] >= 0.5)
-        totals = _scores(tower, batches, outliers, highest_block, progress)
-    width = totals.shape[1]
-    values, order = (totals / images).flatten().topk(min(top_k, totals.numel()))
-    neurons = tuple((int(i) // width, int(i) % width) for i in order)
-    return RegisterNeurons(neurons, tuple(values.tolist()), detection_block, threshold, highest_block, count, images)
+    norms = _output_norms(tower, batches, progress)
+    flat = [torch.cat([n[n >= 0] for n in block]) for block in norms]
+    if detection_block is None:
+        detection_block = max(range(depth), key=lambda b: float(flat[b].max() / flat[b].median()))
+    if threshold is None:
+        threshold = _outlier_threshold(flat[detection_block])
+    outliers = [n > threshold for n in norms[detection_block]]
+    count, images = sum(int(o.sum()) for o in outliers), sum(int(o.any(1).sum()) for o in outliers)
+    if count == 0:
+        largest = (
+            f"the largest l2 norm at the output of block {detection_block} is {float(flat[detection_block].max()):.4g}"
+        )
+        reason = f"no outlier tokens: {largest}, the threshold is {threshold:.4g}"
+        return RegisterNeurons((), (), detection_block, threshold, None, 0, 0, reason)
+    if highest_block is None:
+        highest_block = next(b for b in range(depth) if 2 * int((flat[b] > threshold).sum()) >= count)
+    ordinary = [(n >= 0) & (n <= threshold) for n in norms[detection_block]]
+    groups = [torch.stack(pair) for pair in zip(outliers, ordinary, strict=True)]
+    bar = tqdm(batches, desc="register neurons", disable=not progress)
+    scores = _scores(tower, bar, groups, highest_block)
+    width = scores.shape[-1]
+    specific = scores[:, 0].masked_fill(scores[:, 0] < UNIT_RATIO * scores[:, 1], 0.0).flatten()
+    values, order = specific.topk(min(top_k, len(specific)))
+    order = order[values > 0].tolist()
+    reason = "" if order else f"no unit is {UNIT_RATIO:g} times as active on the outlier tokens as on the other patches"
+    neurons, top = tuple((i // width, i % width) for i in order), tuple(values[: len(order)].tolist())
+    return RegisterNeurons(neurons, top, detection_block, threshold, highest_block, count, images, reason)
 
 
 def _outlier_threshold(norms: torch.Tensor) -> float:
@@ -193,58 +196,39 @@ def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> lis
         return seen
 
     handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
-    _run(tower, batches, handles, progress, "outlier tokens", padding)
+    _run(tower, tqdm(batches, desc="outlier tokens", disable=not progress), handles, padding)
     return norms
 
 
-def _scores(
-    tower: Tower, batches: Sequence[Batch], outliers: list[torch.Tensor], highest_block: int, progress: bool
-) -> torch.Tensor:
-    """Sum over images of the mean |fc2 input| over the outlier tokens of the image, float64 [blocks, M] on the CPU."""
-    totals: list[torch.Tensor | float] = [0.0] * (highest_block + 1)
-    remaining = [iter(outliers) for _ in totals]
+def _scores(tower: Tower, batches: Iterable[Batch], groups: list[torch.Tensor], highest_block: int) -> torch.Tensor:
+    """Mean |fc2 input| over the tokens of each group in an image, then over the images that have any.
 
-    def hook(block: int) -> Any:
-        def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            weight = next(remaining[block]).to(args[0].device).float()
-            weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
-            score = torch.einsum("bn,bnm->m", weight, args[0].abs().float())
-            totals[block] = totals[block] + score.double().cpu()
+    ``groups`` holds bool [G, B, N] for each batch; returns float64 [blocks, G, M] on the CPU.
+    """
+    totals: dict[int, torch.Tensor] = {}
+    remaining = [iter(groups) for _ in range(highest_block + 1)]
 
-        return seen
+    def visit(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
+        if site == "fc2" and block <= highest_block:
+            weight = next(remaining[block]).to(x.device).float()
+            weight = weight / weight.sum(2, keepdim=True).clamp(min=1)
+            score = torch.einsum("gbn,bnm->gm", weight, x.abs().float()).double().cpu()
+            totals[block] = totals[block] + score if block in totals else score
 
-    handles = [tower.mlp_out(b).register_forward_pre_hook(hook(b)) for b in range(highest_block + 1)]
-    _run(tower, batches, handles, progress, "register neurons")
-    return torch.stack([torch.as_tensor(total) for total in totals])
+    visit_tokens(tower.module, batches, visit)
+    images = torch.stack([group.any(2).sum(1) for group in groups]).sum(0)
+    return torch.stack([totals[b] for b in range(highest_block + 1)]) / images.clamp(min=1)[:, None]
 
 
-def _run(
-    tower: Tower,
-    batches: Sequence[Batch],
-    handles: list[Any],
-    progress: bool,
-    what: str,
-    padding: PaddingMask | None = None,
-) -> None:
+def _run(tower: Tower, batches: Iterable[Batch], handles: list[Any], padding: PaddingMask) -> None:
     """Feed the hooks behind ``handles``, then remove them."""
     try:
-        for batch in tqdm(batches, desc=what, disable=not progress):
-            if padding is not None:
-                padding.start(batch)
+        for batch in batches:
+            padding.start(batch)
             tower.module(**move(batch, tower.module))
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _no_deletion(model: nn.Module) -> Iterator[None]:
-    runtime = prepare_tower(model)
-    installed, runtime.deletion = runtime.deletion, DeletionConfig()
-    try:
-        yield
-    finally:
-        runtime.deletion = installed
 
 
 def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
@@ -259,8 +243,7 @@ def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
         neurons: block -> hidden units; None or empty removes the token and the changes of the MLPs.
 
     Raises:
-        ValueError: a block or unit that does not exist; an MLP that multiplies two branches (SwiGLU); a backbone; an encoder
-            with padded inputs (SigLIP2).
+        ValueError: a block or unit that does not exist; a SwiGLU MLP, a backbone, or padded inputs (SigLIP2).
     """
     chosen = {block: sorted(set(units)) for block, units in (neurons or {}).items() if len(units)}
     tower = find_tower(model)
@@ -291,8 +274,7 @@ def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
         neurons: block -> hidden units.
 
     Raises:
-        ValueError: a block or unit that does not exist; an MLP that multiplies two branches (SwiGLU); a quantized layer; an
-            activation function that is not zero at zero.
+        ValueError: a block or unit that does not exist; a SwiGLU MLP; a quantized layer; an activation with act(0) != 0.
     """
     tower = find_tower(model)
     _check_neurons(tower, neurons)
@@ -305,8 +287,7 @@ def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
             )
         mlp, name = _activation(tower, block)
         activation: Any = mlp.get_submodule(name)
-        if isinstance(activation, RegisterNeuronActivation):
-            activation = activation.inner
+        activation = getattr(activation, "inner", activation)  # of a RegisterNeuronActivation
         if bool(activation(torch.zeros(1, device=linear.weight.device)).abs() > 0):
             raise ValueError(
                 f"The activation function {type(activation).__name__} is not zero at zero, so no weight silences a unit. Use "
@@ -320,9 +301,12 @@ def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
 
 @torch.inference_mode()
 def register_cache_from_neurons(
-    model: nn.Module, batches: Sequence[Batch], neurons: Neurons, *, start: int | None = None, progress: bool = True
+    model: nn.Module, batches: Sequence[Batch], neurons: Neurons, *, progress: bool = True
 ) -> RegisterCache:
     """Mean key and value of the test-time register token over images, for a model whose register neurons are zeroed.
+
+    The rows begin behind the first block with register neurons, where the token first carries what they write. Before, it is
+    a token that the encoder never saw and attends to all the same: rows for all blocks cost siglip-scenes-induced 15 points.
 
     Args:
         model: float model or tower with its register neurons intact; a copy of it is run, without registers and deletion.
@@ -334,18 +318,23 @@ def register_cache_from_neurons(
         One row of K and V, float32 on the CPU, for every block after the first one with register neurons, one copy.
 
     Raises:
-        ValueError: no neurons or no images; otherwise as :func:`set_register_neurons`.
+        ValueError: no neurons or no images; all neurons in the last block; otherwise as :func:`set_register_neurons`.
     """
-    require(any(len(units) for units in neurons.values()), "No register neurons to make a register cache from.")
+    blocks = [block for block, units in neurons.items() if len(units)]
+    require(bool(blocks), "No register neurons to make a register cache from.")
     require(len(batches) > 0, "No images to make a register cache from.")
     model = copy.deepcopy(model)
     set_registers(model, None)
     set_deletion(model, DeletionConfig())
     set_register_neurons(model, neurons)
     tower = find_tower(model)
-    first = min(block for block, units in neurons.items() if len(units)) + 1 if start is None else start
+    depth, first = len(tower.blocks), min(blocks) + 1
+    require(
+        first < depth,
+        f"All register neurons are in block {depth - 1}, the last one: no attention follows that could read a register cache. "
+        "zero_register_neurons alone takes their outliers away.",
+    )
     sums: dict[str, dict[int, torch.Tensor]] = {tower.family.key: {}, tower.family.value: {}}
-    images = 0
 
     def hook(store: dict[int, torch.Tensor], block: int) -> Any:
         def seen(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -356,16 +345,16 @@ def register_cache_from_neurons(
 
     handles = [
         tower.attention(block).get_submodule(name).register_forward_hook(hook(store, block))
-        for block in range(first, len(tower.blocks))
+        for block in range(first, depth)
         for name, store in sums.items()
     ]
-    _run(tower, batches, handles, progress, "register cache")
+    _run(tower, tqdm(batches, desc="register cache", disable=not progress), handles, PaddingMask())
     images = sum(len(next(iter(batch.values()))) for batch in batches)
     heads = tower.config.num_attention_heads
     keys, values = (
         {b: (s / images).float().reshape(heads, 1, -1) for b, s in store.items()} for store in sums.values()
     )
-    return RegisterCache(keys, values, len(tower.blocks))
+    return RegisterCache(keys, values, depth)
 
 
 def _activation(tower: Tower, block: int) -> tuple[nn.Module, str]:
@@ -374,8 +363,7 @@ def _activation(tower: Tower, block: int) -> tuple[nn.Module, str]:
     mlp = tower.blocks[block].get_submodule(parent)
     projections = family.mlp_in + family.mlp_out
     names = [name for name, _ in mlp.named_children() if f"{parent}.{name}" not in projections]
-    if len(names) != 1:
-        raise ValueError(f"{type(mlp).__name__} has no single activation function; its other parts are {names}.")
+    require(len(names) == 1, f"{type(mlp).__name__} has no single activation function; its other parts are {names}.")
     return mlp, names[0]
 
 
