@@ -158,7 +158,6 @@ class Bench:
                 "seconds": round(seconds, 2),
                 "simulated": result.config.simulated_reason,
                 "protocol": result.config.protocol,
-                "measured": result.measured,
             }
         return {"methods": list(result.config.methods), "variants": cells, "installed": installed(cells)}
 

@@ -21,10 +21,10 @@ from optimum_regcache.surgery import config_sites, site_activations
 
 
 class _Tap:
-    """Feeds one observer (or one per head) from a forward pre-hook."""
+    """Feeds the observer of one linear layer from a forward pre-hook."""
 
-    def __init__(self, activations: ActivationsConfig, padding: PaddingMask, hadamard: bool) -> None:
-        self.config, self.padding, self.hadamard = activations, padding, hadamard
+    def __init__(self, activations: ActivationsConfig, padding: PaddingMask) -> None:
+        self.config, self.padding = activations, padding
         self.observer = make_observer(activations)
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -33,7 +33,7 @@ class _Tap:
             x = _normal_tokens(x, a.outlier_ratio, self.padding.valid(x.shape[0], x.shape[1], x.device))
         else:
             x = self.padding.content(x)
-        if self.hadamard:
+        if a.mlp_out_hadamard:
             x = block_hadamard(x, block_order(x.shape[-1]))
         self.observer.update(x.clamp(min=0) if a.post_activation == "twin" else x)
 
@@ -42,11 +42,10 @@ class _Tap:
 
 
 class _OperandTap:
-    """The same for an operand [B, H, N, *] of an attention product."""
+    """The same for an operand [B, H, N, *] of an attention product, with an observer for all heads or one for each."""
 
     def __init__(self, role: str, config: AttentionConfig, heads: int, padding: PaddingMask) -> None:
         self.padding, self.per_head = padding, config.granularity == "per_head" and role != "probabilities"
-        observer: Any
         if role == "probabilities":
             self.observers: list[Any] = [ProbabilityObserver(config)]
         else:
@@ -105,7 +104,7 @@ def calibrate(
     for site in config_sites(float_model, config):
         activations = site_activations(config, site)
         if activations.mode == "static":
-            watch(site.name, _Tap(activations, padding, activations.mlp_out_hadamard))
+            watch(site.name, _Tap(activations, padding))
     if config.attention.quantize:
         install_products(float_model, config.attention, bypass=True)
         heads = find_tower(float_model).config.num_attention_heads

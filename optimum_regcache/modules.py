@@ -305,6 +305,19 @@ def unfold_patches(x: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tenso
     return F.unfold(x, kernel_size, stride=kernel_size).transpose(1, 2)
 
 
+def shift_bias(module: Any, delta: torch.Tensor) -> torch.Tensor:
+    """Add ``delta`` [out] to the bias of a linear layer (quantized or not) or a norm.
+
+    Returns:
+        What was really added, after rounding to the bias's dtype; float32 [out].
+    """
+    before = module.bias.detach()
+    module.bias = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
+    if isinstance(module, QuantLinear):
+        module.reset_runtime()
+    return module.bias.detach().float() - before.float()
+
+
 def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
     """Names and modules of all quantized layers."""
     for name, module in model.named_modules():

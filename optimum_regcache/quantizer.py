@@ -18,7 +18,7 @@ from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import Collator, FitResult, fit_registers
 from optimum_regcache.loading import load_model, load_processor
-from optimum_regcache.methods import build_methods, configured, quantize_with
+from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.methods.pipeline import image_users, needs_images
 from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.registers import RegisterCache
@@ -224,11 +224,10 @@ class RegCacheQuantizer(OptimumQuantizer):
             calibration = self.fit_result.calibration
         cache = self.fixed_cache(config, calibration, batch_size) if config.registers.mode == "fixed" else None
         batches: list[Batch] = []
-        methods = build_methods(config)
-        if needs_images(methods, config):
+        if needs_images(config):
             if calibration is None:
                 raise ValueError(
-                    f"{image_users(methods)} need calibration images: pass calibration_dataset, or use the preset "
+                    f"{image_users(config)} need calibration images: pass calibration_dataset, or use the preset "
                     "'w8a8-dynamic'."
                 )
             order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0)).tolist()

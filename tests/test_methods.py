@@ -320,7 +320,7 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     for _, layer in quant_linears(result.model):  # room for the vector, and for what calibration did not see
         layer.set_input_qparams(layer.input_scale * 2, layer.input_zero_point)
     before = CLIP.run(result.model)
-    fit = Fit(result.config, result.float_model, [], result.model)
+    fit = Fit(result.config, (), result.float_model, [], result.model)
     generator = torch.Generator().manual_seed(0)
     roles = set()
     for group in linear_groups(result.float_model, result.config):

@@ -28,8 +28,6 @@ from optimum_regcache.rewrites import (
     rotate_mlp_input_weight,
     rotate_residual,
     rotation_matrix,
-    shift_norm,
-    shift_values,
 )
 
 DELETE_BLOCK = 2
@@ -80,6 +78,11 @@ def every_block(change: Callable[[Any, int], None]) -> Callable[[Any], None]:
     return apply
 
 
+def shift_norm(tower: Any, block: int, number: int, offset: torch.Tensor) -> None:
+    """Add ``offset`` [D] to the output of a norm."""
+    rescale_norm(tower, block, number, torch.ones_like(offset), -offset)
+
+
 rescale_all_norms = every_norm(lambda t, b, n, seed: rescale_norm(t, b, n, noise(seed).exp(), noise(seed + 50)))
 rescale_all_values = every_block(lambda model, block: rescale_values(model, block, noise(block).exp()))
 
@@ -97,7 +100,6 @@ REWRITES: dict[str, Callable[[Any], None]] = {
     "scale_and_shift_norms": rescale_all_norms,
     "shift_norms": every_norm(lambda t, b, n, seed: shift_norm(t, b, n, noise(seed))),
     "scale_values": rescale_all_values,
-    "shift_values": every_block(lambda model, block: shift_values(model, block, noise(block))),
     "fold_norms": lambda model: fold_norm_affine(find_tower(model)),
     "fold_layer_scale": lambda model: fold_layer_scale(find_tower(model)),
     "rotate_residual": rotate_residual,
@@ -145,21 +147,18 @@ def test_a_norm_puts_out_what_was_asked_for() -> None:
     torch.testing.assert_close(seen[2], seen[0] / factor)
 
 
-def test_values_are_rescaled_and_shifted_in_the_registers_too() -> None:
-    model, seen, factor, offset = build(CLIP), [], noise(0).exp(), noise(1)
+def test_values_are_rescaled_in_the_registers_too() -> None:
+    model, seen, factor = build(CLIP), [], noise(0).exp()
     value: Any = find_tower(model).attention(1).v_proj
     value.register_forward_hook(lambda module, args, output: seen.append(output))
     run(CLIP, model)
     before: Any = get_register_cache(model)
     rescale_values(model, 1, factor)
-    shift_values(model, 1, offset)
     run(CLIP, model)
     after: Any = get_register_cache(model)
-    torch.testing.assert_close(seen[1], seen[0] / factor + offset)
+    torch.testing.assert_close(seen[1], seen[0] / factor)
     torch.testing.assert_close(after.rows(1)[0], before.rows(1)[0])
-    torch.testing.assert_close(
-        after.rows(1)[1], before.rows(1)[1] / factor.view(HEADS, 1, -1) + offset.view(HEADS, 1, -1)
-    )
+    torch.testing.assert_close(after.rows(1)[1], before.rows(1)[1] / factor.view(HEADS, 1, -1))
     assert torch.equal(after.rows(3)[1], before.rows(3)[1])
     assert after.num_copies == 2.0
 
@@ -372,9 +371,9 @@ def test_bad_places_are_refused() -> None:
     with pytest.raises(ValueError, match="no norm 2 of block 0"):
         shift_norm(find_tower(model), 0, 2, ones)
     with pytest.raises(ValueError, match="no block -1"):
-        shift_values(model, -1, ones)
-    with pytest.raises(ValueError, match="offset needs one value per channel"):
-        shift_values(model, 0, ones[:5])
+        rescale_values(model, -1, ones)
+    with pytest.raises(ValueError, match="shift needs one value per channel"):
+        rescale_norm(find_tower(model), 0, 0, ones, ones[:5])
     find_tower(model).blocks[0].layer_norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
     with pytest.raises(ValueError, match="no weight and bias that could hold a scale"):
         rescale_norm(find_tower(model), 0, 0, ones)

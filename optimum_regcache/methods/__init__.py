@@ -1,33 +1,8 @@
-"""Published quantization methods, one file each. `METHODS` is the registry; `pipeline` holds the order and the fit."""
+"""Published quantization methods, one file each; `registry` lists them, `pipeline` holds their order and the fit."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
-
-from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.data import Batch
 from optimum_regcache.methods.base import Fit, Group, Method
-from optimum_regcache.methods.bias_correction import BiasCorrection
-from optimum_regcache.methods.dynamic import Dynamic
-from optimum_regcache.methods.gptq import GPTQ
-from optimum_regcache.methods.mse import MSE
-from optimum_regcache.methods.noisyquant import NoisyQuant
-from optimum_regcache.methods.oracle import Oracle
-from optimum_regcache.methods.output_mse import OutputMSE
-from optimum_regcache.methods.percentile import Percentile
-from optimum_regcache.methods.pipeline import STAGES, Quantized, check_composition, configure, run_pipeline
-from optimum_regcache.methods.ptq4vit import PTQ4ViT
-from optimum_regcache.methods.repq_vit import RepQViT
-from optimum_regcache.methods.rotation import Rotation
-from optimum_regcache.methods.rtn import RTN
-from optimum_regcache.methods.sixteen_bit import SixteenBit
-from optimum_regcache.methods.smoothquant import SmoothQuant
-from optimum_regcache.methods.test_time_registers import TestTimeRegisters
-from optimum_regcache.registers import RegisterCache
-from optimum_regcache.validation import build_part, require
+from optimum_regcache.methods.pipeline import STAGES, Quantized, configured, quantize_with
+from optimum_regcache.methods.registry import METHODS, build_methods
 
 __all__ = [
     "METHODS",
@@ -37,68 +12,6 @@ __all__ = [
     "Method",
     "Quantized",
     "build_methods",
-    "check_composition",
-    "configure",
     "configured",
     "quantize_with",
-    "run_pipeline",
 ]
-
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        RTN,
-        Percentile,
-        MSE,
-        OutputMSE,
-        Dynamic,
-        Oracle,
-        PTQ4ViT,
-        RepQViT,
-        NoisyQuant,
-        SmoothQuant,
-        GPTQ,
-        Rotation,
-        BiasCorrection,
-        TestTimeRegisters,
-        SixteenBit,
-    )
-}
-
-
-def build_methods(config: RegCacheConfig) -> list[Method]:
-    """The methods of ``config.methods`` with their parameters, in the order of the registry.
-
-    Raises:
-        ValueError: an unknown method or parameter, with those that exist.
-        TypeError: a parameter of another type.
-    """
-    found: list[Method] = []
-    for entry in config.methods:
-        values: dict[str, Any] = dict(entry)
-        name = values.pop("name")
-        require(name in METHODS, f"Unknown method {name!r}; expected one of {', '.join(METHODS)}.")
-        found.append(build_part(METHODS[name], values, f"method {name}"))
-    order = list(METHODS)
-    return sorted(found, key=lambda method: order.index(method.name))
-
-
-def configured(config: RegCacheConfig) -> RegCacheConfig:
-    """``config`` with everything its methods ask of it.
-
-    Raises:
-        ValueError: unknown methods, or a combination that makes no sense, with the reason.
-    """
-    return configure(build_methods(config), config)
-
-
-def quantize_with(
-    model: PreTrainedModel,
-    config: RegCacheConfig,
-    cache: RegisterCache | None,
-    batches: Sequence[Batch],
-    progress: bool = True,
-) -> Quantized:
-    """`run_pipeline` with the methods of ``config``, which need not be :func:`configured` yet."""
-    methods = build_methods(config)
-    return run_pipeline(methods, model, configure(methods, config), cache, batches, progress)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_regcache.architectures import Site, Tower, find_tower
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.modules import QuantLinear
+from optimum_regcache.replay import Recorded, capture_inputs, walk_blocks
 from optimum_regcache.surgery import config_sites, site_activations
 from optimum_regcache.validation import check_types
 
@@ -24,6 +26,7 @@ class Fit:
 
     Attributes:
         config: what the result is made of; steps may change it as long as modules are not replaced yet.
+        methods: all methods of the pipeline.
         model: float copy with registers and deletion installed; rewrites change it, later steps read it.
         batches: calibration images.
         quantized: the quantized copy, once the modules are replaced.
@@ -33,6 +36,7 @@ class Fit:
     """
 
     config: RegCacheConfig
+    methods: Sequence[Method]
     model: PreTrainedModel
     batches: Sequence[Batch]
     quantized: PreTrainedModel | None = None
@@ -55,6 +59,31 @@ class Fit:
         if self.quantized is None:
             raise RuntimeError("The modules are replaced after the rewrites; this step came too early.")
         return self.quantized
+
+    def walk(self, model: nn.Module, description: str | None) -> Iterator[tuple[Recorded, Group]]:
+        """The groups of ``model`` (the float or the quantized one) in the order in which they run, each with the inputs of its
+        block in the model as it is by then, so that a loop may change one group after the other.
+
+        Args:
+            model: walked over.
+            description: of the progress bar; no bar if None.
+        """
+        groups, blocks = linear_groups(model, self.config), len(find_tower(model).blocks)
+        hidden = description is None or not self.progress
+        for known in tqdm(walk_blocks(model, self.batches), description, blocks, disable=hidden):
+            yield from ((known, group) for group in groups if group.block == known.block)
+
+    def inputs(self, model: nn.Module, group: Group, known: Recorded, limit: int) -> torch.Tensor:
+        """What ``group`` reads in ``model``, at most ``limit`` tokens: float32 [tokens, in]."""
+        name = group.names[0]
+        return capture_inputs(model, [name], self.batches, known, limit)[name]
+
+    def norm_of(self, group: Group) -> int | None:
+        """Number of the LayerNorm that feeds ``group``, if all that read it are quantized in the same group; else None."""
+        if group.role not in ("norm1", "norm2"):
+            return None
+        number = int(group.role == "norm2")
+        return number if len(group.names) == len(self.tower.norm_consumers(group.block, number)) else None
 
     def float_linear(self, name: str) -> nn.Linear:
         """A layer of the float model."""
@@ -91,14 +120,6 @@ def linear_groups(model: nn.Module, config: RegCacheConfig) -> list[Group]:
     return [Group(key[0], found[key][0].role, tuple(s.name for s in found[key])) for key in sorted(found)]
 
 
-def groups_by_block(model: nn.Module, config: RegCacheConfig) -> dict[int, list[Group]]:
-    """Block -> its groups."""
-    found: dict[int, list[Group]] = {}
-    for group in linear_groups(model, config):
-        found.setdefault(group.block, []).append(group)
-    return found
-
-
 @dataclass(frozen=True)
 class Method:
     """A quantization method; its fields are its parameters. One file, one subclass, one line in the registry.
@@ -108,7 +129,7 @@ class Method:
     Attributes:
         name: in configs, recipes and on the command line.
         paper: what it implements.
-        provides: what only one method of a pipeline may decide: ``input scales``, ``weights``, or "" for neither.
+        provides: what only one method of a pipeline may decide: ``input scales``, ``weight codes``, or "" for neither.
         cache_effect: what it does to stored registers.
         excludes: name of another method -> why the two make no sense together.
         needs_images: it looks at calibration images.

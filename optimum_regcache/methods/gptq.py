@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
-from optimum_regcache.methods.base import Fit, Method, groups_by_block
+from optimum_regcache.methods.base import Fit, Method
 from optimum_regcache.numerics import code_range
-from optimum_regcache.replay import capture_inputs, walk_blocks
 from optimum_regcache.validation import require
 
 
@@ -44,31 +42,25 @@ class GPTQ(Method):
         )
 
     def round(self, fit: Fit) -> None:
-        groups = groups_by_block(fit.result, fit.config)
-        bar = tqdm(total=len(groups), desc="GPTQ", disable=not fit.progress)
-        for known in walk_blocks(fit.result, fit.batches):
-            for group in groups.get(known.block, []):
-                x = capture_inputs(fit.result, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
-                rounded = fit.quant_linear(group.names[0]).rounded_input(x)
-                if self.token_weights == "inverse_energy":
-                    rounded = rounded / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
-                hessian = rounded.T.double() @ rounded.double()
-                for name in group.names:
-                    layer = fit.quant_linear(name)
-                    weight = layer.rotated_weight(fit.float_linear(name).weight)
-                    zero = layer.weight_zero_point
-                    codes = gptq_codes(
-                        weight,
-                        hessian,
-                        layer.weight_scale,
-                        torch.zeros_like(layer.weight_scale) if zero is None else zero,
-                        layer.weights.bits,
-                        self.damping,
-                        self.order_by_hessian,
-                    )
-                    layer.set_codes(codes)
-            bar.update()
-        bar.close()
+        for known, group in fit.walk(fit.result, "GPTQ"):
+            x = fit.inputs(fit.result, group, known, self.max_tokens)
+            rounded = fit.quant_linear(group.names[0]).rounded_input(x)
+            if self.token_weights == "inverse_energy":
+                rounded = rounded / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
+            hessian = rounded.T.double() @ rounded.double()
+            for name in group.names:
+                layer = fit.quant_linear(name)
+                zero = layer.weight_zero_point
+                codes = gptq_codes(
+                    layer.rotated_weight(fit.float_linear(name).weight),
+                    hessian,
+                    layer.weight_scale,
+                    torch.zeros_like(layer.weight_scale) if zero is None else zero,
+                    layer.weights.bits,
+                    self.damping,
+                    self.order_by_hessian,
+                )
+                layer.set_codes(codes)
 
 
 def gptq_codes(

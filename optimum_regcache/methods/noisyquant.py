@@ -6,19 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.methods.base import Fit, Group, Method, groups_by_block
+from optimum_regcache.methods.base import Fit, Group, Method
 from optimum_regcache.methods.output_mse import search_input_scales
-from optimum_regcache.modules import QuantLinear
-from optimum_regcache.replay import capture_inputs, walk_blocks
+from optimum_regcache.modules import QuantLinear, shift_bias
 from optimum_regcache.rewrites.norms import map_registers
-
-SCALE_METHODS = ("rtn", "percentile", "mse", "output_mse", "ptq4vit", "repq_vit", "oracle")
 
 
 def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> torch.Tensor:
@@ -36,13 +31,17 @@ def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> to
 
 
 def predicted_gain(x: torch.Tensor, scale: torch.Tensor) -> float:
-    """How much mean squared rounding error noise over the full step saves: ``mean(d^2) - step^2 / 12`` (D.1).
+    """How much mean squared rounding error noise over the full step saves (D.1).
 
-    With n = b the formula of :func:`expected_error` is ``b^2 / 3`` for every value, so only values further than ``b / sqrt 3``
-    from the grid gain.
+    With n = b :func:`expected_error` is ``b^2 / 3`` for every value, so only values further than ``b / sqrt 3`` from the grid
+    gain.
+
+    Args:
+        x: any shape.
+        scale: step of the quantizer, 0-dim.
     """
-    distance = x / scale - torch.round(x / scale)
-    return float(scale**2 * (distance.pow(2).mean() - 1 / 12))
+    distance = (x / scale - torch.round(x / scale)).abs()  # in steps
+    return float(scale**2 * (distance.pow(2) - expected_error(distance, 0.5, 0.5)).mean())
 
 
 @dataclass(frozen=True)
@@ -80,25 +79,20 @@ class NoisyQuant(Method):
         return config.replace(activations={"mlp_out_offset": True})
 
     def scales(self, fit: Fit) -> None:
-        if not any(entry["name"] in SCALE_METHODS for entry in fit.config.methods):
+        if not any(method.provides == "input scales" for method in fit.methods):
             search_input_scales(fit, 100, self.max_tokens)
 
     def noise(self, fit: Fit) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        groups, gains = groups_by_block(fit.result, fit.config), {}
-        bar = tqdm(total=len(groups), desc="NoisyQuant", disable=not fit.progress)
-        for known in walk_blocks(fit.model, fit.batches):
-            for group in groups.get(known.block, []):
-                layers = [fit.quant_linear(name) for name in group.names]
-                if layers[0].activations.bits > 8 or not _foldable(fit, group, layers):
-                    continue
-                x = capture_inputs(fit.model, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
-                offset, gain = self._search(layers, x, generator)
-                gains[f"{group.block}.{group.role}"] = gain
-                if offset is not None:
-                    _install(fit, group, layers, offset)
-            bar.update()
-        bar.close()
+        gains = {}
+        for known, group in fit.walk(fit.model, "NoisyQuant"):
+            layers = [fit.quant_linear(name) for name in group.names]
+            if layers[0].activations.bits > 8 or not _foldable(fit, group, layers):
+                continue
+            offset, gain = self._search(layers, fit.inputs(fit.model, group, known, self.max_tokens), generator)
+            gains[f"{group.block}.{group.role}"] = gain
+            if offset is not None:
+                _install(fit, group, layers, offset)
         fit.measured[self.name] = {"relative gain of output error": gains}
 
     def _search(
@@ -143,38 +137,28 @@ class _OutputError:
         return float(F.linear(difference, self.weight).pow(2).mean())
 
 
+def _value_projection(fit: Fit, block: int) -> Any:
+    tower = find_tower(fit.result)
+    return tower.attention(block).get_submodule(tower.family.value)
+
+
 def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:
     """Whether the vector can be added in front of the group and taken out behind it."""
     if any(layer.bias is None for layer in layers):
         return False
-    if group.role == "attention":
-        tower = find_tower(fit.result)
-        value = tower.attention(group.block).get_submodule(tower.family.value)
-        rows_sum_to_one = not fit.config.attention.quantize
-        return rows_sum_to_one and getattr(value, "bias", None) is not None
-    if group.role == "activation":
-        return layers[0].input_offset is not None
-    tower = find_tower(fit.result)
-    return len(group.names) == len(tower.norm_consumers(group.block, int(group.role == "norm2")))
-
-
-def _add(module: Any, delta: torch.Tensor) -> torch.Tensor:
-    """Add ``delta`` to the bias of ``module``; returns what was really added, after rounding to the bias's dtype."""
-    before = module.bias.detach()
-    module.bias = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
-    return module.bias.detach().float() - before.float()
+    if group.role == "attention":  # exact as long as the rows of probabilities sum to one
+        return not fit.config.attention.quantize and _value_projection(fit, group.block).bias is not None
+    return layers[0].input_offset is not None or fit.norm_of(group) is not None
 
 
 def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Tensor) -> None:
     """Add ``offset`` in front of the group in the quantized model, and take ``W^ offset`` out of the biases."""
-    tower = find_tower(fit.result)
     if group.role == "activation":
         layers[0].input_offset = offset.clone()
+        # as the weight sees it: through the online Hadamard transform, if there is one
+        offset = layers[0].prepare_input(torch.zeros_like(offset))
     elif group.role == "attention":
-        value: Any = tower.attention(group.block).get_submodule(tower.family.value)
-        offset = _add(value, offset)
-        if isinstance(value, QuantLinear):
-            value.reset_runtime()
+        offset = shift_bias(_value_projection(fit, group.block), offset)
 
         def shift(block: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             moved = values + offset.reshape(values.shape[0], 1, values.shape[2]).to(values)
@@ -182,9 +166,6 @@ def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Te
 
         map_registers(fit.result, shift)
     else:
-        offset = _add(tower.norm(group.block, int(group.role == "norm2")), offset)
-    if group.role == "activation":  # as the weight sees it: through the online Hadamard transform, if there is one
-        offset = layers[0].prepare_input(torch.zeros_like(offset))
+        offset = shift_bias(find_tower(fit.result).norm(group.block, int(group.role == "norm2")), offset)
     for layer in layers:
-        _add(layer, -F.linear(offset, layer.dequantized_weight()))
-        layer.reset_runtime()
+        shift_bias(layer, -F.linear(offset, layer.dequantized_weight()))

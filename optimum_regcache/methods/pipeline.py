@@ -35,6 +35,7 @@ from optimum_regcache.config import RegCacheConfig, RewritesConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.hf_integration import attach_quantizer
 from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.registry import build_methods
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 from optimum_regcache.surgery import assign_input_qparams, quantize_modules, validate_positions
 from optimum_regcache.validation import require
@@ -80,12 +81,14 @@ def check_composition(methods: Sequence[Method]) -> None:
         require(len(several) == 1, f"{' and '.join(several)} both decide the {what}; use one of them.")
 
 
-def configure(methods: Sequence[Method], config: RegCacheConfig) -> RegCacheConfig:
-    """``config`` with everything the methods ask of it; applying it again changes nothing.
+def configured(config: RegCacheConfig) -> RegCacheConfig:
+    """``config`` with everything its methods ask of it; applying it again changes nothing.
 
     Raises:
-        ValueError: see :func:`check_composition`; or a method that needs static activations under dynamic ones.
+        ValueError: an unknown method or parameter; see :func:`check_composition`; or a method that needs static activations
+            under dynamic ones.
     """
+    methods = build_methods(config)
     check_composition(methods)
     # what only methods set: left over from others when a saved recipe is edited
     config = config.replace(rewrites=RewritesConfig())
@@ -108,35 +111,35 @@ def configure(methods: Sequence[Method], config: RegCacheConfig) -> RegCacheConf
     return config.replace(methods=tuple(method.to_dict() for method in methods))
 
 
-def run_pipeline(
-    methods: Sequence[Method],
+def quantize_with(
     model: PreTrainedModel,
     config: RegCacheConfig,
     cache: RegisterCache | None,
     batches: Sequence[Batch],
     progress: bool = True,
 ) -> Quantized:
-    """Fit all stages from "install" to "correct" of the table above on a copy of ``model``.
+    """Fit the stages from "install" to "correct" of the table above on a copy of ``model``.
 
     Args:
-        methods: in any order.
         model: float model, unchanged.
-        config: after :func:`configure`; registers are ``fixed`` or ``none``.
+        config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be :func:`configured`.
         cache: the registers for ``fixed``.
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
 
     Raises:
-        ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
+        ValueError: see :func:`configured`; a method that cannot work on this model, or config and cache that disagree, with
+            the reason.
     """
+    methods, config = build_methods(config), configured(config)
     validate_positions(model, config)
     check_cache(config, cache)
-    require(bool(batches) or not needs_images(methods, config), f"{image_users(methods)} need calibration images.")
+    require(bool(batches) or not needs_images(config), f"{image_users(config)} need calibration images.")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = Fit(config, twin, list(batches), progress=progress)
+    fit = Fit(config, tuple(methods), twin, list(batches), progress=progress)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()
@@ -150,15 +153,15 @@ def run_pipeline(
     return Quantized(fit.result, fit.config, fit.model, fit.measured, seconds)
 
 
-def needs_images(methods: Sequence[Method], config: RegCacheConfig) -> bool:
+def needs_images(config: RegCacheConfig) -> bool:
     """Whether a fit looks at calibration images: static scales, attention operands, or a method that does."""
     static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.sixteen_bit)
-    return static or any(method.needs_images for method in methods)
+    return static or any(method.needs_images for method in build_methods(config))
 
 
-def image_users(methods: Sequence[Method]) -> str:
+def image_users(config: RegCacheConfig) -> str:
     """Who needs them, for a message."""
-    names = [method.name for method in methods if method.needs_images]
+    names = [method.name for method in build_methods(config) if method.needs_images]
     return f"The methods {', '.join(names)}" if names else "Static activations"
 
 

@@ -18,8 +18,8 @@ SPLITS = 20
 def search_products(products: AttentionProducts, watched: dict[str, Watched], space: SearchSpace) -> None:
     """Set the scales of all four operands.
 
-    Query and key in turn by the weighted error of QK^T, one scale per head; for AV the split of the probabilities (all heads
-    share it), then the value scales per head by the weighted error of AV; ``space.rounds`` times.
+    Query and key in turn, ``space.rounds`` times, by the weighted error of QK^T, one scale per head; for AV the split of the
+    probabilities (all heads share it), then the value scales per head by the weighted error of AV.
 
     Args:
         products: the quantized module.

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 
 from optimum_regcache.config import AttentionConfig, RegCacheConfig
 from optimum_regcache.data import Batch
-from optimum_regcache.methods.base import Fit, Group, Method, linear_groups
-from optimum_regcache.methods.gradients import Watched, squared_gradients
+from optimum_regcache.methods.base import Fit, Method, linear_groups
+from optimum_regcache.methods.gradients import squared_gradients
 from optimum_regcache.methods.product_search import search_products
-from optimum_regcache.methods.scale_search import LayerGroup, SearchSpace, search_scales
+from optimum_regcache.methods.scale_search import SearchSpace, search_group
 from optimum_regcache.products import attention_products, install_products
 
 
@@ -58,7 +58,7 @@ class PTQ4ViT(Method):
         form = "twin" if self.twin else "uniform"
         return config.replace(
             weights={"granularity": self.weight_granularity, "observer": "minmax", "symmetric": True},
-            activations={"symmetric": True, "observer": "minmax", "post_activation": form, "outlier_tokens": "clip"},
+            activations={"symmetric": True, "observer": "minmax", "post_activation": form},
             attention={"symmetric": True, "observer": "minmax", "granularity": "per_head", "probabilities": form},
         )
 
@@ -68,30 +68,14 @@ class PTQ4ViT(Method):
         names = [name for group in groups for name in group.names]
         draws, seed = self.draws, self.seed
         watched = squared_gradients(fit.model, names, batches, limit=self.max_tokens, draws=draws, seed=seed)
+        space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
         for group in tqdm(groups, desc="PTQ4ViT scales", disable=not fit.progress):
-            self._search(fit, group, watched)
+            importance = [watched[name].importance for name in group.names]
+            search_group(fit, group, watched[group.names[0]].x, space, importance)
         if fit.config.attention.quantize:
-            self._search_products(fit, first_images(batches, self.product_images))
+            self._search_products(fit, first_images(batches, self.product_images), space)
 
-    def _search(self, fit: Fit, group: Group, watched: dict[str, Watched]) -> None:
-        layers = [fit.quant_linear(name) for name in group.names]
-        space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
-        weights = [
-            layer.rotated_weight(fit.float_linear(name).weight) for layer, name in zip(layers, group.names, strict=True)
-        ]
-        data = LayerGroup(
-            layers[0].prepare_input(watched[group.names[0]].x),
-            weights,
-            [watched[name].importance for name in group.names],
-        )
-        first = layers[0]
-        found = search_scales(data, first.weights, first.activations, space, negative_scale=first.input_negative_scale)
-        for layer, weight, scale in zip(layers, weights, found.weight_scales or [], strict=True):
-            layer.set_weight(weight, scale)
-            layer.set_input_qparams(found.input_scale, found.input_zero_point)
-
-    def _search_products(self, fit: Fit, batches: list[Batch]) -> None:
-        space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
+    def _search_products(self, fit: Fit, batches: list[Batch], space: SearchSpace) -> None:
         install_products(fit.model, fit.config.attention, bypass=True)
         try:
             for name, products in tqdm(

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.methods.base import Fit, Method, groups_by_block
+from optimum_regcache.methods.base import Fit, Method
 from optimum_regcache.numerics import percentile_mse_range
-from optimum_regcache.replay import capture_inputs, walk_blocks
 from optimum_regcache.rewrites import rescale_norm
 
 
@@ -79,27 +77,19 @@ class RepQViT(Method):
         free = {"symmetric": False, "observer": "percentile_mse"}
         return config.replace(
             weights={"granularity": "per_channel", **free},
-            activations={"outlier_tokens": "clip", "post_activation": "uniform", **free},
+            activations=free,
             attention={"granularity": "per_tensor", "probabilities": "log_sqrt2", **free},
         )
 
     def smooth(self, fit: Fit) -> None:
-        groups = groups_by_block(fit.model, fit.config)
         bits, found = fit.config.activations.bits, {}
-        bar = tqdm(total=len(groups), desc="RepQ-ViT norms", disable=not fit.progress)
-        for known in walk_blocks(fit.model, fit.batches):
-            for group in groups.get(known.block, []):
-                if group.role not in ("norm1", "norm2"):
-                    continue
-                x = capture_inputs(fit.model, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
-                number = 0 if group.role == "norm1" else 1
-                if len(group.names) < len(fit.tower.norm_consumers(group.block, number)):
-                    continue  # a consumer stays float: it would lose exactness for nothing
-                new = reparametrise(x, bits)
-                rescale_norm(fit.tower, group.block, number, new.factor, new.shift)
-                for name in group.names:
-                    fit.input_qparams[name] = (new.scale, new.zero_point.to(torch.int32))
-                found[f"{group.block}.{group.role}"] = float(new.factor.max() / new.factor.min())
-            bar.update()
-        bar.close()
+        for known, group in fit.walk(fit.model, "RepQ-ViT norms"):
+            number = fit.norm_of(group)
+            if number is None:
+                continue
+            new = reparametrise(fit.inputs(fit.model, group, known, self.max_tokens), bits)
+            rescale_norm(fit.tower, group.block, number, new.factor, new.shift)
+            for name in group.names:
+                fit.input_qparams[name] = (new.scale, new.zero_point.to(torch.int32))
+            found[f"{group.block}.{group.role}"] = float(new.factor.max() / new.factor.min())
         fit.measured[self.name] = {"largest over smallest channel step": found}

@@ -16,9 +16,10 @@ class RTN(Method):
     name: ClassVar[str] = "rtn"
     paper: ClassVar[str] = "round to nearest, min-max"
     provides: ClassVar[str] = "input scales"
+    observer: ClassVar[str] = "minmax"
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
-        observers = {"observer": "minmax"}
+        observers = {"observer": self.observer}
         return config.replace(
             activations={"mode": "static", "granularity": "per_tensor", **observers},
             weights=observers,

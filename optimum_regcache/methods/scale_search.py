@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
+from optimum_regcache.methods.base import Fit, Group
 from optimum_regcache.nonuniform import twin_signed
 from optimum_regcache.numerics import choose_qparams, fake_quantize
 
@@ -75,9 +76,6 @@ class FoundScales:
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     error: float
-
-
-InputQuantizer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def input_candidates(x: torch.Tensor, a: ActivationsConfig, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,3 +181,36 @@ def _weight_scales(
 def first_best(errors: torch.Tensor) -> int:
     """Index of the smallest error along axis 0; the last candidate (the least clipping) if all are equal."""
     return len(errors) - 1 if bool((errors == errors[0]).all()) else int(errors.argmin())
+
+
+def search_group(
+    fit: Fit,
+    group: Group,
+    x: torch.Tensor,
+    space: SearchSpace,
+    importance: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """:func:`search_scales` for the layers of ``group``; stores what it finds in the quantized model.
+
+    Args:
+        fit: with the modules replaced.
+        group: layers that share one input scale.
+        x: float32 [tokens, in], their input.
+        space: candidates; weights stay as they are if it leaves them out.
+        importance: see `LayerGroup`.
+    """
+    layers = [fit.quant_linear(name) for name in group.names]
+    first = layers[0]
+    weights = [y.rotated_weight(fit.float_linear(n).weight) for y, n in zip(layers, group.names, strict=True)]
+    found = search_scales(
+        LayerGroup(first.prepare_input(x), weights, importance),
+        first.weights,
+        first.activations,
+        space,
+        quantized_weights=None if space.weights else [layer.dequantized_weight() for layer in layers],
+        negative_scale=first.input_negative_scale,
+    )
+    for number, layer in enumerate(layers):
+        if found.weight_scales is not None:
+            layer.set_weight(weights[number], found.weight_scales[number])
+        layer.set_input_qparams(found.input_scale, found.input_zero_point)

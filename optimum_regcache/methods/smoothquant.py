@@ -7,12 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.methods.base import Fit, Group, Method, groups_by_block
+from optimum_regcache.methods.base import Fit, Group, Method
 from optimum_regcache.numerics import choose_qparams, dynamic_qparams, fake_quantize, weight_qparams
-from optimum_regcache.replay import capture_inputs, walk_blocks
 from optimum_regcache.rewrites import rescale_norm, rescale_values
 
 
@@ -37,27 +35,19 @@ class SmoothQuant(Method):
     cache_effect: ClassVar[str] = "register values are divided by the factors of the value projection"
 
     def smooth(self, fit: Fit) -> None:
-        groups, chosen = groups_by_block(fit.model, fit.config), {}
-        bar = tqdm(total=len(groups), desc="SmoothQuant", disable=not fit.progress)
-        for known in walk_blocks(fit.model, fit.batches):
-            for group in groups.get(known.block, []):
-                if group.role == "activation" or (group.role == "attention" and not self.values):
-                    continue
-                if group.role != "attention" and len(group.names) < len(
-                    fit.tower.norm_consumers(group.block, int(group.role == "norm2"))
-                ):
-                    continue
-                x = capture_inputs(fit.model, group.names[:1], fit.batches, known, self.max_tokens)[group.names[0]]
-                alpha, factor = self._best(fit, group, x)
-                chosen[f"{group.block}.{group.role}"] = alpha
-                if factor is None:
-                    continue
-                if group.role == "attention":
-                    rescale_values(fit.model, group.block, factor)
-                else:
-                    rescale_norm(fit.tower, group.block, int(group.role == "norm2"), factor)
-            bar.update()
-        bar.close()
+        chosen = {}
+        for known, group in fit.walk(fit.model, "SmoothQuant"):
+            number = fit.norm_of(group)
+            if number is None and not (group.role == "attention" and self.values):
+                continue
+            alpha, factor = self._best(fit, group, fit.inputs(fit.model, group, known, self.max_tokens))
+            chosen[f"{group.block}.{group.role}"] = alpha
+            if factor is None:
+                continue
+            if number is None:
+                rescale_values(fit.model, group.block, factor)
+            else:
+                rescale_norm(fit.tower, group.block, number, factor)
         fit.measured[self.name] = {"alpha": chosen}
 
     def _best(self, fit: Fit, group: Group, x: torch.Tensor) -> tuple[float | None, torch.Tensor | None]:

@@ -8,7 +8,7 @@ from optimum_regcache.rewrites.hadamard import (
     rotate_mlp_input_weight,
     rotation_matrix,
 )
-from optimum_regcache.rewrites.norms import rescale_norm, rescale_values, shift_norm, shift_values
+from optimum_regcache.rewrites.norms import rescale_norm, rescale_values
 from optimum_regcache.rewrites.rotation import (
     empty_rotation,
     fold_layer_scale,
@@ -33,6 +33,4 @@ __all__ = [
     "rotate_mlp_input_weight",
     "rotate_residual",
     "rotation_matrix",
-    "shift_norm",
-    "shift_values",
 ]

@@ -1,8 +1,8 @@
-"""Exact scaling and shifting of LayerNorm outputs and of attention values, folded into the layers around them.
+"""Exact scaling and shifting of LayerNorm outputs, and scaling of attention values, folded into the layers around them.
 
 Every function changes a float model in place and leaves what it computes as it is. The arithmetic is float64, the result
 is stored in the dtype of the parameter. `RegisterCache` objects that a user passes as ``past_key_values`` are not stored in
-the model: those of :func:`rescale_values` and :func:`shift_values` must be made anew from the changed model.
+the model: after :func:`rescale_values` they must be made anew from the changed model.
 """
 
 from __future__ import annotations
@@ -49,18 +49,6 @@ def rescale_norm(
             add_to_bias(tower, linear, exact(linear.weight) @ (scaled - exact(norm.bias)))
 
 
-def shift_norm(tower: Tower, block: int, number: int, offset: torch.Tensor) -> None:
-    """Add ``offset`` [D] to the output of a LayerNorm and take its effect out of the biases of all consumers.
-
-    beta' = beta + N, bias' = bias - W N (D.1: NoisyQuant, arXiv 2211.16056, with the addition folded into the norm).
-
-    Raises:
-        ValueError: as :func:`rescale_norm`.
-    """
-    weight = affine_norm(tower, block, number).weight
-    rescale_norm(tower, block, number, torch.ones_like(weight), -_channels("offset", offset, weight))
-
-
 def rescale_values(model: nn.Module, block: int, factor: torch.Tensor) -> None:
     """Divide the channels of the attention values by ``factor``, and multiply the columns of the output projection by it.
 
@@ -83,26 +71,6 @@ def rescale_values(model: nn.Module, block: int, factor: torch.Tensor) -> None:
         store(value.bias, exact(value.bias) / factor)
     store(out.weight, exact(out.weight) * factor)
     map_registers(model, lambda index, k, v: (k, v / _per_head(factor, v)) if index == block else (k, v))
-
-
-def shift_values(model: nn.Module, block: int, offset: torch.Tensor) -> None:
-    """Add ``offset`` [D] to the attention values, stored registers included, and take it out of the output projection.
-
-    bias_v' = bias_v + c, V_register' = V_register + c, bias_out' = bias_out - W_out c. Exact, because every row of attention
-    probabilities, with the columns of the registers, sums to one.
-
-    Raises:
-        ValueError: as :func:`rescale_norm`.
-    """
-    tower = find_tower(model)
-    value, out = attention_linears(tower, block, tower.family.value, tower.family.out)
-    offset = _channels("offset", offset, value.weight)
-    before = torch.zeros_like(offset) if value.bias is None else exact(value.bias)
-    add_to_bias(tower, value, offset)
-    if value.bias is not None:
-        offset = exact(value.bias) - before  # what was really added, after rounding
-    add_to_bias(tower, out, -(exact(out.weight) @ offset))
-    map_registers(model, lambda index, k, v: (k, v + _per_head(offset, v)) if index == block else (k, v))
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
