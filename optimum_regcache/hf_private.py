@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import output_capturing
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 
@@ -68,3 +70,12 @@ def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def attention_weights_wanted() -> bool:
+    """Whether the model call under way collects attention weights (``output_attentions=True``)."""
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling() and not collector.compiling:  # a context variable cannot be traced
+        return False
+    wanted = collector.get()
+    return wanted is not None and "attentions" in wanted

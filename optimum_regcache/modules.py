@@ -56,6 +56,7 @@ class QuantLinear(nn.Module):
         self.weights, self.activations = weights, activations
         self.backend = "auto"
         self._runtime: LinearBackend | None = None
+        self.generation = 0  # changes with the state, for data derived elsewhere
         words = -(-in_features // numerics.codes_per_word(weights.bits))
         scales = out_features if weights.granularity == "per_channel" else 1
         self.weight = nn.Buffer(torch.zeros(out_features, words, dtype=torch.int32, device=device))
@@ -202,6 +203,7 @@ class QuantLinear(nn.Module):
     def reset_runtime(self) -> None:
         """Forget derived data after a change of state or of ``backend``."""
         self._runtime = None
+        self.generation += 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""

@@ -61,11 +61,13 @@ class EmbeddingsMixin(_Swapped):
 class BlockMixin(_Swapped):
     """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block.
 
+    ``fused`` computes the block itself if it is there (`optimum_regcache.fusion`).
     Buffer ``rotation`` [D, D] of the first and last block: orthogonal, the residual stream between them is ``x @ rotation``.
     """
 
     block_index: int
     rotation: torch.Tensor | None
+    fused: Any = None
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         runtime = self.regcache
@@ -85,7 +87,10 @@ class BlockMixin(_Swapped):
         selection = runtime.current.selection
         if selection is not None:
             attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
-        output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        if self.fused is not None and self.fused.applies(self, hidden_states):
+            output = self.fused(self, hidden_states, attention_mask, kwargs.get("past_key_values"))
+        else:
+            output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         if self.block_index != runtime.num_blocks - 1:
             return output
         return runtime.leave(runtime.finish(output), self.rotation)
@@ -105,7 +110,8 @@ class AttentionMixin(_Swapped):
     register_key: torch.Tensor | None
     register_value: torch.Tensor | None
 
-    def _registers(self, past_key_values: RegisterCache | None) -> tuple[RegisterLayer, float] | None:
+    def registers(self, past_key_values: RegisterCache | None) -> tuple[RegisterLayer, float] | None:
+        """The rows for this call and tau, or None."""
         if past_key_values is not None:
             layer = past_key_values.layers[self.block_index]
             return (layer, past_key_values.num_copies) if layer.get_seq_length() else None
@@ -120,7 +126,7 @@ class AttentionMixin(_Swapped):
         past_key_values: RegisterCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        registers = self._registers(past_key_values)
+        registers = self.registers(past_key_values)
         if registers is None and self.products is None:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         layer, copies = registers or (RegisterLayer(), 1.0)

@@ -1,0 +1,191 @@
+"""A transformer block as a short row of fused operations: what runs instead of the native forward after `fuse`.
+
+LayerNorm and quantization in one pass, one product for query, key and value, int8 attention, the activation function in the
+epilogue of the MLP's first product with u8 output, residual additions in the epilogues, LayerScale folded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from optimum_regcache.architectures import EncoderFamily
+from optimum_regcache.fusion.gemm import PackedGemm, Unfusable, epilogue, input_codes, same_codes
+from optimum_regcache.hf_private import attention_weights_wanted
+from optimum_regcache.kernels import fused_ops as ops
+from optimum_regcache.kernels.fused_ops import RegisterRows
+from optimum_regcache.modules import QuantLinear
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.registers.neurons import RegisterNeuronActivation
+from optimum_regcache.registers.runtime import widen_mask
+
+MAX_HEAD_DIM, MAX_REGISTERS = 128, 16  # of the native attention operator
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """How fused blocks run.
+
+    Attributes:
+        int8_attention: attention products in int8 where the C++ operators and the input allow it; else float32.
+        native: use the C++ operators.
+    """
+
+    int8_attention: bool
+    native: bool
+
+
+class _Projections:
+    """LayerNorm, quantization and the layers that read it (query, key, value; or the MLP's input layers)."""
+
+    def __init__(self, norm: nn.LayerNorm, linears: Sequence[QuantLinear], native: bool, **gemm: Any) -> None:
+        self.norm, self.native = norm, native
+        found = [input_codes(linear) for linear in linears]
+        groups = [list(linears)] if same_codes(found) else [[linear] for linear in linears]
+        self.gemms = [PackedGemm(group, codes, **gemm) for group, codes in zip(groups, found, strict=False)]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """float32 [B, N, D] -> the output of every product."""
+        if len(self.gemms) == 1:
+            return [self.gemms[0](ops.layer_norm_quantize(x, self.norm, self.gemms[0].codes, self.native))]
+        y = self.norm(x)
+        return [gemm(ops.quantize(y, gemm.codes, self.native)) for gemm in self.gemms]
+
+
+class _Parts:
+    """Everything derived from the state of a block."""
+
+    def __init__(self, block: Any, family: EncoderFamily, settings: FusionSettings) -> None:
+        attention = block.get_submodule(family.attention)
+        if attention.products is not None:
+            raise Unfusable("the attention products are simulated (attention.quantize).")
+        query, key, value, out, self.scaling_name, _ = attention.tower_names
+        self.attention, self.native = attention, settings.native
+        linears = [_linear(attention, name) for name in (query, key, value)]
+        self.heads = linears[0].out_features // attention.head_dim
+        self.int8_attention = settings.int8_attention and attention.head_dim <= MAX_HEAD_DIM
+        norms = [block.get_submodule(name) for name in family.norms]
+        self.qkv = _Projections(norms[0], linears, self.native)
+        scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
+        out_linear = _linear(attention, out)
+        self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
+        self.mlp = _Mlp(block, family, norms[1], scales[1], self.native)
+
+
+class _Mlp:
+    """Both layers of the MLP with the activation function; SwiGLU: ``silu(gate) * up`` in float between them."""
+
+    def __init__(self, block: Any, family: EncoderFamily, norm: nn.LayerNorm, scale: Any, native: bool) -> None:
+        if any(isinstance(module, RegisterNeuronActivation) for module in block.modules()):
+            raise Unfusable("the MLP moves activations to a test-time register.")
+        self.native = native
+        last = _linear(block, _present(block, family.mlp_out)[0])
+        codes = input_codes(last)
+        first = [_linear(block, name) for name in _present(block, family.mlp_in)]
+        self.gated = len(first) > 1 or first[0].out_features != last.in_features
+        activation = None if self.gated else epilogue(_activation_name(block))
+        direct = codes if not self.gated and codes.is_byte else None
+        self.first = _Projections(norm, first, native, activation=activation, out_codes=direct)
+        self.last = PackedGemm([last], codes, channel_scale=scale)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.first(x)
+        hidden = outputs[0]
+        if self.gated:
+            gate, up = hidden.chunk(2, -1) if len(outputs) == 1 else outputs
+            hidden = F.silu(gate) * up
+        if hidden.dtype != torch.uint8:
+            hidden = ops.quantize(hidden, self.last.codes, self.native)
+        return self.last.add(hidden, x)
+
+
+class FusedBlock:
+    """Runs a block that belongs to it (`BlockMixin.fused`). Derived data is built on first use and never copied or pickled.
+
+    Args:
+        family: names in the block.
+        settings: how to run.
+    """
+
+    def __init__(self, family: EncoderFamily, settings: FusionSettings) -> None:
+        self.family, self.settings = family, settings
+        self._parts: _Parts | None = None
+        self._built_for: tuple[int, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": None, "_built_for": ()}
+
+    def build(self, block: Any) -> None:
+        """Pack the weights of ``block``.
+
+        Raises:
+            Unfusable: a form of quantization that has no fused execution.
+        """
+        self._parts = _Parts(block, self.family, self.settings)
+        self._built_for = _generations(block)
+
+    def applies(self, block: Any, hidden: torch.Tensor) -> bool:
+        """Whether this call runs fused: float32 on the CPU, evaluation mode, no attention weights asked for."""
+        plain = hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        return plain and not block.training and not attention_weights_wanted()
+
+    def __call__(
+        self, block: Any, hidden: torch.Tensor, mask: torch.Tensor | None, past_key_values: RegisterCache | None
+    ) -> torch.Tensor:
+        """Block input [B, N, D] float32 -> output of the same shape."""
+        if self._parts is None or self._built_for != _generations(block):
+            if torch.compiler.is_compiling():
+                raise RuntimeError("This fused model has no packed weights yet. Run it once before torch.compile.")
+            self.build(block)
+        parts: Any = self._parts
+        x = hidden.contiguous()
+        qkv = parts.qkv(x)
+        q, k, v = qkv[0].chunk(3, -1) if len(qkv) == 1 else qkv
+        x = parts.out.add(self._attend(parts, q, k, v, mask, past_key_values), x)
+        return parts.mlp(x)
+
+    def _attend(self, parts: Any, q: Any, k: Any, v: Any, mask: Any, past: RegisterCache | None) -> torch.Tensor:
+        """Attention of image tokens and registers, as codes for the output projection."""
+        attention, codes = parts.attention, parts.out.codes
+        stored, scaling = attention.registers(past), getattr(attention, parts.scaling_name)
+        layer, copies = stored if stored is not None else (None, 1.0)
+        few = layer is None or layer.keys.shape[1] <= MAX_REGISTERS
+        if parts.int8_attention and mask is None and few:
+            rows = None if layer is None else RegisterRows(layer.keys, layer.values, math.log(copies))
+            return ops.int8_attention(q, k, v, rows, parts.heads, scaling, codes)
+        shape = (*q.shape[:-1], parts.heads, -1)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
+        if layer is not None:
+            mask = widen_mask(mask, layer.keys.shape[1], copies, q)
+            k, v = layer.update(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return ops.quantize(y.transpose(1, 2).flatten(2), codes, parts.native)
+
+
+def _generations(block: nn.Module) -> tuple[int, ...]:
+    """Changes whenever quantized weights or scales of the block change."""
+    return tuple(module.generation for module in block.modules() if isinstance(module, QuantLinear))
+
+
+def _linear(parent: nn.Module, name: str) -> QuantLinear:
+    module = parent.get_submodule(name)
+    if not isinstance(module, QuantLinear):
+        raise Unfusable(f"{name} is not quantized.")
+    return module
+
+
+def _present(block: nn.Module, names: Sequence[str]) -> list[str]:
+    known = {name for name, _ in block.named_modules()}
+    return [name for name in names if name in known]
+
+
+def _activation_name(block: Any) -> str:
+    return block.get_submodule("mlp").config.hidden_act
+
+

@@ -1,0 +1,115 @@
+"""C++ operators for the fused int8 runtime, built for this machine on first use and kept in PyTorch's extension cache.
+
+They exist where the CPU has AVX-512 with VNNI and a C++ compiler is installed. Everywhere else the same operations run in
+plain PyTorch (`optimum_regcache.kernels.fused_ops`), more slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from optimum_regcache.kernels.onednn import machine_reason
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("fused_ops.cpp")
+_NAME = "optimum_regcache_fused_ops"
+SWITCH = "OPTIMUM_REGCACHE_NATIVE"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+@lru_cache(maxsize=1)
+def unavailable_reason() -> str | None:
+    """Why the operators cannot be used here, or None. The first call builds them (about 10 s once for a PyTorch version).
+
+    The environment variable OPTIMUM_REGCACHE_NATIVE=0 switches them off.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return f"the environment variable {SWITCH} is 0."
+    if not sys.platform.startswith("linux"):
+        return f"the operators are built on Linux only, this is {sys.platform}."
+    reason = machine_reason()
+    if reason is not None:
+        return reason
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return f"the CPU capability is {torch.backends.cpu.get_cpu_capability()}, AVX512 is needed."
+    if _compiler() is None:
+        return "no C++ compiler was found (install g++, or set CXX)."
+    with _ninja_on_path():
+        if shutil.which("ninja") is None:
+            return "the build tool ninja was not found (pip install ninja)."
+        return _build()
+
+
+@contextlib.contextmanager
+def _ninja_on_path():  # noqa: ANN202
+    """The ninja that pip installed beside this Python is found even if its environment is not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((before, sysconfig.get_path("scripts")))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _build() -> str | None:
+    from torch.utils import cpp_extension
+
+    logger.info("Building the fused int8 operators; this happens once.")
+    flags = ["-O3", "-march=native", "-fopenmp", "-Wno-ignored-attributes"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            cpp_extension.load(_NAME, [str(SOURCE)], extra_cflags=flags, is_python_module=False)
+    except (RuntimeError, OSError) as error:
+        return f"building the C++ operators failed: {str(error).strip().splitlines()[0]}"
+    _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """Shapes for torch.compile."""
+
+    @torch.library.register_fake("regcache::quantize")
+    def _(x: torch.Tensor, inverse: float, zero_point: int, highest: int) -> torch.Tensor:
+        return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("regcache::layer_norm_quantize")
+    def _(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        inverse: float,
+        zero_point: int,
+        highest: int,
+    ) -> torch.Tensor:
+        return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("regcache::attention")
+    def _(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        register_key: torch.Tensor | None,
+        register_value: torch.Tensor | None,
+        heads: int,
+        scaling: float,
+        logit_bias: float,
+        inverse: float,
+        zero_point: int,
+        highest: int,
+    ) -> torch.Tensor:
+        return q.new_empty(q.shape, dtype=torch.uint8 if inverse > 0 else torch.float32)
