@@ -60,7 +60,7 @@ def test_threshold_compares_with_the_median_of_the_candidates() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_kept_positions_and_scatter_undo_the_gather(seed: int) -> None:
+def test_kept_positions_and_spreading_undo_the_gather(seed: int) -> None:
     dropped = random_selection(seed, 11, 1, 4)
     kept = D.kept_positions(dropped, 4)
     for row, positions in zip(dropped, kept, strict=True):
@@ -68,9 +68,10 @@ def test_kept_positions_and_scatter_undo_the_gather(seed: int) -> None:
     hidden = torch.randn(3, 11, 5, generator=torch.Generator().manual_seed(seed))
     gathered = D.gather_tokens(hidden, kept)
     assert gathered.shape == (3, 7, 5)
-    expected = hidden.masked_fill(dropped[..., None], 0)
-    assert torch.equal(D.scatter_tokens(gathered, D.Selection(dropped, kept, 4, None, 1)), expected)
-    assert torch.equal(D.scatter_tokens(hidden, D.Selection(dropped, None, 4, None, 1)), expected)
+    spread = D.spread_tokens(gathered, D.Selection(dropped, kept, 4, None, 1))
+    assert spread.shape == hidden.shape
+    assert torch.equal(spread[~dropped], hidden[~dropped])
+    assert D.spread_tokens(hidden, D.Selection(dropped, None, 4, None, 1)) is hidden
 
 
 def test_outlier_scores_are_the_largest_magnitude() -> None:

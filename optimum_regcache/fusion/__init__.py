@@ -102,9 +102,9 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`, in place."""
+    prepare_tower(model).native = False
     for block in find_tower(model).blocks:
-        if getattr(block, "fused", None) is not None:
-            block.fused = None  # type: ignore[assignment]
+        block.fused = None  # type: ignore[assignment]
 
 
 def is_fused(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from optimum_regcache.architectures import EncoderFamily
 from optimum_regcache.fusion.gemm import PackedGemm, Unfusable, epilogue, input_codes, same_codes
 from optimum_regcache.hf_private import attention_weights_wanted
 from optimum_regcache.kernels import fused_ops as ops
+from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.kernels.fused_ops import RegisterRows
 from optimum_regcache.modules import QuantLinear
 from optimum_regcache.registers import RegisterCache
@@ -127,7 +128,10 @@ class FusedBlock:
         Raises:
             Unfusable: a form of quantization that has no fused execution.
         """
+        if self.settings.native and native_ops.unavailable_reason() is not None:  # made on another machine
+            self.settings = FusionSettings(int8_attention=False, native=False)
         self._parts = _Parts(block, self.family, self.settings)
+        block.regcache.native = self.settings.native
         self._built_for = _generations(block)
 
     def applies(self, block: Any, hidden: torch.Tensor) -> bool:

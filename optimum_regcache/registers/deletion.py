@@ -82,16 +82,17 @@ def kept_positions(dropped: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gather_tokens(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """[B, N, D] -> [B, K, D]."""
-    return hidden.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    """[B, N, D] -> [B, K, D]; whole rows are copied, which is faster than a gather with an index for every channel."""
+    first = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1) * hidden.shape[1]
+    rows = hidden.flatten(0, 1).index_select(0, (first + kept).flatten())
+    return rows.unflatten(0, kept.shape)
 
 
-def scatter_tokens(hidden: torch.Tensor, selection: Selection) -> torch.Tensor:
-    """[B, K, D] -> [B, N, D]; zero at deleted positions."""
+def spread_tokens(hidden: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """Kept tokens [B, K, D] back to their places, [B, N, D]; other kept tokens stand at deleted positions."""
     if selection.kept is None:
-        return hidden.masked_fill(selection.dropped.unsqueeze(-1), 0)
-    full = hidden.new_zeros(hidden.shape[0], selection.dropped.shape[1], hidden.shape[2])
-    return full.scatter(1, selection.kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]), hidden)
+        return hidden
+    return gather_tokens(hidden, (~selection.dropped).long().cumsum(1).sub(1).clamp(min=0))
 
 
 def narrow_mask(attention_mask: torch.Tensor | None, selection: Selection, dtype: torch.dtype) -> torch.Tensor | None:
@@ -135,9 +136,9 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
     lead, dropped = selection.num_prefix_tokens, selection.dropped
     usable = ~dropped if valid is None else ~dropped & valid
     usable = usable & (torch.arange(tokens, device=full.device) >= lead)
-    weight = usable.unsqueeze(-1).to(full.dtype)
-    overall = (full * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)  # [B, 1, D]
-    target = dropped.long().topk(selection.count, dim=1).indices  # [B, k]; may hold kept tokens under a threshold
+    weight = usable.unsqueeze(1).to(full.dtype)
+    overall = weight @ full / weight.sum(-1, keepdim=True).clamp(min=1)  # [B, 1, D]
+    target = dropped.long().topk(selection.count, dim=1).indices  # [B, k]
     size = grid_size(selection.grid, tokens - lead, batch, full.device)
     fill = overall.expand(-1, selection.count, -1)
     if size is not None:
@@ -151,18 +152,28 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
         neighbours = gather_tokens(full, source).reshape(batch, -1, 8, width)
         number = good.sum(2)
         fill = torch.where(number > 0, (neighbours * good).sum(2) / number.clamp(min=1), fill)
-    fill = torch.where(dropped.gather(1, target).unsqueeze(-1), fill, gather_tokens(full, target))
-    return full.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), fill)
+    if selection.kept is None:  # fewer than ``count`` may be gone
+        fill = torch.where(dropped.gather(1, target).unsqueeze(-1), fill, gather_tokens(full, target))
+    images = torch.arange(batch, device=full.device).unsqueeze(1).expand_as(target)
+    return full.index_put((images, target), fill)
 
 
 def grid_size(grid: Grid, patches: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Patch rows and columns, each int64 [B, 1]; a square is assumed if unknown, None if it is not one."""
     if isinstance(grid, torch.Tensor):
         return grid[:, :1].to(device), grid[:, 1:2].to(device)
+    size = patch_grid(grid, patches)
+    if size is None:
+        return None
+    ones = torch.ones(batch, 1, dtype=torch.int64, device=device)
+    return ones * size[0], ones * size[1]
+
+
+def patch_grid(grid: Grid, patches: int) -> tuple[int, int] | None:
+    """Patch rows and columns where they are the same for all images, else None; a square is assumed if unknown."""
+    if isinstance(grid, torch.Tensor):
+        return None
     if grid is None or grid[0] * grid[1] != patches:
         side = math.isqrt(patches)
-        if side * side != patches:
-            return None
-        grid = (side, side)
-    ones = torch.ones(batch, 1, dtype=torch.int64, device=device)
-    return ones * grid[0], ones * grid[1]
+        return (side, side) if side * side == patches else None
+    return grid

@@ -64,12 +64,14 @@ class TowerRuntime:
         num_blocks: blocks of the tower.
         first_block: holds the rotation of the residual stream, if there is one.
         replay: recorded block inputs, while a search measures later blocks only.
+        native: use the C++ operators for deletion where they apply (`optimum_regcache.fusion`).
     """
 
     def __init__(self, tower: Tower) -> None:
         self.deletion = DeletionConfig()
         self.num_copies = 1.0
         self.extra_token = False
+        self.native = False
         self._leading = tower.num_prefix_tokens
         self.keep_positions = tower.is_backbone or tower.family.always_mask
         self.num_blocks = len(tower.blocks)
@@ -94,7 +96,8 @@ class TowerRuntime:
         return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
+        # the operators may not be loaded in this process; a fused block switches them on
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass(), native=False)
 
     def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
         """Start a forward pass: remember the patch grid."""
@@ -122,11 +125,17 @@ class TowerRuntime:
                 f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
                 "input. Use larger images or a smaller count."
             )
+        masked = self.keep_positions or config.rule == "threshold"
+        simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
+        if self.native and simple and hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+            hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
+            state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
+            state.valid = None
+            return hidden
         valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
         patch = torch.arange(tokens, device=hidden.device) >= lead
         states = hidden if rotation is None or config.score == "l2" else hidden @ rotation.T.to(hidden)
         dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)
-        masked = self.keep_positions or config.rule == "threshold"
         kept = None if masked else D.kept_positions(dropped, config.count)
         state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
         state.valid = None if attention_mask is None else valid
@@ -164,4 +173,10 @@ class TowerRuntime:
         state.selection = state.valid = None
         if selection is None or self.deletion.fill == "none":
             return hidden
-        return D.fill_deleted(D.scatter_tokens(hidden, selection), selection, valid)
+        if self.native and selection.kept is not None and valid is None and hidden.dtype == torch.float32:
+            size = D.patch_grid(selection.grid, selection.dropped.shape[1] - selection.num_prefix_tokens)
+            if size is not None:
+                return torch.ops.regcache.restore_tokens(
+                    hidden, selection.kept, selection.dropped, selection.num_prefix_tokens, *size
+                )
+        return D.fill_deleted(D.spread_tokens(hidden, selection), selection, valid)

@@ -22,7 +22,7 @@ from optimum_regcache.kernels.onednn import machine_reason
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("fused_ops.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "token_ops.cpp"))
 _NAME = "optimum_regcache_fused_ops"
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 
@@ -69,10 +69,11 @@ def _build() -> str | None:
     from torch.utils import cpp_extension
 
     logger.info("Building the fused int8 operators; this happens once.")
-    flags = ["-O3", "-march=native", "-fopenmp", "-Wno-ignored-attributes"]
+    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros",
+             "-fno-trapping-math", "-Wno-ignored-attributes"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            cpp_extension.load(_NAME, [str(SOURCE)], extra_cflags=flags, is_python_module=False)
+            cpp_extension.load(_NAME, [str(path) for path in SOURCES], extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError) as error:
         return f"building the C++ operators failed: {str(error).strip().splitlines()[0]}"
     _register_fakes()
@@ -113,3 +114,18 @@ def _register_fakes() -> None:
         highest: int,
     ) -> torch.Tensor:
         return q.new_empty(q.shape, dtype=torch.uint8 if inverse > 0 else torch.float32)
+
+    @torch.library.register_fake("regcache::delete_tokens")
+    def _(x: torch.Tensor, lead: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, tokens, width = x.shape
+        return (
+            x.new_empty(batch, tokens - count, width),
+            x.new_empty(batch, tokens - count, dtype=torch.int64),
+            x.new_empty(batch, tokens, dtype=torch.bool),
+        )
+
+    @torch.library.register_fake("regcache::restore_tokens")
+    def _(
+        x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, lead: int, rows: int, columns: int
+    ) -> torch.Tensor:
+        return x.new_empty(x.shape[0], dropped.shape[1], x.shape[2])
