@@ -20,6 +20,7 @@ from optimum_regcache.hf_integration import register
 from optimum_regcache.registers import RegisterCache
 
 if TYPE_CHECKING:
+    from optimum_regcache.fusion import fuse, unfuse
     from optimum_regcache.models import (
         RegCacheCLIPVisionModel,
         RegCacheDeiTModel,
@@ -46,7 +47,9 @@ _LAZY = {
     "RegCacheQuantizer": "quantizer",
     "Recipe": "recipe",
     "SearchConfig": "recipe",
+    "fuse": "fusion",
     "set_backend": "modules",
+    "unfuse": "fusion",
 }
 
 __all__ = [
@@ -67,7 +70,9 @@ __all__ = [
     "RegistersConfig",
     "SearchConfig",
     "WeightsConfig",
+    "fuse",
     "set_backend",
+    "unfuse",
 ]
 
 register()

@@ -194,8 +194,14 @@ class QuantLinear(nn.Module):
         )
 
     def runtime(self) -> LinearBackend:
-        """The prepared backend, built on first use."""
+        """The prepared backend, built on first use.
+
+        Raises:
+            RuntimeError: not built yet while `torch.compile` is tracing.
+        """
         if self._runtime is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("The quantized weights are not packed yet. Run the model once before torch.compile.")
             state = self.state()
             self._runtime = select_backend(self.backend, state)(state)
         return self._runtime

@@ -74,7 +74,9 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}.")
     tower = find_tower(model)
     if not any(True for _ in quant_linears(model)):
-        raise ValueError("fuse() is for quantized encoders; this model is float. Quantize it with RegCacheQuantizer first.")
+        raise ValueError(
+            "fuse() is for quantized encoders; this model is float. Quantize it with RegCacheQuantizer first."
+        )
     if machine_reason() is not None:
         raise ValueError(f"fuse() cannot run int8 on this machine: {machine_reason()} The model stays as it is.")
     reason = "native=False." if native is False else native_ops.unavailable_reason()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.architectures import EncoderFamily
-from optimum_regcache.fusion.gemm import PackedGemm, Unfusable, epilogue, input_codes, same_codes
+from optimum_regcache.fusion.gemm import PackedGemm, Unfusable, fused_activation, input_codes, same_codes
 from optimum_regcache.hf_private import attention_weights_wanted
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native as native_ops
@@ -90,7 +90,7 @@ class _Mlp:
         codes = input_codes(last)
         first = [_linear(block, name) for name in _present(block, family.mlp_in)]
         self.gated = len(first) > 1 or first[0].out_features != last.in_features
-        activation = None if self.gated else epilogue(_activation_name(block))
+        activation = None if self.gated else fused_activation(_activation_name(block))
         direct = codes if not self.gated and codes.is_byte else None
         self.first = _Projections(norm, first, native, activation=activation, out_codes=direct)
         self.last = PackedGemm([last], codes, channel_scale=scale)
@@ -191,5 +191,3 @@ def _present(block: nn.Module, names: Sequence[str]) -> list[str]:
 
 def _activation_name(block: Any) -> str:
     return block.get_submodule("mlp").config.hidden_act
-
-

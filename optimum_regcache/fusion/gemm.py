@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,8 @@ class Unfusable(ValueError):
 
 
 @dataclass(frozen=True)
-class _Epilogue:
-    """Post operation of a product, and what it needs folded in."""
+class Activation:
+    """An activation function as oneDNN's post operation, and the factor that has to be folded into its input."""
 
     name: str = "none"
     algorithm: str = ""
@@ -63,15 +62,15 @@ def input_codes(linear: QuantLinear) -> Codes:
     return Codes(float(1.0 / scale), float(scale), int(zero) + shift, 2**a.bits - 1)
 
 
-def epilogue(activation: str) -> _Epilogue:
-    """The post operation that computes the activation function called ``activation`` in a transformers config.
+def fused_activation(name: str) -> Activation:
+    """The post operation that computes the activation function called ``name`` in a transformers config.
 
     Raises:
         Unfusable: oneDNN has none.
     """
-    if activation not in ACTIVATIONS:
-        raise Unfusable(f"the activation function {activation!r} has no fused form.")
-    return _Epilogue(*ACTIVATIONS[activation])
+    if name not in ACTIVATIONS:
+        raise Unfusable(f"the activation function {name!r} has no fused form.")
+    return Activation(*ACTIVATIONS[name])
 
 
 class PackedGemm:
@@ -91,54 +90,44 @@ class PackedGemm:
         codes: Codes,
         *,
         channel_scale: torch.Tensor | None = None,
-        activation: _Epilogue | None = None,
+        activation: Activation | None = None,
         out_codes: Codes | None = None,
     ) -> None:
         self.codes = codes
-        post = activation or _Epilogue()
-        weight = torch.cat([linear.codes() for linear in linears])
-        self.out_features = weight.shape[0]
-        self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        post = activation or Activation()
         scale = torch.cat([linear.weight_scale.expand(linear.out_features) for linear in linears]).detach().float()
         bias = _bias(linears)
-        if channel_scale is not None:
-            factor = channel_scale.detach().float()
-            scale, bias = scale * factor, None if bias is None else bias * factor
-        if post.factor != 1.0:
-            scale, bias = scale * post.factor, None if bias is None else bias * post.factor
-        self.scale, self.bias = scale.contiguous(), bias
-        self.zero = torch.zeros(self.out_features, dtype=torch.int64)
-        self.post, self.algorithm, self.factor = post.name, post.algorithm, post.factor
-        if out_codes is None:
-            self.out_scale, self.out_zero, self.out_dtype = 1.0, 0, torch.float32
-        else:
-            self.out_scale, self.out_zero = out_codes.scale * post.factor, out_codes.zero_point
-            self.out_dtype = torch.uint8
+        for factor in (channel_scale, post.factor):
+            if factor is not None:
+                scale, bias = scale * factor, None if bias is None else bias * factor
+        self.weight = onednn.PackedWeight.pack(torch.cat([linear.codes() for linear in linears]), scale, bias)
+        self.epilogue = onednn.Epilogue(post.name, post.algorithm)
+        self.factor = post.factor
+        if out_codes is not None:
+            self.epilogue = onednn.Epilogue(
+                post.name, post.algorithm, out_codes.scale * post.factor, out_codes.zero_point, as_codes=True
+            )
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
         """u8 [..., in] -> float32 or u8 [..., out]."""
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, self.codes.scale, self.codes.zero_point, self.packed, self.scale, self.zero, self.bias,
-            self.out_scale, self.out_zero, self.out_dtype, self.post, [], self.algorithm,
-        )  # fmt: skip
-        return y.div_(self.factor) if self.out_dtype == torch.float32 and self.factor != 1.0 else y
+        y = onednn.int8_linear(codes, self.codes.scale, self.codes.zero_point, self.weight, self.epilogue)
+        return y if self.epilogue.as_codes or self.factor == 1.0 else y.div_(self.factor)
 
     def add(self, codes: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """The product plus ``other`` float32 [..., out], as a new tensor (``other`` may be a collected hidden state)."""
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            codes, self.codes.scale, self.codes.zero_point, self.packed, self.scale, self.zero, other, self.bias,
-            1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
-        )  # fmt: skip
+        return onednn.int8_linear(codes, self.codes.scale, self.codes.zero_point, self.weight, other=other)
 
 
 def _bias(linears: Sequence[Any]) -> torch.Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
     zeros = [linear.weight_scale.new_zeros(linear.out_features) for linear in linears]
-    parts = [z if linear.bias is None else linear.bias.detach().float() for linear, z in zip(linears, zeros, strict=True)]
+    parts = [
+        z if linear.bias is None else linear.bias.detach().float() for linear, z in zip(linears, zeros, strict=True)
+    ]
     return torch.cat(parts).contiguous()
 
 
 def same_codes(found: Sequence[Codes]) -> bool:
     """Whether all layers read the same codes."""
-    return all(math.isclose(c.scale, found[0].scale, rel_tol=0) and c == found[0] for c in found)
+    return all(codes == found[0] for codes in found)

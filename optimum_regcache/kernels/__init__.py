@@ -5,8 +5,6 @@ Every backend computes the same codes; they differ in how the product is accumul
 
 from __future__ import annotations
 
-import torch
-
 from optimum_regcache.kernels import onednn, reference, simulated
 from optimum_regcache.kernels.base import LinearBackend, LinearState
 
@@ -26,7 +24,7 @@ def select_backend(name: str, state: LinearState) -> type[LinearBackend]:
         ValueError: unknown name, or a backend that cannot run this layer on this machine (with the reason).
     """
     if name == "auto":
-        if torch.compiler.is_compiling() or onednn.OneDNNLinear.unsupported_reason(state) is not None:
+        if onednn.OneDNNLinear.unsupported_reason(state) is not None:
             return simulated.SimulatedLinear
         return onednn.OneDNNLinear
     if name not in BACKENDS:

@@ -84,7 +84,9 @@ def int8_attention(
     Returns:
         [B, N, H * d], u8 codes or float32.
     """
-    key, value, bias = (None, None, 0.0) if registers is None else (registers.key, registers.value, registers.logit_bias)
+    key, value, bias = (
+        (None, None, 0.0) if registers is None else (registers.key, registers.value, registers.logit_bias)
+    )
     inverse, zero, highest = (0.0, 0, 255) if codes is None else (codes.inverse, codes.zero_point, codes.highest)
     return torch.ops.regcache.attention(q, k, v, key, value, heads, scaling, bias, inverse, zero, highest)
 

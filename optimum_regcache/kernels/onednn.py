@@ -10,7 +10,9 @@ saturate in 16 bits, so such machines use simulation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -30,15 +32,127 @@ def machine_reason() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in oneDNN's own layout, with what turns integer sums into values.
+
+    Attributes:
+        packed: opaque; it can be neither copied nor pickled.
+        scale: float32 [out].
+        zero_point: int64 [out], zeros: the kernel supports symmetric weights only.
+        bias: float32 [out] or None.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def pack(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
+        """From int8 codes [out, in], scales [out] and bias [out]."""
+        packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        zero = torch.zeros(codes.shape[0], dtype=torch.int64)
+        return cls(packed, scale.detach().float().contiguous(), zero, bias)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.scale.numel()
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to ``y = s_x s_w (q_x - z) q_w + b`` inside the kernel.
+
+    Attributes:
+        post, algorithm: activation function in oneDNN's words ("gelu" with "none" or "tanh", "swish", "relu", "none").
+        out_scale, out_zero_point: quantizer of the output if ``as_codes``.
+        as_codes: u8 output, saturating at 0 and 255; else float32.
+    """
+
+    post: str = "none"
+    algorithm: str = ""
+    out_scale: float = 1.0
+    out_zero_point: int = 0
+    as_codes: bool = False
+
+
+def int8_linear(
+    codes: torch.Tensor,
+    scale: float,
+    zero_point: int,
+    weight: PackedWeight,
+    epilogue: Epilogue = Epilogue(),
+    other: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """u8 ``codes`` [..., in] -> float32 or u8 [..., out]; ``other`` float32 [..., out] is added (a new tensor comes back).
+
+    Under `torch.compile` an operator of our own stands for the call: inductor wants to lower oneDNN's itself, which it can
+    only where the weights are constants of the graph.
+    """
+    call = torch.ops.regcache_onednn.linear if torch.compiler.is_compiling() else _linear
+    e = epilogue
+    return call(
+        codes, scale, zero_point, weight.packed, weight.scale, weight.zero_point, weight.bias, other,
+        e.out_scale, e.out_zero_point, e.as_codes, e.post, e.algorithm,
+    )  # fmt: skip
+
+
+def _linear(
+    codes: torch.Tensor,
+    scale: float,
+    zero_point: int,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    out_scale: float,
+    out_zero: int,
+    as_codes: bool,
+    post: str,
+    algorithm: str,
+) -> torch.Tensor:
+    if codes.numel() == 0:  # the kernel flattens the leading axes of an empty input
+        dtype = torch.uint8 if as_codes else torch.float32
+        return codes.new_empty(*codes.shape[:-1], weight_scale.numel(), dtype=dtype)
+    if other is not None:  # "sum" would write into ``other``
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            codes, scale, zero_point, packed, weight_scale, weight_zero, other, bias,
+            1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
+        )  # fmt: skip
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, scale, zero_point, packed, weight_scale, weight_zero, bias,
+        out_scale, out_zero, torch.uint8 if as_codes else torch.float32, post, [], algorithm,
+    )  # fmt: skip
+
+
+_LIBRARY = torch.library.Library("regcache_onednn", "DEF")
+_LIBRARY.define(
+    "linear(Tensor codes, float scale, int zero_point, Tensor packed, Tensor weight_scale, Tensor weight_zero, Tensor? bias, "
+    "Tensor? other, float out_scale, int out_zero, bool as_codes, str post, str algorithm) -> Tensor"
+)
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("regcache_onednn::linear", lib=_LIBRARY)
+def _linear_shape(
+    codes: torch.Tensor, scale: float, zero: int, packed: object, weight_scale: torch.Tensor, *rest: Any
+) -> Any:
+    as_codes = rest[5]
+    dtype = torch.uint8 if as_codes else torch.float32
+    return codes.new_empty(*codes.shape[:-1], weight_scale.shape[0], dtype=dtype)
+
+
 class OneDNNLinear(LinearBackend):
     """int8 matrix product with fused dequantization and bias."""
 
     def __init__(self, state: LinearState) -> None:
         super().__init__(state)
-        self._packed = torch.ops.onednn.qlinear_prepack(state.codes.contiguous(), None)
-        self._weight_scale = state.weight_scale.expand(state.codes.shape[0]).contiguous()
-        self._weight_zero = torch.zeros(state.codes.shape[0], dtype=torch.int64)
-        self._bias = None if state.bias is None else state.bias.detach().float().contiguous()
+        bias = None if state.bias is None else state.bias.detach().float().contiguous()
+        self._weight = PackedWeight.pack(state.codes, state.weight_scale.expand(state.codes.shape[0]), bias)
+        self._plain = replace(self._weight, bias=None)
         self._shift = 2 ** (state.activations.bits - 1) if state.activations.symmetric else 0
         bits = state.activations.bits
         self._lowest, self._highest = 0, 2**bits - 1
@@ -62,13 +176,8 @@ class OneDNNLinear(LinearBackend):
             return "per-token zero points are not supported by the kernel."
         return machine_reason()
 
-    def _product(self, codes: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None) -> torch.Tensor:
-        if codes.numel() == 0:  # the kernel flattens the leading axes of an empty input
-            return codes.new_empty(*codes.shape[:-1], self._weight_scale.numel(), dtype=torch.float32)
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, scale, zero_point, self._packed, self._weight_scale, self._weight_zero, bias,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+    def _product(self, codes: torch.Tensor, scale: float, zero_point: int, weight: PackedWeight) -> torch.Tensor:
+        y = int8_linear(codes, scale, zero_point, weight)
         if self._weight_shift is not None:  # sum (q_x - z_x)(q_w - z_w) = sum (q_x - z_x) q_w - z_w sum (q_x - z_x)
             total = codes.sum(-1, keepdim=True, dtype=torch.int32) - zero_point * codes.shape[-1]
             y -= (scale * total.float()) * self._weight_shift
@@ -87,12 +196,12 @@ class OneDNNLinear(LinearBackend):
                 .clamp_(self._lowest, self._highest)
                 .to(torch.uint8)
             )
-            return self._product(codes, scale, zero, self._bias).to(x.dtype)
+            return self._product(codes, scale, zero, self._weight).to(x.dtype)
         scale_t, zero_t = self.state.input_qparams(x)
         codes = (self.state.input_codes(x.contiguous(), scale_t, zero_t) + self._shift).to(torch.uint8)
         if scale_t.ndim == 0:
-            return self._product(codes, float(scale_t), int(zero_t) + self._shift, self._bias).to(x.dtype)
-        y = self._product(codes, 1.0, self._shift, None) * scale_t
-        if self._bias is not None:
-            y += self._bias
+            return self._product(codes, float(scale_t), int(zero_t) + self._shift, self._weight).to(x.dtype)
+        y = self._product(codes, 1.0, self._shift, self._plain) * scale_t
+        if self._weight.bias is not None:
+            y += self._weight.bias
         return y.to(x.dtype)

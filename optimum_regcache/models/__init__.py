@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.fusion import FusionReport, fuse, unfuse
 from optimum_regcache.hf_private import share_checkpoint_conversion
 from optimum_regcache.registers import RegisterCache, get_register_cache, prepare_tower, set_deletion, set_registers
 
@@ -58,6 +59,14 @@ class RegCacheMixin:
     @token_deletion.setter
     def token_deletion(self, config: DeletionConfig) -> None:
         set_deletion(self._module, config)
+
+    def fuse(self, *, attention: str = "auto", native: bool | None = None) -> FusionReport:
+        """Make the blocks run as fused int8 operations, in place; see `optimum_regcache.fuse`."""
+        return fuse(self._module, attention=attention, native=native)
+
+    def unfuse(self) -> None:
+        """Undo :meth:`fuse`."""
+        unfuse(self._module)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """The parent's; registers and deletion travel with quantized checkpoints only.

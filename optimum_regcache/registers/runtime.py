@@ -7,6 +7,7 @@ bit-identical.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def widen_mask(
     Returns:
         None if no mask is needed, else additive float [B or 1, 1, N, rows + N].
     """
-    bias = float(torch.tensor(num_copies).log())
+    bias = math.log(num_copies)
     tokens = query.shape[2]
     if attention_mask is None:
         if bias == 0.0:

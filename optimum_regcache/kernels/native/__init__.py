@@ -55,7 +55,7 @@ def unavailable_reason() -> str | None:
 
 
 @contextlib.contextmanager
-def _ninja_on_path():  # noqa: ANN202
+def _ninja_on_path():
     """The ninja that pip installed beside this Python is found even if its environment is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, sysconfig.get_path("scripts")))
@@ -69,8 +69,16 @@ def _build() -> str | None:
     from torch.utils import cpp_extension
 
     logger.info("Building the fused int8 operators; this happens once.")
-    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros",
-             "-fno-trapping-math", "-Wno-ignored-attributes"]
+    flags = [
+        "-O3",
+        "-march=native",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fassociative-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+        "-Wno-ignored-attributes",
+    ]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             cpp_extension.load(_NAME, [str(path) for path in SOURCES], extra_cflags=flags, is_python_module=False)
