@@ -1,4 +1,4 @@
-"""Fast execution of quantized encoders: `fuse` and `unfuse`. The module tree, the state dict and the checkpoint stay as they are."""
+"""Fast execution of quantized encoders: `fuse` and `unfuse`. Module tree, state dict and checkpoint stay as they are."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers.utils import logging
 
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.fusion.block import FusedBlock, FusionSettings
-from optimum_regcache.fusion.gemm import Unfusable
+from optimum_regcache.fusion.gemm import UnfusableError
 from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.registers import prepare_tower
 
-__all__ = ["FusionReport", "Unfusable", "fuse", "is_fused", "unfuse"]
+__all__ = ["FusionReport", "UnfusableError", "fuse", "is_fused", "unfuse"]
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         runner = FusedBlock(tower.family, settings)
         try:
             runner.build(block)
-        except Unfusable as error:
+        except UnfusableError as error:
             skipped[index] = str(error)
             block.fused = None  # type: ignore[assignment]
         else:

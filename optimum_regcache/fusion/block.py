@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.architectures import EncoderFamily
-from optimum_regcache.fusion.gemm import PackedGemm, Unfusable, fused_activation, input_codes, same_codes
+from optimum_regcache.fusion.gemm import PackedGemm, UnfusableError, fused_activation, input_codes, same_codes
 from optimum_regcache.hf_private import attention_weights_wanted
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native as native_ops
@@ -65,7 +65,7 @@ class _Parts:
     def __init__(self, block: Any, family: EncoderFamily, settings: FusionSettings) -> None:
         attention = block.get_submodule(family.attention)
         if attention.products is not None:
-            raise Unfusable("the attention products are simulated (attention.quantize).")
+            raise UnfusableError("the attention products are simulated (attention.quantize).")
         query, key, value, out, self.scaling_name, _ = attention.tower_names
         self.attention, self.native = attention, settings.native
         linears = [_linear(attention, name) for name in (query, key, value)]
@@ -84,7 +84,7 @@ class _Mlp:
 
     def __init__(self, block: Any, family: EncoderFamily, norm: nn.LayerNorm, scale: Any, native: bool) -> None:
         if any(isinstance(module, RegisterNeuronActivation) for module in block.modules()):
-            raise Unfusable("the MLP moves activations to a test-time register.")
+            raise UnfusableError("the MLP moves activations to a test-time register.")
         self.native = native
         last = _linear(block, _present(block, family.mlp_out)[0])
         codes = input_codes(last)
@@ -126,7 +126,7 @@ class FusedBlock:
         """Pack the weights of ``block``.
 
         Raises:
-            Unfusable: a form of quantization that has no fused execution.
+            UnfusableError: a form of quantization that has no fused execution.
         """
         if self.settings.native and native_ops.unavailable_reason() is not None:  # made on another machine
             self.settings = FusionSettings(int8_attention=False, native=False)
@@ -180,7 +180,7 @@ def _generations(block: nn.Module) -> tuple[int, ...]:
 def _linear(parent: nn.Module, name: str) -> QuantLinear:
     module = parent.get_submodule(name)
     if not isinstance(module, QuantLinear):
-        raise Unfusable(f"{name} is not quantized.")
+        raise UnfusableError(f"{name} is not quantized.")
     return module
 
 

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, tuple[str, str, float]] = {
 }
 
 
-class Unfusable(ValueError):
+class UnfusableError(ValueError):
     """A block that cannot run fused; the message says why."""
 
 
@@ -45,19 +45,19 @@ def input_codes(linear: QuantLinear) -> Codes:
     """The static per-tensor quantizer of the layer's input.
 
     Raises:
-        Unfusable: another form of quantization.
+        UnfusableError: another form of quantization.
     """
     a, state = linear.activations, linear.state()
     reason = onednn.OneDNNLinear.unsupported_reason(state)
     if reason is not None:
-        raise Unfusable(reason)
+        raise UnfusableError(reason)
     scale, zero = state.input_scale, state.input_zero_point
     if scale is None or zero is None or a.outlier_tokens != "clip":
-        raise Unfusable("activation scales are computed from each input; fusing needs static scales.")
+        raise UnfusableError("activation scales are computed from each input; fusing needs static scales.")
     if linear.weight_zero_point is not None:
-        raise Unfusable("weights have zero points; fusing needs symmetric weights.")
+        raise UnfusableError("weights have zero points; fusing needs symmetric weights.")
     if linear.input_offset is not None or linear.hadamard_order != 1:
-        raise Unfusable("the input is shifted or transformed before it is quantized (NoisyQuant, Hadamard).")
+        raise UnfusableError("the input is shifted or transformed before it is quantized (NoisyQuant, Hadamard).")
     shift = 2 ** (a.bits - 1) if a.symmetric else 0
     return Codes(float(1.0 / scale), float(scale), int(zero) + shift, 2**a.bits - 1)
 
@@ -66,10 +66,10 @@ def fused_activation(name: str) -> Activation:
     """The post operation that computes the activation function called ``name`` in a transformers config.
 
     Raises:
-        Unfusable: oneDNN has none.
+        UnfusableError: oneDNN has none.
     """
     if name not in ACTIVATIONS:
-        raise Unfusable(f"the activation function {name!r} has no fused form.")
+        raise UnfusableError(f"the activation function {name!r} has no fused form.")
     return Activation(*ACTIVATIONS[name])
 
 
