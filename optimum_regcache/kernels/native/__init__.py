@@ -7,11 +7,14 @@ plain PyTorch (`optimum_regcache.kernels.fused_ops`), more slowly.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +28,12 @@ logger = logging.get_logger(__name__)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "token_ops.cpp"))
 _NAME = "optimum_regcache_fused_ops"
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
+STALE_SECONDS = 600
+# named instructions instead of -march=native: a home directory may be shared by different machines
+FLAGS = [
+    "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-fopenmp",
+    "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-Wno-ignored-attributes",
+]  # fmt: skip
 
 
 def _compiler() -> str | None:
@@ -55,7 +64,7 @@ def unavailable_reason() -> str | None:
 
 
 @contextlib.contextmanager
-def _ninja_on_path():
+def _ninja_on_path() -> Iterator[None]:
     """The ninja that pip installed beside this Python is found even if its environment is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, sysconfig.get_path("scripts")))
@@ -65,23 +74,34 @@ def _ninja_on_path():
         os.environ["PATH"] = before
 
 
+def _directory() -> Path:
+    """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in SOURCES)]).encode()).hexdigest()[:12]
+    return Path(root) / f"{_NAME}-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest}"
+
+
 def _build() -> str | None:
     from torch.utils import cpp_extension
 
-    logger.info("Building the fused int8 operators; this happens once.")
-    flags = [
-        "-O3",
-        "-march=native",
-        "-fopenmp",
-        "-fno-math-errno",
-        "-fassociative-math",
-        "-fno-signed-zeros",
-        "-fno-trapping-math",
-        "-Wno-ignored-attributes",
-    ]
+    directory = _directory()
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = directory / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
+            lock.unlink()  # left by a build that was killed; the builder would wait for it for ever
+        if not (directory / f"{_NAME}.so").exists():
+            logger.warning(
+                "Building the C++ operators for fused int8 execution; this happens once and takes a few seconds."
+            )
         with contextlib.redirect_stdout(io.StringIO()):
-            cpp_extension.load(_NAME, [str(path) for path in SOURCES], extra_cflags=flags, is_python_module=False)
+            cpp_extension.load(
+                _NAME,
+                [str(path) for path in SOURCES],
+                extra_cflags=FLAGS,
+                build_directory=str(directory),
+                is_python_module=False,
+            )
     except (RuntimeError, OSError) as error:
         return f"building the C++ operators failed: {str(error).strip().splitlines()[0]}"
     _register_fakes()
