@@ -38,6 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
 from cpu_contenders import CONTENDERS, FLOAT, build, choose
 from cpu_job import DELETED_TOKENS, Job, Runner, Settings, Skipped
 from cpu_measure import (
@@ -52,10 +56,6 @@ from cpu_measure import (
     summarise,
 )
 from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
 from optimum_regcache.data import Batch, collate
 from optimum_regcache.files import write_json
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import cpu_peers as peers
 import torch
-from cpu_job import Job, Runner, Skipped, TorchRunner
 from torch import nn
 
+import cpu_peers as peers
+from cpu_job import Job, Runner, Skipped, TorchRunner
 from optimum_regcache import set_backend
 from optimum_regcache.modules import quant_linears
 

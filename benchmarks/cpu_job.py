@@ -22,7 +22,7 @@ from optimum_regcache.search.mining import mine_tokens
 DELETED_TOKENS = 4
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818 - it is no error
     """A contender cannot run here; the text says why and appears in table and JSON."""
 
 

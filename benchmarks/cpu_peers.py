@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_job import Job, Runner, Skipped, pooled
 from torch import nn
 
+from cpu_job import Job, Runner, Skipped, pooled
 from optimum_regcache.data import Batch
 
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output")
