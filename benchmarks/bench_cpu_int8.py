@@ -6,8 +6,9 @@
     python benchmarks/bench_cpu_int8.py --tiny                          # smoke test: its figures mean nothing
 
 Every round runs each contender once; the one that goes first changes with every round. A fixed float32 product is timed
-before and after each round. If it is slower than 1.2 x its best time, something else uses the machine: the round is dropped
-and repeated. How often that happened is reported.
+before and after each round, and the CPU time that other processes took during the round is read from the system. If the
+product is slower than 1.2 x its best time, or others took more than a tenth of the CPUs, the round is dropped and repeated.
+How often that happened is reported.
 
 How to read the table:
 - ratio = median time of float32 / median time of the contender, in the same run; larger is faster. Ratios carry over between
@@ -208,6 +209,7 @@ def memory_child(args: argparse.Namespace) -> None:
         batch = collate(held_out[: args.batch_sizes[0]])
         runner = build(args.memory_of, job)
         runner.prepare(batch)
+        runner.settle()
         return runner, batch
 
     print(json.dumps(measure_memory(CONTENDERS[args.memory_of].packages, make)))

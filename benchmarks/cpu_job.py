@@ -59,6 +59,9 @@ class Runner:
     def prepare(self, batch: Batch) -> None:
         """Called before a batch size is timed; later batches have the same shape."""
 
+    def settle(self) -> None:
+        """No other batch size will follow: drop what only :meth:`prepare` needs."""
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Pooled output [B, D], float32."""
         raise NotImplementedError

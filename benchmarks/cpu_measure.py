@@ -24,6 +24,7 @@ from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.report import environment
 
 SLOW = 1.2  # a probe this many times the best one points to other load on the machine
+BUSY = 0.1  # so does this share of all CPUs, used by other processes during a round
 PAUSE = 1.0  # seconds before a round is repeated
 SETTLE_BELOW = 8  # smaller batches run once untimed at each turn: the threads of the contender before may still spin
 PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "torchao")
@@ -120,10 +121,42 @@ class Probe:
         self.best = min(self() for _ in range(5))
 
     def __call__(self) -> float:
-        """Milliseconds, the shortest of three."""
-        found = 1000 * best_time(lambda: self.left @ self.right, 3)
+        """Milliseconds of four products; not the shortest, which would find the gaps between other processes."""
+        begun = time.perf_counter()
+        for _ in range(4):
+            self.left @ self.right
+        found = 1000 * (time.perf_counter() - begun)
         self.best = min(found, getattr(self, "best", found))
         return found
+
+
+class OtherLoad:
+    """What other processes use of the machine, between `start` and `share`, from Linux's accounts."""
+
+    SHORTEST = 0.5  # seconds; the accounts advance in steps of 10 ms
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.before = self._read()
+
+    def share(self) -> float | None:
+        """Share of all CPUs since `start`, 0 to 1; None where the system does not tell, or too little time went by."""
+        after, before = self._read(), self.before
+        if after is None or before is None or after[0] - before[0] < self.SHORTEST:
+            return None
+        wall, busy, own = (a - b for a, b in zip(after, before, strict=True))
+        return max(0.0, (busy - own) / wall / (os.cpu_count() or 1))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: wall clock, all CPUs' busy time (with time stolen by other virtual machines), this process's CPU time."""
+        try:
+            fields = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
 
 
 @dataclass
@@ -133,18 +166,25 @@ class Rounds:
     Attributes:
         times_ms: for each contender one time per kept round, for the whole batch.
         probes_ms: for each kept round the slower of the probes before and after it.
+        other_load: for each kept round the share of all CPUs that other processes used; None where unknown.
         repeated: rounds that were dropped because of other load, and run again.
         noisy: kept rounds that were no better, because the allowance of repetitions was spent.
     """
 
     times_ms: dict[str, list[float]]
     probes_ms: list[float] = field(default_factory=list)
+    other_load: list[float | None] = field(default_factory=list)
     repeated: int = 0
     noisy: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible, without the times."""
-        return {"repeated": self.repeated, "noisy": self.noisy, "probes_ms": self.probes_ms}
+        return {
+            "repeated": self.repeated,
+            "noisy": self.noisy,
+            "probes_ms": self.probes_ms,
+            "other_load": self.other_load,
+        }
 
 
 def rotated(names: Sequence[str], shift: int) -> list[str]:
@@ -161,6 +201,7 @@ def interleave(
     probe: Any,
     allowance: int,
     pause: float = PAUSE,
+    load: Any = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Rounds:
     """Time the contenders in turn; the one that goes first changes with every round.
@@ -173,11 +214,15 @@ def interleave(
         probe: `Probe` or alike: callable, with ``best``.
         allowance: how many rounds may be repeated because of other load.
         pause: seconds before such a repetition.
+        load: `OtherLoad` or alike (the default).
         progress: wraps the rounds, for a progress bar.
     """
     names = list(runners)
     settle = next(iter(batch.values())).shape[0] < SETTLE_BELOW
-    rounds = Rounds({name: [] for name in names})
+    rounds, load = Rounds({name: [] for name in names}), load or OtherLoad()
+
+    def disturbed(probe_ms: float, share: float | None) -> bool:
+        return probe_ms > SLOW * probe.best or (share is not None and share > BUSY)
 
     def run(shift: int) -> dict[str, float]:
         gc.collect()
@@ -192,10 +237,11 @@ def interleave(
     before = probe()
     for number in progress(range(repeats)):
         while True:
+            load.start()
             found = run(number)
-            after = probe()
+            share, after = load.share(), probe()
             worst, before = max(before, after), after
-            if worst <= SLOW * probe.best or rounds.repeated >= allowance:
+            if not disturbed(worst, share) or rounds.repeated >= allowance:
                 break
             rounds.repeated += 1
             time.sleep(pause)
@@ -203,7 +249,8 @@ def interleave(
         for name, value in found.items():
             rounds.times_ms[name].append(value)
         rounds.probes_ms.append(worst)
-    rounds.noisy = sum(value > SLOW * probe.best for value in rounds.probes_ms)
+        rounds.other_load.append(share)
+    rounds.noisy = sum(disturbed(*kept) for kept in zip(rounds.probes_ms, rounds.other_load, strict=True))
     return rounds
 
 

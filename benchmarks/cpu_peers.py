@@ -249,6 +249,9 @@ class OpenVinoRunner(Runner):
         self.variant = self.chosen.variant
         self.details = {"trials_ms": fastest, "int8_layers": self.chosen.int8_layers()}
 
+    def settle(self) -> None:
+        self.model = None  # its weights are beside the compiled ones
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         if self.chosen is None:
             self.prepare(batch)

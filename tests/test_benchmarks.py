@@ -1,4 +1,4 @@
-"""The CPU benchmark: operation counts, registry, rounds, statistics, profile groups, and the whole command on tiny models."""
+"""The CPU benchmark: operation counts, registry, rounds, statistics, and the whole command on tiny models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import bench_cpu_int8
 import cpu_contenders
 import cpu_measure
 import cpu_peers
-import profile_cpu_int8
 from cpu_job import Job, Runner, Settings, Skipped
 from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
 from optimum_regcache.data import collate
@@ -156,6 +154,19 @@ class FakeProbe:
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
 
 
+class FakeLoad:
+    """Other processes use the given shares, then none."""
+
+    def __init__(self, *shares: float | None) -> None:
+        self.shares = list(shares)
+
+    def start(self) -> None:
+        pass
+
+    def share(self) -> float | None:
+        return self.shares.pop(0) if self.shares else None
+
+
 def run_rounds(probe: FakeProbe, images: int = 8, **options: Any) -> tuple[cpu_measure.Rounds, list[str]]:
     calls: list[str] = []
 
@@ -163,7 +174,7 @@ def run_rounds(probe: FakeProbe, images: int = 8, **options: Any) -> tuple[cpu_m
         return lambda batch: calls.append(name)
 
     batch = {"pixel_values": torch.zeros(images, 1)}
-    settings = {"repeats": 3, "warmup": 0, "allowance": 2, "pause": 0.0, **options}
+    settings = {"repeats": 3, "warmup": 0, "allowance": 2, "pause": 0.0, "load": FakeLoad(), **options}
     return cpu_measure.interleave({n: runner(n) for n in "abc"}, batch, probe=probe, **settings), calls
 
 
@@ -186,6 +197,26 @@ def test_a_round_beside_other_load_is_repeated_in_the_same_order():
     assert "".join(calls) == "abc" + "bca" + "bca" + "cab"
     assert (rounds.repeated, rounds.noisy) == (1, 0)
     assert rounds.probes_ms == [1.1, 1.0, 1.0]
+
+
+def test_a_round_during_which_others_used_the_cpus_is_repeated():
+    rounds, calls = run_rounds(FakeProbe(1.0), load=FakeLoad(0.05, 0.4, 0.05, 0.3, 0.3))
+    assert "".join(calls) == "abc" + "bca" + "bca" + "cab" + "cab"
+    assert (rounds.repeated, rounds.noisy) == (2, 1)  # the allowance of two ends before the last round is quiet
+    assert rounds.other_load == [0.05, 0.05, 0.3]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux only")
+def test_other_load_counts_other_processes_only(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([(10.0, 100.0, 5.0), (20.0, 112.0, 9.0), (20.1, 113.0, 9.0)])
+    load = cpu_measure.OtherLoad()
+    assert load._read() is not None
+    monkeypatch.setattr(cpu_measure.OtherLoad, "_read", staticmethod(lambda: next(clock)))
+    monkeypatch.setattr(cpu_measure.os, "cpu_count", lambda: 4)
+    load.start()
+    assert load.share() == pytest.approx((12 - 4) / 10 / 4)
+    load.before = (20.0, 112.0, 9.0)
+    assert load.share() is None  # too short to tell
 
 
 def test_repetitions_end_and_the_noise_is_reported():
@@ -302,49 +333,6 @@ def test_memory_counts_what_the_contender_keeps():
     assert found["build_peak"] > 75
     assert found["run_peak"] is None or 110 < found["run_peak"] < 160
     assert found["batch_size"] == 2
-
-
-# profile
-
-
-def test_products_are_grouped_by_role(job: Job):
-    found = profile_cpu_int8.take_apart(
-        cpu_contenders.build("int8 per layer", job).module, collate(make_inputs("clip-tiny", None, 2, 64)), repeats=1
-    )
-    products = {f"product: {role}" for role in profile_cpu_int8.ROLES.values()}
-    assert products <= set(found)
-    assert {"attention", "LayerNorm", "quantize", "patch convolution"} <= set(found)
-    assert all(value >= 0 for value in found.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "shapes", "group"),
-    [
-        ("onednn::qlinear_pointwise", [[2, 65, 8], [], [], [24], [24]], "product: query, key, value"),
-        ("onednn::qlinear_pointwise", [[130, 8], [], [], [8], [8]], "product: attention out"),
-        ("onednn::qlinear_pointwise", [[130, 8], [], [], [32], [32]], "product: MLP in (fc1)"),
-        ("onednn::qlinear_pointwise", [[130, 32], [], [], [8]], "product: MLP out (fc2)"),
-        ("onednn::qlinear_pointwise", [[130, 5], [], [], [7]], "product: 5 x 7"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
-        ("aten::native_layer_norm", [], "LayerNorm"),
-        ("aten::mkldnn_convolution", [], "patch convolution"),
-        ("aten::quantize_per_tensor", [], "quantize"),
-        ("regcache::attention", [], "attention"),
-        ("regcache::embed", [], "regcache::embed"),
-        ("aten::add_", [], "rest"),
-    ],
-)
-def test_operators_outside_layers_are_grouped_by_name_and_shape(name: str, shapes: Any, group: str):
-    event = SimpleNamespace(name=name, cpu_parent=None, input_shapes=shapes)
-    assert profile_cpu_int8.group_of(event, 8, 32) == group
-
-
-def test_operators_inside_a_layer_belong_to_its_role():
-    layer = SimpleNamespace(name="role: MLP in (fc1)", cpu_parent=None, input_shapes=[])
-    event = SimpleNamespace(name="onednn::qlinear_pointwise", cpu_parent=layer, input_shapes=[[1, 8], [], [], [8]])
-    assert profile_cpu_int8.group_of(event, 8, 32) == "product: MLP in (fc1)"
-    event.name = "aten::mul"
-    assert profile_cpu_int8.group_of(event, 8, 32) == "quantize"
 
 
 # the commands as users run them
