@@ -64,11 +64,11 @@ def our_onnx(job: Job) -> Path:
         from optimum_regcache.export import export_onnx
     except ImportError as error:
         raise Skipped("optimum_regcache.export.export_onnx is not available") from error
-    job.pixels()
+    size = job.pixels()[0].shape[-2:]
     folder = job.workdir / "our-qdq"
     if not (folder / "model.onnx").exists():
         with quiet():
-            export_onnx(job.copy(job.plain), folder)
+            export_onnx(job.copy(job.plain), folder, image_size=(size[0], size[1]))
     return folder / "model.onnx"
 
 
@@ -102,7 +102,7 @@ class OrtRunner(Runner):
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         operators = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
         self.details["operators"] = {k: operators[k] for k in sorted(operators) if "MatMul" in k or k == "Gemm"}
-        self.variant = "intra-op threads"
+        self.variant = "whole batch"
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         return torch.from_numpy(self.session.run([OUTPUTS[1]], {INPUT: batch[INPUT].numpy()})[0])
@@ -196,7 +196,7 @@ class CompiledPlan:
         else:
             self.request = self.compiled.create_infer_request()
         used = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        how = f"throughput, {plan.streams} streams" if plan.streams else "latency"
+        how = f"throughput, streams: {plan.streams}" if plan.streams else "latency"
         part = "whole batch" if plan.part == self.size else f"{plan.part} at a time"
         self.variant = f"{how}, {part}, {used}"
 
