@@ -100,7 +100,7 @@ def fuse(source: Callable[[], Any], job: Job, **options: Any) -> Runner:
         raise Skipped("optimum_regcache.fuse is not available")
     model = job.copy(source())
     report = optimum_regcache.fuse(model, **options)
-    runner = TorchRunner(model, variant="fused")
+    runner = TorchRunner(model, variant=str(report))
     runner.details["fuse"] = str(report)
     return runner
 
