@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OUT ?= regcache-out
+BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo test slow lint types bench bench-methods clean
+.PHONY: demo test slow lint types bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -22,8 +23,14 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# CPU time and memory against other runtimes; most of an hour on two idle cores
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/bench_cpu_int8.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/bench_cpu_int8.py --output $(BENCH_OUT)
+
+# where the time of the fused int8 model goes
+bench-profile: $(VENV)/ready
+	$(BIN)/python benchmarks/profile_cpu_int8.py
 
 # every method alone and under registers; hours on two cores, continues where it was interrupted
 bench-methods: $(VENV)/ready

@@ -1,25 +1,40 @@
-"""CPU time of W8A8 vision encoders, all contenders interleaved in one process.
+"""CPU time and memory of W8A8 vision encoders, all contenders interleaved in one process.
 
-    python benchmarks/bench_cpu_int8.py --output bench.json
+    python benchmarks/bench_cpu_int8.py --output bench.json             # everything: make bench
+    python benchmarks/bench_cpu_int8.py --only "int8 per layer" --shapes clip-b16 --batch-sizes 1 --repeats 5
     python benchmarks/bench_cpu_int8.py --model DIR --images FOLDER_OR_PARQUET
-    python benchmarks/bench_cpu_int8.py --tiny          # smoke test: seconds, its figures mean nothing
+    python benchmarks/bench_cpu_int8.py --tiny                          # smoke test: its figures mean nothing
 
-Contenders: torch float32 (sdpa attention); the same model with static W8A8, simulated ("fake-quant"); int8 (oneDNN where
-the CPU has it); int8 with one register row in the upper half of the blocks and four tokens deleted at its first block.
-The ratio is time(float32) / time(contender), from the medians of the same run: larger is faster. Without ``--model`` the
-weights are random, which is fine for time; the cosine to float then says nothing about a real model.
+Every round runs each contender once; the one that goes first changes with every round. A fixed float32 product is timed
+before and after each round, and the CPU time that other processes took during the round is read from the system. If the
+product is slower than 1.2 x its best time, or others took more than a tenth of the CPUs, the round is dropped and repeated.
+How often that happened is reported.
+
+How to read the table:
+- ratio = median time of float32 / median time of the contender, in the same run; larger is faster. Ratios carry over between
+  machines of one kind, milliseconds do not.
+- spread = interquartile range / median. A difference below the spreads of both rows is none.
+- ceiling = operations of the float model / (time x rate of the fastest int8 product of this run). An encoder cannot reach
+  1: attention, norms and quantization take time beside the products. Contenders that delete tokens do fewer operations than
+  they are credited with.
+- cosine = pooled output against float32. Speed without it means nothing. Weights are random without ``--model``; the cosine
+  then only shows that a contender computes the same function.
+- variant = how a contender ran. OpenVINO tries several settings for each batch size and the fastest one competes; the times
+  of the others are in the JSON. OpenVINO computes in bfloat16 by default where the CPU has it; the variant says so.
+- memory (MB, above the imports) comes from a fresh process per contender: "run peak" during three forward passes, "steady"
+  after them; the JSON also has the peak while building.
+
+Contenders whose packages are missing are skipped by name. A contender that breaks is reported, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,270 +42,282 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PreTrainedModel
 
-from optimum_regcache import RegCacheConfig, set_backend
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.data import Batch, ImageInputs, collate, load_images
-from optimum_regcache.evaluation.features import encode
+from cpu_contenders import CONTENDERS, FLOAT, build, choose
+from cpu_job import DELETED_TOKENS, Job, Runner, Settings, Skipped
+from cpu_measure import (
+    Probe,
+    Result,
+    Rounds,
+    describe_environment,
+    interleave,
+    mean_cosine,
+    measure_ceilings,
+    measure_memory,
+    summarise,
+)
+from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
+from optimum_regcache.data import Batch, collate
 from optimum_regcache.files import write_json
-from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.loading import load_model, load_processor
-from optimum_regcache.modules import quant_linears
-from optimum_regcache.quantizer import build_quantized
-from optimum_regcache.report import environment
-from optimum_regcache.search.mining import mine_tokens
 
-DELETED_TOKENS = 4
-NOISY = 1.25  # a median this many times the minimum points to other load on the machine
-
-FLOAT, SIMULATED, INT8, REGCACHE = "float32 (sdpa)", "simulated", "int8", "int8 + registers + deletion"
+COSINE_IMAGES = 16
 
 
-def clip_b16() -> PreTrainedModel:
-    """CLIP ViT-B/16 at 224 pixels."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                            num_attention_heads=12, image_size=224, patch_size=16))  # fmt: skip
-
-
-def dinov2_s14() -> PreTrainedModel:
-    """DINOv2-small; position embeddings for 518 pixels, as published."""
-    return Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
-                                    image_size=518, patch_size=14))  # fmt: skip
-
-
-def clip_tiny() -> PreTrainedModel:
-    """For the smoke test."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                                            num_attention_heads=4, image_size=64, patch_size=8))  # fmt: skip
-
-
-def dinov2_tiny() -> PreTrainedModel:
-    """For the smoke test."""
-    return Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2,
-                                    image_size=64, patch_size=8))  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], PreTrainedModel]] = {"clip-b16": clip_b16, "dinov2-s14": dinov2_s14}
-TINY: dict[str, Callable[[], PreTrainedModel]] = {"clip-tiny": clip_tiny, "dinov2-tiny": dinov2_tiny}
-
-
-@dataclass
-class Result:
-    """One contender at one batch size; times in milliseconds for the whole batch.
+class Bench:
+    """One run of the command.
 
     Attributes:
-        model, batch_size, contender: what ran.
-        backend: class that computed the linear layers.
-        cosine: mean cosine of the pooled output to that of the float model.
-        median_ms, minimum_ms: over the repeats.
-        ratio_to_float32: median time of float32 / median time of the contender.
-        times_ms: every repeat, in order.
+        results, skipped, failed, rounds, memory, models: sections of the JSON.
     """
 
-    model: str
-    batch_size: int
-    contender: str
-    backend: str
-    cosine: float
-    median_ms: float = 0.0
-    minimum_ms: float = 0.0
-    ratio_to_float32: float = 0.0
-    times_ms: list[float] = field(default_factory=list)
+    def __init__(self, arguments: argparse.Namespace, workdir: Path) -> None:
+        self.args, self.workdir = arguments, workdir
+        self.errors = Console(stderr=True)
+        self.results: list[Result] = []
+        self.skipped: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.rounds: list[dict[str, Any]] = []
+        self.memory: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, Any] = {}
+        self.environment = describe_environment()
+        self.ceilings = measure_ceilings(**({"rows": 256, "width": 64, "repeats": 3} if arguments.tiny else {}))
+        self.probe = Probe()
 
-    def summarise(self, float_median: float | None) -> float:
-        """Fill in the statistics; ``float_median`` is None for float32 itself. Returns the median."""
-        self.median_ms, self.minimum_ms = statistics.median(self.times_ms), min(self.times_ms)
-        self.ratio_to_float32 = (self.median_ms if float_median is None else float_median) / self.median_ms
-        return self.median_ms
+    def run(self, name: str) -> None:
+        """Measure one model."""
+        label = Path(name).name if self.args.model else name
+        job, held_out = make_job(name, self.args, self.workdir / label)
+        operations = count_operations(job.model, held_out[0]["pixel_values"].shape[-1])
+        self.models[label] = {
+            "weights": "checkpoint" if self.args.model else "random",
+            "parameters": sum(p.numel() for p in job.model.parameters()),
+            "gop_per_image": operations.to_dict(),
+        }
+        runners: dict[str, Runner] = {}
+        for contender in track(choose(self.args.only, options(self.args)), f"{label}: building", console=self.errors):
+            runner = self.guarded(label, contender, None, lambda contender=contender: build(contender, job))
+            if runner is not None:
+                runners[contender] = runner
+        if FLOAT not in runners:
+            raise RuntimeError("float32 itself could not run; see the messages above.")
+        for batch_size in self.args.batch_sizes:
+            self.measure(label, runners, held_out, batch_size, operations.total)
+        if self.args.memory:
+            self.memory[label] = {}
+            for contender in track(list(runners), f"{label}: memory", console=self.errors):
+                found = self.guarded(
+                    label, contender, None, lambda contender=contender: self.memory_of(name, contender, job.workdir)
+                )
+                if found is not None:
+                    self.memory[label][contender] = found
+
+    def guarded(self, model: str, contender: str, batch_size: int | None, call: Any) -> Any:
+        """What ``call`` returns, or None after noting that the contender was skipped or broke."""
+        place = {"model": model, "contender": contender, "batch_size": batch_size}
+        try:
+            return call()
+        except Skipped as reason:
+            self.skipped.append({**place, "reason": str(reason)})
+        except Exception as error:  # one broken contender must not cost the run
+            self.failed.append({**place, "reason": f"{type(error).__name__}: {error}"[:2000]})
+        return None
+
+    def measure(
+        self, label: str, runners: dict[str, Runner], held_out: list[Batch], batch_size: int, gop_per_image: float
+    ) -> None:
+        """Rounds and statistics of one batch size."""
+        batch = collate(held_out[:batch_size])
+        count = max(1, COSINE_IMAGES // batch_size)
+        parts = [collate(held_out[i : i + batch_size]) for i in range(0, len(held_out) - batch_size + 1, batch_size)]
+        parts = parts[:count]
+        reference = [runners[FLOAT](b).float() for b in parts]
+        cosines: dict[str, float] = {}
+        for name, runner in runners.items():
+            limit = CONTENDERS[name].max_batch
+            if limit is not None and batch_size > limit and not self.args.all:
+                reason = f"slow: timed up to batch {limit} only; --all times it"
+                self.skipped.append({"model": label, "contender": name, "batch_size": batch_size, "reason": reason})
+                continue
+
+            def check(runner: Runner = runner) -> float:
+                runner.prepare(batch)
+                return mean_cosine(runner, parts, reference)
+
+            cosine = self.guarded(label, name, batch_size, check)
+            if cosine is not None:
+                cosines[name] = cosine
+        rounds: Rounds = interleave(
+            {name: runners[name] for name in cosines}, batch, self.args.repeats, self.args.warmup, self.probe,
+            allowance=0 if self.args.tiny else 2 * self.args.repeats,
+            progress=lambda r: track(r, f"{label}: batch {batch_size}", console=self.errors),
+        )  # fmt: skip
+        self.rounds.append({"model": label, "batch_size": batch_size, **rounds.to_dict()})
+        found = [
+            Result(label, batch_size, n, runners[n].variant, c, rounds.times_ms[n], details=dict(runners[n].details))
+            for n, c in cosines.items()
+        ]
+        summarise(found, FLOAT, gop_per_image, self.ceilings["int8"])
+        self.results += found
+
+    def memory_of(self, name: str, contender: str, workdir: Path) -> dict[str, Any]:
+        """Memory of one contender, from a process of its own that takes the exported files from this one."""
+        a = self.args
+        command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", contender, "--workdir", str(workdir)]
+        command += ["--model", name, "--threads", str(torch.get_num_threads()), "--tau", str(a.tau)]
+        command += ["--image-size", str(a.image_size), "--calibration", str(a.calibration)]
+        command += ["--batch-sizes", str(min(8, max(a.batch_sizes)))] + (["--images", a.images] if a.images else [])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the memory process ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON file."""
+        left_out = ("output", "model", "memory_of", "workdir")
+        return {
+            "environment": self.environment,
+            "ceilings_gops": self.ceilings,
+            "settings": {k: v for k, v in vars(self.args).items() if k not in left_out},
+            "deleted_tokens": DELETED_TOKENS,
+            "models": self.models,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "rounds": self.rounds,
+            "memory_mb": self.memory,
+            "results": [asdict(r) for r in self.results],
+        }
 
 
-def random_inputs(count: int, side: int) -> list[Batch]:
-    """Standard normal images, one mapping each."""
-    generator = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(3, side, side, generator=generator)} for _ in range(count)]
+def make_job(name: str, args: argparse.Namespace, workdir: Path) -> tuple[Job, list[Batch]]:
+    """The job of one model, and the images that calibration did not see."""
+    inputs = make_inputs(name, args.images, args.calibration + max(args.batch_sizes), args.image_size)
+    calibration = [collate([item]) for item in inputs[: args.calibration]]
+    settings = Settings(torch.get_num_threads(), args.tau, 0 if args.memory_of else args.trials)
+    return Job(make_model(name), calibration, workdir, settings), inputs[args.calibration :]
 
 
-def real_inputs(name: str, processor: Any, count: int) -> list[Batch]:
-    """Images of a data set through the model's processor, one mapping each, without labels.
-
-    Raises:
-        ValueError: too few images.
-    """
-    images = ImageInputs(load_images(name, num_samples=count), processor)
-    if len(images) < count:
-        raise ValueError(f"{name} has {len(images)} images; {count} are needed. Lower --calibration or --batch-sizes.")
-    return [{k: v for k, v in images[i].items() if k not in ("labels", "label")} for i in range(count)]
+def options(args: argparse.Namespace) -> set[str]:
+    """Options that bring in further contenders."""
+    return {name for name in ("all", "compiled") if getattr(args, name)}
 
 
-def build_contenders(model: PreTrainedModel, calibration: list[Batch], tau: float) -> dict[str, PreTrainedModel]:
-    """The float model and its quantized variants, in the order of the table."""
-    tower = find_tower(model)
-    depth = len(tower.blocks)
-    upper = tuple(range(depth // 2, depth))
-    plain = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})
-    prefixed = plain.replace(
-        registers={"mode": "fixed", "blocks": upper, "num_copies": tau},
-        deletion={"block": upper[0], "count": DELETED_TOKENS},
-    )
-    mined = mine_tokens(model, calibration, [upper[0]], progress=False)[upper[0]]
-    cache = mined.average(upper, depth).restricted(upper, tau)
-    int8 = build_quantized(model, plain, None, calibration)
-    simulated = copy.deepcopy(int8)
-    set_backend(simulated, "simulated")
-    return {
-        FLOAT: model,
-        SIMULATED: simulated,
-        INT8: int8,
-        REGCACHE: build_quantized(model, prefixed, cache, calibration),
-    }
+def memory_child(args: argparse.Namespace) -> None:
+    """Print the memory of one contender as the last line."""
+
+    def make() -> tuple[Runner, Batch]:
+        job, held_out = make_job(args.model, args, Path(args.workdir))
+        batch = collate(held_out[: args.batch_sizes[0]])
+        runner = build(args.memory_of, job)
+        runner.prepare(batch)
+        runner.settle()
+        return runner, batch
+
+    print(json.dumps(measure_memory(CONTENDERS[args.memory_of].packages, make)))
 
 
-def backend_name(model: PreTrainedModel) -> str:
-    """Class that runs the linear layers (all layers of a contender run in the same one)."""
-    names = {type(module.runtime()).__name__ for _, module in quant_linears(model)}
-    return ", ".join(sorted(names)) or "torch"
-
-
-@torch.inference_mode()
-def measure(
-    name: str, contenders: dict[str, PreTrainedModel], held_out: list[Batch], batch_size: int, repeats: int, warmup: int
-) -> list[Result]:
-    """Time the contenders in turn; the one that goes first changes with every repeat."""
-    batch = collate(held_out[:batch_size])
-    reference = F.normalize(encode(contenders[FLOAT], [collate(held_out)]), dim=-1)
-    results = {}
-    for label, model in contenders.items():
-        features = F.normalize(encode(model, [collate(held_out)]), dim=-1)
-        cosine = float((features * reference).sum(-1).mean())
-        results[label] = Result(name, batch_size, label, backend_name(model), cosine)
-    order = list(contenders)
-    for repeat in track(range(-warmup, repeats), f"{name}, batch {batch_size}", console=Console(stderr=True)):
-        shift = repeat % len(order)
-        for label in order[shift:] + order[:shift]:
-            begun = time.perf_counter()
-            contenders[label](**batch)
-            elapsed = 1000 * (time.perf_counter() - begun)
-            if repeat >= 0:
-                results[label].times_ms.append(elapsed)
-    float_median = results[FLOAT].summarise(None)
-    for label in order[1:]:
-        results[label].summarise(float_median)
-    return list(results.values())
-
-
-def render(results: list[Result], title: str) -> Table:
-    """The table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("model", "batch", "contender", "backend"):
-        table.add_column(heading, justify="right" if heading == "batch" else "left")
-    for heading in ("median ms", "min ms", "ms / image", "ratio to fp32", "cosine"):
+def render(bench: Bench, model: str, batch_size: int) -> Table:
+    """The table of one model and batch size."""
+    gop = bench.models[model]["gop_per_image"]["total"]
+    smoke = "SMOKE TEST, not a measurement: " if bench.args.tiny else ""
+    table = Table(title=f"{smoke}{model}, batch {batch_size}, {gop:.2f} GOP an image", title_justify="left")
+    table.add_column("contender")
+    numbers = ("median ms", "min ms", "spread", "ms / image", "ratio to fp32", "(minima)", "ceiling", "cosine")
+    memory = bench.memory.get(model, {})
+    for heading in (*numbers, *(("run peak MB", "steady MB") if memory else ())):
         table.add_column(heading, justify="right")
-    for position, r in enumerate(results):
+    table.add_column("variant")
+    for r in (r for r in bench.results if (r.model, r.batch_size) == (model, batch_size)):
+        ceiling = "" if r.int8_ceiling_fraction is None else f"{r.int8_ceiling_fraction:.2f}"
+        used = memory.get(r.contender, {})
         table.add_row(
-            r.model,
-            str(r.batch_size),
-            r.contender,
-            r.backend,
-            f"{r.median_ms:.2f}",
-            f"{r.minimum_ms:.2f}",
-            f"{r.median_ms / r.batch_size:.2f}",
-            f"{r.ratio_to_float32:.2f}",
-            f"{r.cosine:.4f}",
-            end_section=position % 4 == 3,
-        )
+            r.contender, f"{r.median_ms:.2f}", f"{r.minimum_ms:.2f}", f"{r.spread:.0%}", f"{r.ms_per_image:.2f}",
+            f"{r.ratio_to_float32:.2f}", f"{r.ratio_of_minima:.2f}", ceiling, f"{r.cosine:.4f}",
+            *(f"{used[k]:.0f}" if used.get(k) is not None else "" for k in ("run_peak", "steady") if memory),
+            r.variant,
+        )  # fmt: skip
     return table
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, CPU and threads, for the JSON file."""
-    return {
-        **environment(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "logical_cpus": os.cpu_count(),
-        "load_average": [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "int8_kernel": machine_reason() or "oneDNN qlinear",
-    }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="shapes, random weights"
-    )
-    parser.add_argument("--model", help="directory or Hub id of real weights, instead of --shapes")
-    parser.add_argument("--images", help="image folder, parquet or Hub id (default: random pixels); needs --model")
-    parser.add_argument("--image-size", type=int, default=224, help="side of random images (default 224)")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="default 1 8")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds over all contenders (default 15)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before the timed ones (default 2)")
-    parser.add_argument("--calibration", type=int, default=16, help="images for the activation scales (default 16)")
-    parser.add_argument("--tau", type=float, default=4.0, help="copies of the register; 1 needs no mask (default 4)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--tiny", action="store_true", help="tiny random models, three repeats: a smoke test")
-    parser.add_argument("--output", help="JSON file of all results")
-    arguments = parser.parse_args()
-    if arguments.images and not arguments.model:
-        parser.error("--images needs --model: random weights have no image processor.")
-    if min(*arguments.batch_sizes, arguments.repeats, arguments.calibration, 1) < 1 or arguments.warmup < 0:
-        parser.error("--batch-sizes, --repeats and --calibration must be at least 1, --warmup at least 0.")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.tiny:
-        arguments.image_size, arguments.repeats, arguments.warmup = 64, min(arguments.repeats, 3), 1
-    count = arguments.calibration + max(arguments.batch_sizes)
-    shapes = TINY if arguments.tiny else {name: SHAPES[name] for name in arguments.shapes}
-    names = [arguments.model] if arguments.model else list(shapes)
-    found, results = describe_environment(), []
-    for name in names:
-        torch.manual_seed(0)
-        if arguments.model:
-            model: Any = find_tower(load_model(name)).module
-        else:
-            model = shapes[name]().eval().requires_grad_(False)
-        model.set_attn_implementation("sdpa")
-        if arguments.images:
-            inputs = real_inputs(arguments.images, load_processor(name), count)
-        else:
-            inputs = random_inputs(count, arguments.image_size)
-        held_out = inputs[arguments.calibration :]
-        calibration = [collate([item]) for item in inputs[: arguments.calibration]]
-        contenders = build_contenders(model, calibration, arguments.tau)
-        for batch_size in arguments.batch_sizes:
-            label = Path(name).name if arguments.model else name
-            results += measure(label, contenders, held_out, batch_size, arguments.repeats, arguments.warmup)
-    weights = "weights of the checkpoint" if arguments.model else "random weights"
-    title = f"W8A8 on {found['cpu_capability']}, {found['threads']} threads, torch {found['torch']}, {weights}"
-    console = Console(width=max(Console().width, 120))
-    console.print(render(results, ("SMOKE TEST, not a measurement: " if arguments.tiny else "") + title))
+def report(bench: Bench) -> None:
+    """Tables, ceilings, and everything that did not run or was disturbed."""
+    console, e = Console(width=max(Console().width, 170)), bench.environment
+    for place in bench.rounds:
+        console.print(render(bench, place["model"], place["batch_size"]))
+    console.print(f"W8A8 on {e['cpu_model']}, {e['cpu_capability']}, {e['threads']} threads, torch {e['torch']}.")
+    rates = ", ".join(f"{k} {bench.ceilings[k]:.0f} GOP/s" for k in ("float32", "int8") if bench.ceilings[k])
+    console.print(f"fastest matrix products: {rates}. Weights: {'checkpoint' if bench.args.model else 'random'}.")
     console.print("ratio = median time of float32 / median time of the contender, in this run; larger is faster.")
-    noisy = [r for r in results if r.median_ms > NOISY * r.minimum_ms]
-    if noisy:
-        console.print(
-            f"{len(noisy)} of {len(results)} medians exceed {NOISY} x their minimum: other load? Measure again."
-        )
-    if arguments.output:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "shapes", "model")}
-        write_json(
-            arguments.output,
-            {
-                "environment": found,
-                "settings": settings,
-                "models": names,
-                "weights": weights,
-                "deleted_tokens": DELETED_TOKENS,
-                "results": [asdict(r) for r in results],
-            },
-        )
-        console.print(f"written: {arguments.output}")
+    for label, entries in (("skipped", bench.skipped), ("FAILED", bench.failed)):
+        for s in entries:
+            batch = "" if s["batch_size"] is None else f", batch {s['batch_size']}"
+            console.print(f"{label}: {s['model']}{batch}, {s['contender']}: {s['reason']}", markup=False)
+    for r in bench.rounds:
+        if r["repeated"] or r["noisy"]:
+            console.print(
+                f"{r['model']}, batch {r['batch_size']}: {r['repeated']} rounds repeated because of other load, "
+                f"{r['noisy']} of {len(r['probes_ms'])} kept rounds still noisy."
+            )
+
+
+def parse_arguments(values: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="shapes, random weights")
+    add("--model", help="directory or Hub id of real weights, instead of --shapes")
+    add("--images", help="image folder, parquet or Hub id (default: random pixels); needs --model")
+    add("--image-size", type=int, default=224, help="side of random images (default 224)")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 8, 32], help="default 1 8 32")
+    add("--only", nargs="+", metavar="NAME", help=f"contenders beside {FLOAT}: {'; '.join(CONTENDERS)}")
+    add("--all", action="store_true", help="also the slow contenders")
+    add("--compiled", action="store_true", help="also the contenders that torch.compile builds (minutes)")
+    add("--repeats", type=int, default=15, help="rounds over all contenders (default 15)")
+    add("--warmup", type=int, default=2, help="rounds before the timed ones (default 2)")
+    add("--trials", type=int, default=3, help="runs per setting where OpenVINO has a choice (default 3)")
+    add("--calibration", type=int, default=16, help="images for the activation scales (default 16)")
+    add("--tau", type=float, default=4.0, help="copies of the register; 1 needs no mask (default 4)")
+    add("--threads", type=int, help="threads of every contender (default: torch's own choice)")
+    add("--memory", action=argparse.BooleanOptionalAction, help="measure memory, one process each (default: yes)")
+    add("--tiny", action="store_true", help="tiny random models, all contenders, three rounds: a smoke test")
+    add("--output", help="JSON file of all results")
+    add("--memory-of", help=argparse.SUPPRESS)
+    add("--workdir", help=argparse.SUPPRESS)
+    args = parser.parse_args(values)
+    if args.images and not args.model:
+        parser.error("--images needs --model: random weights have no image processor.")
+    if min(*args.batch_sizes, args.repeats, args.calibration, args.trials) < 1 or args.warmup < 0:
+        parser.error("--batch-sizes, --repeats, --calibration and --trials must be at least 1, --warmup at least 0.")
+    try:
+        choose(args.only, set())
+    except ValueError as error:
+        parser.error(str(error))
+    if args.tiny:
+        args.image_size, args.repeats, args.warmup, args.calibration, args.trials = 64, min(args.repeats, 3), 1, 4, 1
+        args.all = True
+    args.memory = not args.tiny if args.memory is None else args.memory
+    return args
+
+
+def main(values: list[str] | None = None) -> int:
+    """Run the benchmark; the exit status is 1 if a contender broke."""
+    args = parse_arguments(values)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        memory_child(args)
+        return 0
+    names = [args.model] if args.model else list(TINY) if args.tiny else args.shapes
+    with tempfile.TemporaryDirectory(prefix="bench-cpu-int8-") as workdir:
+        bench = Bench(args, Path(workdir))
+        for name in names:
+            bench.run(name)
+            if args.output:  # a long run that is cut short leaves the models that were finished
+                write_json(args.output, bench.to_dict())
+    report(bench)
+    if args.output:
+        Console().print(f"written: {args.output}")
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

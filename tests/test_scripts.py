@@ -1,4 +1,4 @@
-"""The scripts that users run by hand: training of the reference encoders, benchmark."""
+"""The scripts that users run by hand: training of the reference encoders."""
 
 from __future__ import annotations
 
@@ -80,11 +80,3 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path):
     torch.save({"identity": {"recipe": repr(recipe), "seed": 1}, "stage": "base", "step": 5}, checkpoint)
     with pytest.raises(ValueError, match=r"x\.ckpt belongs to a training with another recipe, seed or amounts"):
         train_reference.Run(recipe, 0, checkpoint)
-
-
-@pytest.mark.slow
-def test_benchmark_runs_on_tiny_models(tmp_path):
-    script = SCRIPT.parent.parent / "benchmarks" / "bench_cpu_int8.py"
-    command = [sys.executable, str(script), "--tiny", "--output", str(tmp_path / "bench.json")]
-    assert "ratio to fp32" in subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    assert (tmp_path / "bench.json").exists()

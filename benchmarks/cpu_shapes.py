@@ -1,0 +1,105 @@
+"""Encoders of the CPU benchmark: shapes with random weights, input images, and how many operations an image costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PreTrainedModel
+
+from optimum_regcache.architectures import find_tower
+from optimum_regcache.data import Batch, ImageInputs, load_images
+from optimum_regcache.loading import load_model, load_processor
+
+
+def clip_b16() -> PreTrainedModel:
+    """CLIP ViT-B/16 at 224 pixels."""
+    return CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                            num_attention_heads=12, image_size=224, patch_size=16))  # fmt: skip
+
+
+def dinov2_s14() -> PreTrainedModel:
+    """DINOv2-small; position embeddings for 518 pixels, as published."""
+    return Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
+                                    image_size=518, patch_size=14))  # fmt: skip
+
+
+def clip_tiny() -> PreTrainedModel:
+    """For the smoke test."""
+    return CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                                            num_attention_heads=4, image_size=64, patch_size=8))  # fmt: skip
+
+
+def dinov2_tiny() -> PreTrainedModel:
+    """For the smoke test."""
+    return Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2,
+                                    image_size=80, patch_size=8))  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], PreTrainedModel]] = {"clip-b16": clip_b16, "dinov2-s14": dinov2_s14}
+TINY: dict[str, Callable[[], PreTrainedModel]] = {"clip-tiny": clip_tiny, "dinov2-tiny": dinov2_tiny}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """The float tower called ``name``: a shape with random weights (seed 0), or the checkpoint in a directory or on the Hub."""
+    torch.manual_seed(0)
+    known = {**SHAPES, **TINY}
+    model: Any = known[name]() if name in known else find_tower(load_model(name)).module
+    model.eval().requires_grad_(False).set_attn_implementation("sdpa")
+    return model
+
+
+def make_inputs(name: str, images: str | None, count: int, side: int) -> list[Batch]:
+    """``count`` images, one mapping each, without a batch axis: standard normal pixels, or a data set's.
+
+    Raises:
+        ValueError: too few images.
+    """
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        return [{"pixel_values": torch.randn(3, side, side, generator=generator)} for _ in range(count)]
+    data = ImageInputs(load_images(images, num_samples=count), load_processor(name))
+    if len(data) < count:
+        raise ValueError(f"{images} has {len(data)} images; {count} are needed. Lower --calibration or --batch-sizes.")
+    return [{k: v for k, v in data[i].items() if k not in ("labels", "label")} for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one image in 1e9 (a multiplication and an addition count as two).
+
+    Attributes:
+        linears: linear layers of the blocks.
+        attention: the two products of attention, queries x keys and probabilities x values.
+        patch_embedding: the patch projection.
+    """
+
+    linears: float
+    attention: float
+    patch_embedding: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts. Norms, activation functions, softmax and pooling heads are left out."""
+        return self.linears + self.attention + self.patch_embedding
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-compatible, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+def count_operations(model: PreTrainedModel, side: int) -> Operations:
+    """Operations of the float ``model`` on a square image of ``side`` pixels, from the shapes of its modules."""
+    tower = find_tower(model)
+    patch = tower.module.get_submodule(tower.family.patch_embedding).weight
+    kernel = patch.shape[-1] if patch.ndim == 4 else int(tower.config.patch_size)
+    patches = (side // kernel) ** 2
+    tokens = patches + tower.num_prefix_tokens
+    linears = attention = 0
+    for block in range(len(tower.blocks)):
+        linears += sum(2 * tokens * m.weight.numel() for m in tower.block_linears(block).values())
+        width = tower.attention(block).get_submodule(tower.family.query).out_features
+        attention += 2 * 2 * tokens**2 * width
+    return Operations(linears / 1e9, attention / 1e9, 2 * patches * patch.numel() / 1e9)
