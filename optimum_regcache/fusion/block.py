@@ -23,6 +23,7 @@ from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.kernels.fused_ops import RegisterRows
 from optimum_regcache.modules import QuantLinear
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.registers.cache import RegisterLayer
 from optimum_regcache.registers.neurons import RegisterNeuronActivation
 from optimum_regcache.registers.runtime import widen_mask
 
@@ -77,6 +78,7 @@ class _Parts:
         out_linear = _linear(attention, out)
         self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
         self.mlp = _Mlp(block, family, norms[1], scales[1], self.native)
+        self.whole = _whole(self, norms) if self.native and self.int8_attention else None
 
 
 class _Mlp:
@@ -148,6 +150,14 @@ class FusedBlock:
                 raise RuntimeError("This fused model has no packed weights yet. Run it once before torch.compile.")
             self.build(block)
         parts: Any = self._parts
+        if parts.whole is not None and mask is None:
+            stored = parts.attention.registers(past_key_values)
+            layer, copies = stored if stored is not None else (RegisterLayer(), 1.0)
+            if layer.get_seq_length() <= MAX_REGISTERS:
+                scaling = getattr(parts.attention, parts.scaling_name)
+                return torch.ops.regcache.block(
+                    hidden, *parts.whole, layer.keys, layer.values, parts.heads, scaling, math.log(copies)
+                )
         x = hidden.contiguous()
         qkv = parts.qkv(x)
         q, k, v = qkv[0].chunk(3, -1) if len(qkv) == 1 else qkv
@@ -170,6 +180,32 @@ class FusedBlock:
             k, v = layer.update(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         return ops.quantize(y.transpose(1, 2).flatten(2), codes, parts.native)
+
+
+def _whole(parts: _Parts, norms: Sequence[nn.LayerNorm]) -> tuple[Any, ...] | None:
+    """The arguments of the operator for a whole block, between the block's input and the registers; None where the block
+    is not of the common form (one product for query, key and value, 8 bits, activation function in the epilogue)."""
+    gemms = [*parts.qkv.gemms, parts.out, *parts.mlp.first.gemms, parts.mlp.last]
+    hidden = parts.mlp.first.gemms[0].epilogue
+    common = len(gemms) == 4 and hidden.as_codes and all(gemm.codes.is_byte for gemm in gemms)
+    tensors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+    if not common or any(tensor is None for tensor in tensors):
+        return None
+    return (
+        tensors,
+        [norm.eps for norm in norms],
+        [gemm.weight.packed for gemm in gemms],
+        [gemm.weight.scale for gemm in gemms],
+        [gemm.weight.zero_point for gemm in gemms],
+        [gemm.weight.bias for gemm in gemms],
+        [gemm.codes.scale for gemm in gemms],
+        [gemm.codes.zero_point for gemm in gemms],
+        [gemm.codes.inverse for gemm in gemms],
+        hidden.out_scale,
+        hidden.out_zero_point,
+        hidden.post,
+        hidden.algorithm,
+    )
 
 
 def _generations(block: nn.Module) -> tuple[int, ...]:

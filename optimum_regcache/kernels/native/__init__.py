@@ -25,7 +25,8 @@ from optimum_regcache.kernels.onednn import machine_reason
 
 logger = logging.get_logger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "token_ops.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "block_op.cpp", "token_ops.cpp"))
+HEADER = Path(__file__).with_name("fused_ops.h")
 _NAME = "optimum_regcache_fused_ops"
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 STALE_SECONDS = 600
@@ -77,7 +78,7 @@ def _ninja_on_path() -> Iterator[None]:
 def _directory() -> Path:
     """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in SOURCES)]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))]).encode()).hexdigest()[:12]
     return Path(root) / f"{_NAME}-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest}"
 
 
@@ -157,3 +158,7 @@ def _register_fakes() -> None:
         x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, lead: int, rows: int, columns: int
     ) -> torch.Tensor:
         return x.new_empty(x.shape[0], dropped.shape[1], x.shape[2])
+
+    @torch.library.register_fake("regcache::block")
+    def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -13,6 +13,8 @@
 #include <optional>
 #include <vector>
 
+#include "fused_ops.h"
+
 // keeps the accumulators of a tile in registers
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -67,7 +69,9 @@ at::Tensor quantize(const at::Tensor& x, double inverse, int64_t zero_point, int
   return out;
 }
 
-at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
+}  // namespace
+
+at::Tensor regcache::layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
                                double inverse, int64_t zero_point, int64_t highest) {
   const at::Tensor in = x.contiguous();
   at::Tensor out = at::empty(in.sizes(), in.options().dtype(at::kByte));
@@ -98,6 +102,8 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
   });
   return out;
 }
+
+namespace {
 
 // 2^x for x <= 127, relative error < 5e-5; almost 0 below -126
 inline __m512 exp2(__m512 x) {
@@ -336,8 +342,10 @@ void attend(const float* query, const float* key, const float* value, int64_t st
   }
 }
 
+}  // namespace
+
 // q, k, v: float32 [B, N, H * d], last stride 1, same strides; register_key, register_value: float32 [H, n, d]
-at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& register_key,
+at::Tensor regcache::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& register_key,
                      const std::optional<at::Tensor>& register_value, int64_t heads, double scaling, double logit_bias,
                      double inverse, int64_t zero_point, int64_t highest) {
   const Shape s{q.size(0), q.size(1), heads, q.size(2) / heads};
@@ -366,8 +374,6 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return out;
 }
 
-}  // namespace
-
 TORCH_LIBRARY(regcache, m) {
   m.def("quantize(Tensor x, float inverse, int zero_point, int highest) -> Tensor");
   m.def("layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float inverse, int zero_point, int highest) -> Tensor");
@@ -378,6 +384,6 @@ TORCH_LIBRARY(regcache, m) {
 
 TORCH_LIBRARY_IMPL(regcache, CPU, m) {
   m.impl("quantize", &quantize);
-  m.impl("layer_norm_quantize", &layer_norm_quantize);
-  m.impl("attention", &attention);
+  m.impl("layer_norm_quantize", &regcache::layer_norm_quantize);
+  m.impl("attention", &regcache::attention);
 }
