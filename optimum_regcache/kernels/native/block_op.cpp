@@ -21,7 +21,7 @@ namespace {
 using Maybe = std::optional<at::Tensor>;
 using Scalars = c10::List<std::optional<at::Scalar>>;
 
-constexpr int64_t kGroup = 4;  // images that one thread takes at a time
+constexpr int64_t kGroup = 2;  // images that one thread takes at a time
 
 // oneDNN product of u8 codes with a packed weight; see kernels/onednn.py
 struct Gemm {
