@@ -145,12 +145,12 @@ def _image_size(tower: Tower, processor: Any, image_size: int | tuple[int, int] 
     """(height, width) of the pixels that the graph accepts."""
     images = getattr(processor, "image_processor", processor)
     if image_size is None and images is not None:
-        size = getattr(images, "crop_size", None) if getattr(images, "do_center_crop", False) else None
-        size = size or getattr(images, "size", None)
-        if size is not None and all(k in size for k in ("height", "width")):
-            image_size = (int(size["height"]), int(size["width"]))
-    image_size = tower.config.image_size if image_size is None else image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        given = getattr(images, "crop_size", None) if getattr(images, "do_center_crop", False) else None
+        given = given or getattr(images, "size", None)
+        if given is not None and all(k in given for k in ("height", "width")):
+            image_size = (int(given["height"]), int(given["width"]))
+    size: Any = tower.config.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
     patch = tower.config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if height < rows or width < columns:

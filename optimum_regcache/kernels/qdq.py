@@ -16,7 +16,7 @@ from optimum_regcache.kernels.base import LinearBackend, LinearState
 OPSET = 21
 
 
-def _node(name: str, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: int) -> Any:
+def _node(name: str, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Any:
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
 
 
@@ -86,4 +86,8 @@ class QDQLinear(LinearBackend):
                 version=OPSET,
             )
         accumulator = _node("MatMulInteger", (codes, self._codes, zero, self._weight_zero), torch.int32, shape)
+        if (
+            scale.ndim
+        ):  # one factor after the other: ONNX Runtime would fuse their product as if it were the same for all rows
+            return accumulator.to(torch.float32) * self._weight_scale * scale
         return accumulator.to(torch.float32) * (scale * self._weight_scale)
