@@ -361,10 +361,12 @@ def evaluate_job(
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)
         results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())
-    if not exported:  # only a torch model can be watched inside
+    if exported:
+        results["quantization"], results["format"] = model.info["quantization"], model.format
+    else:
         results["norms"] = measure_token_norms(model, batches).to_dict()
-    config = getattr(model.config, "quantization_config", None)
-    results["quantization"] = config.label if config else None
+        config = getattr(model.config, "quantization_config", None)
+        results["quantization"] = config.label if config else None
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
