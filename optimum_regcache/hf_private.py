@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import output_capturing
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
+EXPORT_ATTENTION = "regcache_export"  # registered by export/onnx.py, in use while a model is traced
 
 
 def attention_interface(module: nn.Module, native_class: type) -> Callable[..., Any]:
@@ -23,7 +24,7 @@ def attention_interface(module: nn.Module, native_class: type) -> Callable[..., 
     """
     config: Any = module.config
     name = config._attn_implementation
-    if name not in SUPPORTED_ATTENTION:
+    if name not in (*SUPPORTED_ATTENTION, EXPORT_ATTENTION):
         raise ValueError(
             f"Register injection supports attn_implementation {' and '.join(SUPPORTED_ATTENTION)}, got {name!r}. "
             "Call model.set_attn_implementation('sdpa')."

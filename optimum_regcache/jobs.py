@@ -21,6 +21,8 @@ from optimum_regcache.evaluation.features import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, has_classifier, make_objective
 from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, measure_outliers
+from optimum_regcache.export.layout import is_exported
+from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import FitResult, resolve_config, search_config, split_inputs
 from optimum_regcache.loading import load_model
@@ -310,10 +312,11 @@ def evaluate_job(
     device: str = "cpu",
     metrics: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Evaluate a saved model (float or quantized); beside its float original if that is given or recorded.
+    """Evaluate a saved model (float, quantized or exported); beside its float original if that is given or recorded.
 
     Args:
-        model_dir: directory, Hub id or reference name.
+        model_dir: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features
+            are those of the float original.
         source_model: the float original; default: the one in the recipe beside the model.
         dataset: images; default: those of the recipe.
         recipe: amounts and seed.
@@ -332,8 +335,8 @@ def evaluate_job(
     original = source_model or (model_dir if model_dir in reference.names() else saved.model)
     base, data_name = original or model_dir, dataset or saved.dataset
     source = open_source(base, data_name, recipe, template=template, device=device)
-    model: Any = load_model(model_dir)
-    model = model.to(device)
+    exported = is_exported(model_dir)
+    model: Any = ExportedEncoder.from_pretrained(model_dir) if exported else load_model(model_dir).to(device)  # type: ignore
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
     labels, text = accuracy_data(source, report, source.report_images)
@@ -342,7 +345,7 @@ def evaluate_job(
         "float_model": original,
         "dataset": source.dataset_name,
         "images": len(report),
-        "quantized_layers": sum(1 for _ in quant_linears(model)),
+        "quantized_layers": model.info["quantized_layers"] if exported else sum(1 for _ in quant_linears(model)),
         "environment": environment(),
     }
     if labels is not None:
@@ -358,9 +361,12 @@ def evaluate_job(
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)
         results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())
-    results["norms"] = measure_token_norms(model, batches).to_dict()
-    config = getattr(model.config, "quantization_config", None)
-    results["quantization"] = config.label if config else None
+    if exported:
+        results["quantization"], results["format"] = model.info["quantization"], model.format
+    else:
+        results["norms"] = measure_token_norms(model, batches).to_dict()
+        config = getattr(model.config, "quantization_config", None)
+        results["quantization"] = config.label if config else None
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -344,3 +345,15 @@ def set_backend(model: nn.Module, backend: str) -> None:
             select_backend(backend, module.state())
         module.backend = backend
         module.reset_runtime()
+
+
+@contextmanager
+def running_as(model: nn.Module, backend: type[LinearBackend]) -> Iterator[None]:
+    """All quantized layers run as ``backend`` inside the ``with`` block; prepared at its start, so that it can be traced."""
+    for _, module in quant_linears(model):
+        module._runtime = backend(module.state())
+    try:
+        yield
+    finally:
+        for _, module in quant_linears(model):
+            module.reset_runtime()

@@ -147,7 +147,7 @@ class AnalyzeCommand(_Command):
 
 
 class EvaluateCommand(_Command):
-    COMMAND = CommandInfo(name="evaluate", help="Evaluate a saved model beside its float original.")
+    COMMAND = CommandInfo(name="evaluate", help="Evaluate a saved or exported model beside its float original.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -172,12 +172,34 @@ class EvaluateCommand(_Command):
         print(text)
 
 
+class ExportCommand(_Command):
+    COMMAND = CommandInfo(name="export", help="Write a saved model for ONNX Runtime or OpenVINO and check it.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("--model", required=True, help="directory, Hub id, or reference encoder")
+        parser.add_argument("--format", required=True, choices=("onnx", "openvino"))
+        parser.add_argument("--output", required=True, help="directory of the exported encoder")
+        parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
+        parser.add_argument("--dataset", help="images of the check (default: the recipe's embedded ones, else random)")
+        parser.add_argument("--num-images", type=int, default=8, help="images of the check (default 8)")
+        parser.set_defaults(device="cpu")
+
+    def job(self) -> None:
+        from optimum_regcache.export.job import export_job
+
+        a = self.args
+        _, text = export_job(a.model, a.format, a.output, a.image_size, a.dataset, a.num_images)
+        print(text)
+
+
 class RegCacheCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="regcache", help="RegCache: quantize vision encoders with prefixed registers.")
     SUBCOMMANDS = (
         CommandInfo("quantize", help=QuantizeCommand.COMMAND.help, subcommand_class=QuantizeCommand),
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
+        CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import encode, image_features, move
+from optimum_regcache.evaluation.features import FeatureEncoder, encode, image_features, move
 from optimum_regcache.validation import require
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -28,7 +28,7 @@ class Objective(ABC):
     batches: list[Batch]
 
     @abstractmethod
-    def scores(self, model: nn.Module) -> torch.Tensor:
+    def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         """float32 [n], one score per image in the order of the batches."""
 
 
@@ -46,7 +46,7 @@ class CosineObjective(Objective):
         self.batches = batches
         self.reference = F.normalize(encode(float_model, batches), dim=-1)
 
-    def scores(self, model: nn.Module) -> torch.Tensor:
+    def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         features = F.normalize(encode(model, self.batches), dim=-1)
         return (features * self.reference).sum(-1)
 
@@ -69,7 +69,7 @@ class AccuracyObjective(Objective):
         require(len(labels) == count, f"{len(labels)} labels for {count} images.")
         self.batches, self.labels, self.text_features = batches, labels, text_features
 
-    def scores(self, model: nn.Module) -> torch.Tensor:
+    def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         return self.predictions(model).eq(self.labels).float()
 
     @torch.inference_mode()

@@ -1,0 +1,77 @@
+"""What lies in an exported directory: the network, config and processor, the recipe, and ``export.json``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from optimum_regcache.files import write_json
+
+INFO = "export.json"
+NETWORKS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+_EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def need(package: str) -> Any:
+    """The imported ``package``.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{package} is needed for exported encoders and could not be imported ({error}). "
+            f'Install it: pip install "optimum-regcache[{_EXTRAS[package]}]"'
+        ) from error
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of ``packages``."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def is_exported(directory: str | Path) -> bool:
+    """Whether ``directory`` was written by an export."""
+    return (Path(directory) / INFO).is_file()
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """``export.json`` of an exported directory.
+
+    Raises:
+        ValueError: it has none, or is of an unknown format.
+    """
+    path = Path(directory) / INFO
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} is no exported encoder: it has no {INFO}. Write one with `optimum-cli regcache export`."
+        )
+    info = json.loads(path.read_text(encoding="utf-8"))
+    if info.get("format") not in NETWORKS:
+        raise ValueError(f"{path}: unknown format {info.get('format')!r}; expected {' or '.join(NETWORKS)}.")
+    return info
+
+
+def write_info(directory: Path, info: dict[str, Any]) -> None:
+    """Write ``export.json``."""
+    write_json(directory / INFO, info)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what lies beside a network (config, processor, recipe) from one directory to another."""
+    networks = (".onnx", ".data", ".bin", ".xml")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix not in networks and path.name != INFO:
+            shutil.copy2(path, target / path.name)

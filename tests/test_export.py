@@ -1,0 +1,331 @@
+"""Exported encoders in ONNX Runtime and OpenVINO against the model in PyTorch, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import Counter
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import models as tiny_models
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+import transformers as hf
+from models import COMPOSITES, DINOV2_BACKBONE, MODELS, TOWERS, TinyModel, quantized
+from onnx import numpy_helper
+from optimum.commands.optimum_cli import main
+from torch.nn import functional as F
+from torch.onnx._internal import _lazy_import
+
+from optimum_regcache import RegCacheConfig, RegCacheQuantizer, reference
+from optimum_regcache.evaluation.features import encode
+from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino
+from optimum_regcache.export.job import compare, export_job
+from optimum_regcache.modules import quant_linears
+from optimum_regcache.quantizer import build_quantized
+
+FAMILIES = ("clip", "siglip", "dinov2", "dinov2_registers", "vit", "deit")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators_read_once():
+    """The exporter parses its 500 operator functions anew for each model, more than half of the time of a tiny export."""
+    source = _lazy_import.onnxscript_apis
+    patch = pytest.MonkeyPatch()
+    patch.setattr(import_module(source.__name__), "get_torchlib_ops", lru_cache(source.get_torchlib_ops))
+    yield
+    patch.undo()
+
+
+class Exported:
+    """A quantized tiny model with its two exports."""
+
+    def __init__(self, tiny: TinyModel, model: Any, path: Path, **options: Any) -> None:
+        self.tiny, self.model = tiny, model
+        self.onnx = export_onnx(model, path / "onnx", **options)
+        self.openvino = export_openvino(self.onnx, path / "openvino")
+        self.graph = onnx.load(self.onnx / "model.onnx").graph
+        self.count = Counter(node.op_type for node in self.graph.node)
+        self.constants = {c.name: numpy_helper.to_array(c) for c in self.graph.initializer}
+
+    def encoder(self, kind: str) -> ExportedEncoder:
+        return ExportedEncoder.from_pretrained(getattr(self, kind), num_threads=1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, tmp_path_factory) -> Exported:
+    """Registers in blocks 2 and 3 with a logit bias, two tokens deleted at block 2."""
+    tiny = TOWERS[request.param]
+    return Exported(tiny, quantized(tiny), tmp_path_factory.mktemp(request.param))
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.02) -> None:
+    """A value near the middle between two codes may round to the other one, so a few features differ by a step."""
+    assert found.shape == expected.shape
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.9999
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_export_computes_what_the_model_computes(exported: Exported, kind: str):
+    encoder = exported.encoder(kind)
+    for batch in (1, 3):
+        inputs = exported.tiny.inputs(batch=batch)
+        with torch.no_grad():
+            expected = exported.model(**inputs)
+        found = encoder(**inputs)
+        assert isinstance(found, hf.modeling_outputs.BaseModelOutputWithPooling)
+        assert_same(found.last_hidden_state, expected.last_hidden_state)
+        assert_same(found.pooler_output, expected.pooler_output)
+    assert torch.equal(encoder(inputs["pixel_values"].numpy(), return_dict=False)[0], found.last_hidden_state)
+
+
+def test_weights_are_our_codes_and_inputs_are_quantized_once(exported: Exported):
+    layers = [module for _, module in quant_linears(exported.model)]
+    stored = [c for c in exported.constants.values() if c.dtype == np.int8 and c.ndim == 2]
+    assert {c.tobytes() for c in stored} == {m.codes().t().contiguous().numpy().tobytes() for m in layers}
+    assert len(stored) == len(layers) == 24
+    weights = [n for n in exported.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in exported.constants]
+    assert len(weights) == 24
+    assert {a.i for n in weights for a in n.attribute if a.name == "axis"} == {1}
+    assert exported.count["QuantizeLinear"] == 16  # query, key and value share theirs
+    zero = {exported.constants[n.input[2]].tolist() for n in exported.graph.node if n.op_type == "QuantizeLinear"}
+    assert zero == {128}
+    assert exported.count["TopK"] >= 2
+    assert exported.count["GatherElements"] >= 1
+
+
+def test_registers_are_constants(exported: Exported):
+    attention = [m for m in exported.model.modules() if getattr(m, "register_key", None) is not None]
+    assert len(attention) == 2
+    stored = {np.ascontiguousarray(c).tobytes() for c in exported.constants.values() if c.dtype == np.float32}
+    for module in attention:
+        for rows in (module.register_key, module.register_value):
+            assert rows.numpy().tobytes() in stored
+
+
+@pytest.mark.skipif(not X86, reason="the integer kernels of other processors have other names")
+def test_every_linear_layer_is_an_integer_kernel_in_both_runtimes(exported: Exported, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(exported.onnx / "model.onnx", options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    assert Counter(n.op_type for n in graph.node)["MatMulIntegerToFloat"] == 24
+    network = openvino.Core().compile_model(exported.openvino / "openvino_model.xml", "CPU")
+    layers = [op.get_rt_info() for op in network.get_runtime_model().get_ops()]
+    layers = [i["runtimePrecision"].astype(str) for i in layers if i["layerType"].astype(str) == "FullyConnected"]
+    assert sum(p in ("u8", "i8") for p in layers) == 24
+
+
+def test_model_is_unchanged_by_the_export(exported: Exported):
+    assert exported.tiny.tower_of(exported.model).config._attn_implementation == "sdpa"
+    assert torch.equal(exported.tiny.run(exported.model), exported.tiny.run(quantized(exported.tiny)))
+
+
+FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "w4a4, asymmetric": ("vit", 4, {"weights": {"symmetric": False}, "activations": {"symmetric": False}}),
+    "per tensor weights, fill none": (
+        "clip", 8, {"weights": {"granularity": "per_tensor"}, "deletion": {"block": 2, "count": 2, "fill": "none"}}
+    ),
+    "per token scales": ("clip", 8, {"activations": {"mode": "dynamic", "granularity": "per_token"}}),
+    "dynamic zero points": ("vit", 8, {"activations": {"mode": "dynamic", "symmetric": False}}),
+    "rotation, offset, patch embedding, head": (
+        "vit", 8, {"methods": ("rotation", "noisyquant"), "modules": {"patch_embedding": True, "head": True}}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms(form: str, tmp_path):
+    name, bits, parts = FORMS[form]
+    tiny = TOWERS[name]
+    made = Exported(tiny, quantized(tiny, bits, **parts), tmp_path)
+    expected = tiny.run(made.model)
+    for kind in ("onnx", "openvino"):
+        found = made.encoder(kind)(**tiny.inputs()).last_hidden_state
+        assert found.shape == expected.shape
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.999
+
+
+def test_projection_and_classifier_come_along(tmp_path):
+    dual = Exported(MODELS["clip_dual"], quantized(COMPOSITES["clip_dual"]), tmp_path / "dual")
+    pixels = {"pixel_values": dual.tiny.inputs()["pixel_values"]}
+    with torch.no_grad():
+        expected = dual.model.get_image_features(**pixels).pooler_output
+    encoder = dual.encoder("onnx")
+    assert encoder.info["outputs"] == ["last_hidden_state", "pooler_output", "image_embeds"]
+    assert_same(encoder(**pixels).image_embeds, expected)
+    assert_same(encode(encoder, [pixels]), encode(dual.model, [pixels]))
+    assert not any("text" in name for name in dual.constants)
+    labels = Exported(MODELS["vit_classifier"], quantized(COMPOSITES["vit_classifier"]), tmp_path / "labels")
+    encoder = labels.encoder("openvino")
+    assert_same(encoder(**pixels).logits, labels.tiny.run(labels.model, pixels))
+    assert_same(encode(encoder, [pixels]), encode(labels.model, [pixels]))
+
+
+def test_other_image_size_and_fixed_batch(tmp_path):
+    tiny = TOWERS["vit"]
+    made = Exported(tiny, quantized(tiny), tmp_path, image_size=(48, 32), dynamic_batch=False)
+    pixels = tiny_models.pixels(5, 1, 48, 32)
+    with torch.no_grad():
+        expected = made.model(pixels, interpolate_pos_encoding=True).last_hidden_state
+    for kind in ("onnx", "openvino"):
+        encoder = made.encoder(kind)
+        assert_same(encoder(pixels).last_hidden_state, expected)
+        for wrong in (pixels.repeat(2, 1, 1, 1), pixels[..., :16], pixels[0]):
+            with pytest.raises(ValueError, match=r"This export takes pixel_values \[1, 3, 48, 32\], got \["):
+                encoder(wrong)
+
+
+def test_file_is_about_a_quarter_of_the_float_weights(tmp_path):
+    config = hf.ViTConfig(
+        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024, image_size=32, patch_size=8
+    )
+    model = tiny_models.randomize(hf.ViTModel(config, add_pooling_layer=False), 0)
+    plain = RegCacheConfig(registers={"mode": "none"})
+    path = export_onnx(build_quantized(model, plain, None, [TOWERS["vit"].inputs()]), tmp_path)
+    ratio = (path / "model.onnx").stat().st_size / sum(4 * p.numel() for p in model.parameters())
+    assert 0.24 < ratio < 0.32
+
+
+def refused(name: str, **parts: Any) -> Any:
+    return lambda: quantized(MODELS[name], **parts)
+
+
+REFUSALS = {
+    "SigLIP2": (refused("siglip2"), "takes patches of varying grids with a padding mask; .* run the model in PyTorch"),
+    "backbone": (lambda: quantized(DINOV2_BACKBONE), "returns feature maps of chosen stages.* Dinov2Model"),
+    "float16": (
+        lambda: TOWERS["vit"].build().half(),
+        r"computes in float32, ViTModel holds torch.float16. .*float\(\)",
+    ),
+    "products": (refused("vit", attention={"quantize": True}), "attention products are simulated.*quantize=false"),
+    "twin": (
+        refused("vit", activations={"post_activation": "twin"}),
+        r"Layer layers.0.mlp.fc2 cannot be exported: a twin quantizer has two steps.* the preset w8a8 without ptq4vit",
+    ),
+    "16 bits": (
+        refused("vit", modules={"sixteen_bit": ("mlp.fc1",)}),
+        r"Layer layers.0.mlp.fc1 cannot be exported: 16-bit inputs are simulated. Quantize with static",
+    ),
+    "threshold": (
+        refused("vit", deletion={"block": 2, "count": 2, "rule": "threshold"}),
+        "needs the median norm.*deletion.rule='topk'",
+    ),
+    "zero points per token": (
+        refused("vit", activations={"mode": "dynamic", "granularity": "per_token", "symmetric": False}),
+        "dynamic zero points exist in ONNX for 8 bits per tensor only; use symmetric or static",
+    ),
+    "no encoder": (lambda: torch.nn.Linear(2, 2), "contains no supported vision encoder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_say_why(case: str, tmp_path):
+    build, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message):
+        export_onnx(build(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_refused_options(tmp_path):
+    model = TOWERS["vit"].build()
+    with pytest.raises(ValueError, match="opset must be at least 21, got 17"):
+        export_onnx(model, tmp_path, opset=17)
+    with pytest.raises(ValueError, match="image_size 4 x 4 is smaller than a patch of 8 x 8 pixels"):
+        export_onnx(model, tmp_path, image_size=4)
+    with pytest.raises(ValueError, match=r"is no exported encoder: it has no export.json. Write one with `optimum-cli"):
+        export_openvino(tmp_path, tmp_path / "y")
+    (tmp_path / "export.json").write_text('{"format": "onnx"}')
+    with pytest.raises(ValueError, match=r"is incomplete: model.onnx is missing. Export the model again"):
+        ExportedEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="image_size belong to the ONNX export"):
+        export_openvino(tmp_path, tmp_path / "y", image_size=32)
+    (tmp_path / "export.json").write_text('{"format": "coreml"}')
+    with pytest.raises(ValueError, match="unknown format 'coreml'; expected onnx or openvino"):
+        ExportedEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("openvino", "openvino")],
+)
+def test_missing_packages_are_named(package: str, extra: str, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "export.json").write_text('{"format": "onnx"}')
+    (tmp_path / "model.onnx").touch()
+    call: Any = {
+        "onnxscript": lambda: export_onnx(TOWERS["vit"].build(), tmp_path / "x"),
+        "onnxruntime": lambda: ExportedEncoder.from_pretrained(tmp_path),
+        "openvino": lambda: export_openvino(TOWERS["vit"].build(), tmp_path / "x"),
+    }[package]
+    with pytest.raises(ImportError, match=rf'{package} is needed .*pip install "optimum-regcache\[{extra}\]"'):
+        call()
+
+
+def run(capsys, monkeypatch, *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "regcache", *args])
+    main()
+    return capsys.readouterr().out
+
+
+def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
+    saved, path = tmp_path / "saved", tmp_path / "exported"
+    images = reference.load("clip-scenes").dataset("search", 16, 0)
+    quantizer = RegCacheQuantizer.from_pretrained("clip-scenes")
+    model = quantizer.quantize(
+        saved, quantization_config=RegCacheConfig(registers={"mode": "none"}), calibration_dataset=images
+    )
+    arguments = ("--model", str(saved), "--format", "onnx", "--output", str(path), "--num-images", "4")
+    out = run(capsys, monkeypatch, "export", *arguments)
+    assert "onnx against PyTorch, 4 of random pixels" in out
+    assert f"saved to {path}: 36 quantized layers" in out
+    info = json.loads((path / "export.json").read_text())
+    assert set(info["parity"]["outputs"]) == {"last_hidden_state", "pooler_output", "image_embeds"}
+    assert all(row["cosine"] > 0.999 for row in info["parity"]["outputs"].values())
+    assert info["quantization"] == "w8a8"
+    assert info["image_size"] == [64, 64]
+    encoder = ExportedEncoder.from_pretrained(path, num_threads=1)
+    pixels = encoder.processor(images=images[0]["image"], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output
+    assert F.cosine_similarity(encoder(pixel_values=pixels).image_embeds, expected).min() > 0.999
+    assert encoder.config.vision_config.hidden_size == model.config.vision_config.hidden_size
+
+    results = []
+    for directory in (saved, path):
+        options = ("--float-model", "clip-scenes", "--num-report", "32", "--output", str(tmp_path / "r.json"))
+        run(capsys, monkeypatch, "evaluate", "--model", str(directory), *options)
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    ours, theirs = results
+    assert theirs["format"] == "onnx"
+    for field in ("quantization", "quantized_layers", "images", "float_accuracy"):
+        assert theirs[field] == ours[field]
+    assert abs(theirs["accuracy"] - ours["accuracy"]) <= 1 / 32
+    assert abs(theirs["feature_cosine"] - ours["feature_cosine"]) < 1e-3
+
+
+def test_job_refuses_impossible_options(tmp_path):
+    for options, message in (
+        (("tflite",), "Unknown export format 'tflite'; expected onnx or openvino"),
+        (("onnx", tmp_path, [1, 2, 3]), "image_size takes the side, or height and width; got 3 numbers"),
+        (("onnx", tmp_path, None, None, 0), "at least one image, got num_images=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_job("clip-scenes", *(options if len(options) > 1 else (*options, tmp_path)))
+
+
+def test_comparison_finds_a_wrong_export(exported: Exported):
+    wrong = exported.tiny.build(seed=7)
+    pixels = exported.tiny.inputs()["pixel_values"]
+    assert compare(exported.model, exported.encoder("onnx"), pixels)["last_hidden_state"]["cosine"] > 0.9999
+    assert compare(wrong, exported.encoder("onnx"), pixels)["last_hidden_state"]["cosine"] < 0.9
