@@ -97,7 +97,7 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: a weight that is not finite.
         """
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):  # nan is both ends
             raise ValueError("The float weight to quantize is not finite; the float model is damaged.")
         weight, w = self.rotated_weight(weight), self.weights
         self.set_weight(weight, *numerics.weight_qparams(weight, w.bits, w.granularity, w.observer, w.symmetric))
@@ -124,7 +124,8 @@ class QuantLinear(nn.Module):
         elif not zero.is_meta and bool((zero != 0).any()):
             raise ValueError("This layer has symmetric weights; their zero points must be 0.")
         self.weight_scale = scale.clone()
-        self.set_codes(numerics.weight_codes(weight.detach(), scale, zero, self.weights.bits))
+        self.weight = numerics.packed_weight(weight.detach(), scale, zero, self.weights.bits)
+        self.reset_runtime()
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """Store signed weight codes [out, in] (whole numbers) for the scales that the layer has."""
@@ -160,7 +161,7 @@ class QuantLinear(nn.Module):
         return numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric)
 
     def codes(self) -> torch.Tensor:
-        """int8 weight codes [out, in]."""
+        """int8 weight codes [out, in]; they may be the memory of ``weight``."""
         return numerics.unpack_codes(self.weight, self.weights.bits, self.in_features)
 
     def dequantized_weight(self) -> torch.Tensor:
