@@ -127,13 +127,13 @@ def convert(arguments: argparse.Namespace, base: int) -> Record:
     torch.manual_seed(0)
     model = SHAPES[arguments.shape]().eval()
     record: Record = {"float_bytes": tensor_bytes(model), "float_resident": resident() - base, "float_peak": peak() - base}
-    if arguments.save_float:
-        model.save_pretrained(Path(arguments.folder) / "float")
     batches = images(model, arguments.calibration)
     result = quantize_with(model, settings(arguments), None, batches, progress=False).model
     record |= {"quantize_peak": peak() - base, "quantize_resident": resident() - base, "int8_bytes": tensor_bytes(result)}
     result.save_pretrained(Path(arguments.folder) / "int8")
-    return record | {"save_peak": peak() - base}
+    record["save_peak"] = peak() - base
+    model.save_pretrained(Path(arguments.folder) / "float")
+    return record
 
 
 def load(arguments: argparse.Namespace, base: int, folder: str) -> Record:
@@ -156,7 +156,7 @@ def child(arguments: argparse.Namespace) -> None:
         print(json.dumps(load(arguments, base, arguments.step)))
 
 
-def step(name: str, arguments: argparse.Namespace, shape: str, preset: str, folder: str, save_float: bool) -> Record:
+def step(name: str, arguments: argparse.Namespace, shape: str, preset: str, folder: str) -> Record:
     """Run one step in a fresh process.
 
     Raises:
@@ -165,7 +165,6 @@ def step(name: str, arguments: argparse.Namespace, shape: str, preset: str, fold
     command = [sys.executable, __file__, "--step", name, "--shape", shape, "--preset", preset, "--folder", folder]
     command += ["--calibration", str(arguments.calibration), "--backend", arguments.backend]
     command += ["--methods", *arguments.methods] if arguments.methods else []
-    command += ["--save-float"] if save_float else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The step {name} of {shape} failed:\n{done.stderr}")
@@ -175,9 +174,9 @@ def step(name: str, arguments: argparse.Namespace, shape: str, preset: str, fold
 def measure(shape: str, preset: str, arguments: argparse.Namespace) -> Record:
     """All steps of one shape; bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        found = step("convert", arguments, shape, preset, folder, True)
-        found |= step("int8", arguments, shape, preset, folder, False)
-        plain = step("float", arguments, shape, preset, folder, False)
+        found = step("convert", arguments, shape, preset, folder)
+        found |= step("int8", arguments, shape, preset, folder)
+        plain = step("float", arguments, shape, preset, folder)
         found["file_bytes"] = sum(f.stat().st_size for f in (Path(folder) / "int8").glob("*.safetensors"))
     return {"shape": shape, "preset": preset, **found, **{f"float_{k}": v for k, v in plain.items()}}
 
@@ -217,7 +216,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", help="JSON file of all results")
     for name in ("--step", "--shape", "--preset", "--folder"):  # of the processes that measure
         parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--save-float", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -86,6 +86,7 @@ class QuantLinear(nn.Module):
     def from_float(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
         """Round-to-nearest quantization of a float layer; static activations still need :meth:`set_input_qparams`."""
         new = cls.empty_like(module, weights, activations)
+        new.weight = new.weight.new_empty(0)  # gives its memory back before the real words need some
         new.set_float_weight(module.weight.detach())
         if new.bias is not None:
             new.bias.data = module.bias.detach().clone()

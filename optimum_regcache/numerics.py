@@ -11,7 +11,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-PART_VALUES = 2**20  # weights are rounded in parts of so many values
+PART_VALUES = 2**16  # weights are rounded in parts of so many values
 _BYTES_ARE_CODES = sys.byteorder == "little"  # the bytes of a word are its four 8-bit codes in order
 
 
@@ -171,8 +171,10 @@ def packed_weight(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.T
     parts = row_parts(weight)
     sizes = [len(part) for part in parts]
     scales, zeros = (v.reshape(-1).expand(len(weight)).split(sizes) for v in (scale, zero_point))
-    triples = zip(parts, scales, zeros, strict=True)
-    return torch.cat([pack_codes(weight_codes(w, s, z, bits), bits) for w, s, z in triples])
+    words = weight.new_empty(len(weight), -(-weight.shape[1] // codes_per_word(bits)), dtype=torch.int32)
+    for target, w, s, z in zip(words.split(sizes), parts, scales, zeros, strict=True):
+        target.copy_(pack_codes(weight_codes(w, s, z, bits), bits))
+    return words
 
 
 def weight_codes(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:

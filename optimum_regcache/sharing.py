@@ -27,10 +27,12 @@ def shared_copy(model: AnyModule) -> AnyModule:
     return copy.deepcopy(model, memo)
 
 
-def own_tensors(module: nn.Module) -> None:
-    """Give every parameter and buffer of ``module`` storage of its own, in place."""
+def own_tensors(module: nn.Module, other: nn.Module) -> None:
+    """Give every parameter and buffer of ``module`` that shares storage with ``other`` storage of its own, in place."""
+    shared = {t.untyped_storage().data_ptr() for t in chain(other.parameters(), other.buffers())}
     for tensor in chain(module.parameters(), module.buffers()):
-        replace_value(tensor, tensor)
+        if tensor.untyped_storage().data_ptr() in shared:
+            replace_value(tensor, tensor)
 
 
 @torch.no_grad()

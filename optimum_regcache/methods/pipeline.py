@@ -189,5 +189,5 @@ def _build(fit: Fit) -> None:
     qparams = calibrate(fit.model, fit.config, fit.batches) | fit.input_qparams
     fit.quantized = shared_copy(fit.model)
     quantize_modules(fit.quantized, fit.config)
-    own_tensors(find_tower(fit.quantized).module)  # norms, embeddings: the little that stayed float
+    own_tensors(find_tower(fit.quantized).module, fit.model)  # norms, embeddings: the little that stayed float
     assign_input_qparams(fit.quantized, qparams)
