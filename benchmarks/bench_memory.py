@@ -126,10 +126,18 @@ def convert(arguments: argparse.Namespace, base: int) -> Record:
     """Build, quantize, save."""
     torch.manual_seed(0)
     model = SHAPES[arguments.shape]().eval()
-    record: Record = {"float_bytes": tensor_bytes(model), "float_resident": resident() - base, "float_peak": peak() - base}
+    record: Record = {
+        "float_bytes": tensor_bytes(model),
+        "float_resident": resident() - base,
+        "float_peak": peak() - base,
+    }
     batches = images(model, arguments.calibration)
     result = quantize_with(model, settings(arguments), None, batches, progress=False).model
-    record |= {"quantize_peak": peak() - base, "quantize_resident": resident() - base, "int8_bytes": tensor_bytes(result)}
+    record |= {
+        "quantize_peak": peak() - base,
+        "quantize_resident": resident() - base,
+        "int8_bytes": tensor_bytes(result),
+    }
     result.save_pretrained(Path(arguments.folder) / "int8")
     record["save_peak"] = peak() - base
     model.save_pretrained(Path(arguments.folder) / "float")
@@ -208,7 +216,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = ["clip-l14", "clip-b16", "dinov2-b14", "clip-full-b16"]
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=defaults, help="shapes, random weights")
-    parser.add_argument("--presets", nargs="+", default=["w8a8", "w8a8-dynamic"], help="default: static and dynamic W8A8")
+    parser.add_argument(
+        "--presets", nargs="+", default=["w8a8", "w8a8-dynamic"], help="default: static and dynamic W8A8"
+    )
     parser.add_argument("--methods", nargs="*", default=[], help="methods of the pipeline (default: none)")
     parser.add_argument("--backend", default="auto", help="how the int8 model runs (default auto)")
     parser.add_argument("--calibration", type=int, default=2, help="calibration images (default 2)")
@@ -231,7 +241,9 @@ def main() -> None:
     if arguments.output:
         keep = {k: getattr(arguments, k) for k in ("methods", "backend", "calibration")}
         threads = {"threads": torch.get_num_threads()}
-        write_json(arguments.output, {"environment": {**environment(), **threads}, "settings": keep, "results": records})
+        write_json(
+            arguments.output, {"environment": {**environment(), **threads}, "settings": keep, "results": records}
+        )
         console.print(f"written: {arguments.output}")
     return None
 

@@ -98,7 +98,9 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: a weight that is not finite.
         """
-        if not weight.is_meta and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):  # nan is both ends
+        if not weight.is_meta and not bool(
+            torch.isfinite(torch.stack(torch.aminmax(weight))).all()
+        ):  # nan is both ends
             raise ValueError("The float weight to quantize is not finite; the float model is damaged.")
         weight, w = self.rotated_weight(weight), self.weights
         self.set_weight(weight, *numerics.weight_qparams(weight, w.bits, w.granularity, w.observer, w.symmetric))
