@@ -88,6 +88,7 @@ class QuantLinear(nn.Module):
     def from_float(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
         """Round-to-nearest quantization of a float layer; static activations still need :meth:`set_input_qparams`."""
         new = cls.empty_like(module, weights, activations)
+        new.weight = new.weight.new_empty(0)  # gives its memory back before the real words need some
         new.set_float_weight(module.weight.detach())
         if new.bias is not None:
             new.bias.data = module.bias.detach().clone()
@@ -99,7 +100,9 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: a weight that is not finite.
         """
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not bool(
+            torch.isfinite(torch.stack(torch.aminmax(weight))).all()
+        ):  # nan is both ends
             raise ValueError("The float weight to quantize is not finite; the float model is damaged.")
         weight, w = self.rotated_weight(weight), self.weights
         self.set_weight(weight, *numerics.weight_qparams(weight, w.bits, w.granularity, w.observer, w.symmetric))
@@ -126,7 +129,8 @@ class QuantLinear(nn.Module):
         elif not zero.is_meta and bool((zero != 0).any()):
             raise ValueError("This layer has symmetric weights; their zero points must be 0.")
         self.weight_scale = scale.clone()
-        self.set_codes(numerics.weight_codes(weight.detach(), scale, zero, self.weights.bits))
+        self.weight = numerics.packed_weight(weight.detach(), scale, zero, self.weights.bits)
+        self.reset_runtime()
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """Store signed weight codes [out, in] (whole numbers) for the scales that the layer has."""
@@ -162,7 +166,7 @@ class QuantLinear(nn.Module):
         return numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric)
 
     def codes(self) -> torch.Tensor:
-        """int8 weight codes [out, in]."""
+        """int8 weight codes [out, in]; they may be the memory of ``weight``."""
         return numerics.unpack_codes(self.weight, self.weights.bits, self.in_features)
 
     def dequantized_weight(self) -> torch.Tensor:

@@ -6,7 +6,13 @@ rounding, which is what `torch.fake_quantize_per_tensor_affine` computes; all ex
 
 from __future__ import annotations
 
+import sys
+
 import torch
+from torch.nn import functional as F
+
+PART_VALUES = 2**16  # weights are rounded in parts of so many values
+_BYTES_ARE_CODES = sys.byteorder == "little"  # the bytes of a word are its four 8-bit codes in order
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -131,7 +137,14 @@ def weight_qparams(
     Returns:
         (scale float32, zero_point int32); the zero points belong to signed codes in ``[-2^(b-1), 2^(b-1) - 1]``.
     """
-    rows = weight.float() if granularity == "per_channel" else weight.float().reshape(1, -1)
+    rows = weight if granularity == "per_channel" else weight.reshape(1, -1)
+    parts = [_row_qparams(part.float(), bits, observer, symmetric) for part in row_parts(rows)]
+    scale, zero = (torch.cat(found) for found in zip(*parts, strict=True))
+    return scale, zero if symmetric else zero - 2 ** (bits - 1)
+
+
+def _row_qparams(rows: torch.Tensor, bits: int, observer: str, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row of float32 [rows, values], for the codes of :func:`code_range`."""
     if observer == "percentile_mse":
         low, high = percentile_mse_range(rows, bits, symmetric)
     else:
@@ -145,7 +158,23 @@ def weight_qparams(
             better = error < best_error
             scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
             best_error = torch.where(better, error, best_error)
-    return scale, zero if symmetric else zero - 2 ** (bits - 1)
+    return scale, zero
+
+
+def row_parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of a few rows each of ``rows`` [rows, values]: what is computed row by row then needs little memory."""
+    return rows.split(max(1, PART_VALUES // max(rows.shape[1], 1)))
+
+
+def packed_weight(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """:func:`pack_codes` of the :func:`weight_codes` of ``weight`` [out, in], a few rows at a time."""
+    parts = row_parts(weight)
+    sizes = [len(part) for part in parts]
+    scales, zeros = (v.reshape(-1).expand(len(weight)).split(sizes) for v in (scale, zero_point))
+    words = weight.new_empty(len(weight), -(-weight.shape[1] // codes_per_word(bits)), dtype=torch.int32)
+    for target, w, s, z in zip(words.split(sizes), parts, scales, zeros, strict=True):
+        target.copy_(pack_codes(weight_codes(w, s, z, bits), bits))
+    return words
 
 
 def weight_codes(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
@@ -169,12 +198,13 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [rows, ceil(n / (32 // bits))]; unused positions hold zero.
     """
     per_word = codes_per_word(bits)
-    unsigned = codes.to(torch.int64) & (2**bits - 1)
-    padding = -unsigned.shape[-1] % per_word
-    unsigned = torch.nn.functional.pad(unsigned, (0, padding)).reshape(codes.shape[0], -1, per_word)
-    shifts = torch.arange(per_word, device=codes.device) * bits
-    words = (unsigned << shifts).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    padded = F.pad(codes.to(torch.int8), (0, -codes.shape[-1] % per_word))
+    if _BYTES_ARE_CODES and bits == 8:
+        return padded.clone(memory_format=torch.contiguous_format).view(torch.int32)
+    words = padded.new_zeros(len(padded), padded.shape[1] // per_word, dtype=torch.int32)
+    for place in range(per_word):
+        words |= (padded[:, place::per_word].to(torch.int32) & (2**bits - 1)) << (place * bits)
+    return words
 
 
 def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -186,7 +216,7 @@ def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         columns: number of codes per row.
 
     Returns:
-        int8 [rows, columns].
+        int8 [rows, columns]; with 8 bits this is the memory of ``words`` where the shape allows it, so do not write into it.
 
     Raises:
         ValueError: the number of words does not belong to ``columns``.
@@ -197,7 +227,11 @@ def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
             f"Packed weight has {words.shape[-1]} words per row, but {columns} columns of {bits}-bit codes need "
             f"{expected}. The checkpoint does not belong to this model or bit width."
         )
-    shifts = torch.arange(codes_per_word(bits), device=words.device, dtype=torch.int32) * bits
-    unsigned = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    signed = torch.where(unsigned >= 2 ** (bits - 1), unsigned - 2**bits, unsigned)
-    return signed.reshape(words.shape[0], -1)[:, :columns].to(torch.int8).contiguous()
+    if _BYTES_ARE_CODES and bits == 8:
+        return words.contiguous().view(torch.int8)[:, :columns].contiguous()
+    half = 2 ** (bits - 1)
+    parts = [
+        (((words >> (place * bits)) & (2**bits - 1)) ^ half).sub_(half).to(torch.int8)
+        for place in range(codes_per_word(bits))
+    ]
+    return torch.stack(parts, -1).flatten(1)[:, :columns].contiguous()

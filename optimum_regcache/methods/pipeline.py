@@ -22,7 +22,6 @@ codes are to absorb the error of the activation quantizers, so these have to be 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from optimum_regcache.architectures import find_tower
 from optimum_regcache.calibration import calibrate
 from optimum_regcache.config import RegCacheConfig, RewritesConfig
 from optimum_regcache.data import Batch
@@ -37,6 +37,7 @@ from optimum_regcache.hf_integration import attach_quantizer
 from optimum_regcache.methods.base import Fit, Method
 from optimum_regcache.methods.registry import build_methods
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.sharing import own_tensors, shared_copy
 from optimum_regcache.surgery import assign_input_qparams, quantize_modules, validate_positions
 from optimum_regcache.validation import require
 
@@ -50,7 +51,8 @@ class Quantized:
     Attributes:
         model: the quantized model, ready for `save_pretrained`.
         config: its config.
-        float_model: the float copy after all rewrites, registers and deletion installed.
+        float_model: the float model after all rewrites, registers and deletion installed. It uses the tensors of the
+            caller's model wherever no method changed them: read it, do not write into it.
         measured: method name -> what it found.
         seconds: stage -> duration.
     """
@@ -120,6 +122,10 @@ def quantize_with(
 ) -> Quantized:
     """Fit the stages from "install" to "correct" of the table above on a copy of ``model``.
 
+    Float weights are not copied: the copy uses those of ``model`` until a method changes them. In the result the encoder has
+    tensors of its own; what lies outside of it and is not quantized (a text tower) is shared with ``model``, see
+    `optimum_regcache.sharing`.
+
     Args:
         model: float model, unchanged.
         config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be :func:`configured`.
@@ -135,7 +141,7 @@ def quantize_with(
     validate_positions(model, config)
     check_cache(config, cache)
     require(bool(batches) or not needs_images(config), f"{image_users(config)} need calibration images.")
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = shared_copy(model).eval()
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
@@ -181,6 +187,7 @@ def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
 def _build(fit: Fit) -> None:
     """Replace the modules of a copy, weights rounded to nearest, and calibrate the static scales."""
     qparams = calibrate(fit.model, fit.config, fit.batches) | fit.input_qparams
-    fit.quantized = copy.deepcopy(fit.model)
+    fit.quantized = shared_copy(fit.model)
     quantize_modules(fit.quantized, fit.config)
+    own_tensors(find_tower(fit.quantized).module, fit.model)  # norms, embeddings: the little that stayed float
     assign_input_qparams(fit.quantized, qparams)

@@ -10,7 +10,6 @@ the register neurons, write the massive activation onto a few patches. Two ways 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from optimum_regcache.evaluation.features import move
 from optimum_regcache.evaluation.norms import PaddingMask, visit_tokens
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.runtime import prepare_tower, set_deletion, set_registers
+from optimum_regcache.sharing import replace_value, shared_copy
 from optimum_regcache.validation import require
 
 OUTLIER_RATIO = 3.0  # l2 norm of an outlier token over the median token, at least
@@ -294,9 +294,10 @@ def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
                 "set_register_neurons (variant 'token')."
             )
     for block, units in neurons.items():
-        layers[block].weight[list(units)] = 0
-        if layers[block].bias is not None:
-            layers[block].bias[list(units)] = 0
+        for parameter in layers[block].parameters():  # weight and bias; a model that shares them does not change
+            value = parameter.clone()
+            value[list(units)] = 0
+            replace_value(parameter, value)
 
 
 @torch.inference_mode()
@@ -323,7 +324,7 @@ def register_cache_from_neurons(
     blocks = [block for block, units in neurons.items() if len(units)]
     require(bool(blocks), "No register neurons to make a register cache from.")
     require(len(batches) > 0, "No images to make a register cache from.")
-    model = copy.deepcopy(model)
+    model = shared_copy(model)
     set_registers(model, None)
     set_deletion(model, DeletionConfig())
     set_register_neurons(model, neurons)

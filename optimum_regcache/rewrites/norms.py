@@ -15,6 +15,7 @@ from torch import nn
 
 from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.registers import RegisterCache, get_register_cache, set_registers
+from optimum_regcache.sharing import replace_value
 
 
 def rescale_norm(
@@ -79,7 +80,7 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def store(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Put float64 ``value`` into ``parameter``, rounded to its dtype.
+    """Let ``parameter`` hold float64 ``value``, rounded to its dtype; a model that shares its storage does not change.
 
     Raises:
         ValueError: the dtype cannot hold it.
@@ -89,8 +90,7 @@ def store(parameter: torch.Tensor, value: torch.Tensor) -> None:
         raise ValueError(
             f"A rewritten parameter overflows {parameter.dtype}. Rewrite the model in float32, and cast it afterwards."
         )
-    with torch.no_grad():
-        parameter.copy_(rounded)
+    replace_value(parameter, rounded)
 
 
 def add_to_bias(tower: Tower, linear: nn.Linear, delta: torch.Tensor) -> None:

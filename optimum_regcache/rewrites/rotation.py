@@ -38,8 +38,8 @@ def fold_norm_affine(tower: Tower) -> None:
                 weight = exact(linear.weight)
                 add_to_bias(tower, linear, weight @ exact(norm.bias))
                 store(linear.weight, weight * exact(norm.weight))
-            nn.init.ones_(norm.weight)
-            nn.init.zeros_(norm.bias)
+            store(norm.weight, torch.ones_like(norm.weight))
+            store(norm.bias, torch.zeros_like(norm.bias))
 
 
 def fold_layer_scale(tower: Tower) -> None:
@@ -56,7 +56,7 @@ def fold_layer_scale(tower: Tower) -> None:
                 store(linear.weight, exact(linear.weight) * exact(scale)[:, None])
                 if linear.bias is not None:
                     store(linear.bias, exact(linear.bias) * exact(scale))
-                nn.init.ones_(scale)
+                store(scale, torch.ones_like(scale))
 
 
 def rotate_residual(model: nn.Module, seed: int = 0) -> None:

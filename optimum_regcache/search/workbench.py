@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
@@ -12,6 +10,7 @@ from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.sharing import shared_copy
 from optimum_regcache.surgery import assign_input_qparams, quantize_modules
 
 
@@ -21,7 +20,7 @@ class Workbench:
     Weights are quantized once; activation scales are found anew for every configuration (A.8: the range is the point).
 
     Args:
-        model: the float model; it is copied, not changed.
+        model: the float model; not changed. Its tensors are shared, not copied.
         config: weights, activations and modules.
         calibration: batches for the activation scales.
 
@@ -32,9 +31,9 @@ class Workbench:
 
     def __init__(self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch]) -> None:
         self.config, self.calibration = config, calibration
-        self.float_model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.float_model = shared_copy(model).eval()
         prepare_tower(self.float_model)
-        self.quantized = copy.deepcopy(self.float_model)
+        self.quantized = shared_copy(self.float_model)
         quantize_modules(self.quantized, config)
 
     def install(self, cache: RegisterCache | None, deletion: DeletionConfig) -> None:
