@@ -25,6 +25,7 @@ from optimum_regcache.export.layout import is_exported
 from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.files import write_json
 from optimum_regcache.fitting import FitResult, resolve_config, search_config, split_inputs
+from optimum_regcache.fusion import fuse
 from optimum_regcache.loading import load_model
 from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.modules import quant_linears
@@ -311,6 +312,7 @@ def evaluate_job(
     template: str | None = None,
     device: str = "cpu",
     metrics: Sequence[str] = (),
+    fused: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a saved model (float, quantized or exported); beside its float original if that is given or recorded.
 
@@ -324,6 +326,7 @@ def evaluate_job(
         template: zero-shot prompt.
         device: ``cpu`` or ``cuda``.
         metrics: further metrics of the `evaluate` library, by name or path; they get predictions and labels.
+        fused: evaluate the model once more after `fuse`.
 
     Returns:
         (results, text).
@@ -336,6 +339,8 @@ def evaluate_job(
     base, data_name = original or model_dir, dataset or saved.dataset
     source = open_source(base, data_name, recipe, template=template, device=device)
     exported = is_exported(model_dir)
+    if fused and exported:
+        raise ValueError(f"--fused is for models that run in PyTorch; {model_dir} is exported.")
     model: Any = ExportedEncoder.from_pretrained(model_dir) if exported else load_model(model_dir).to(device)  # type: ignore
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
@@ -367,6 +372,12 @@ def evaluate_job(
         results["norms"] = measure_token_norms(model, batches).to_dict()
         config = getattr(model.config, "quantization_config", None)
         results["quantization"] = config.label if config else None
+    if fused:
+        results["fused"] = {"how": str(fuse(model))}
+        if labels is not None:
+            results["fused"]["accuracy"] = float(accuracy.scores(model).mean())
+        if original is not None:
+            results["fused"]["feature_cosine"] = float(F.cosine_similarity(encode(model, batches), theirs).mean())
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)

@@ -211,6 +211,10 @@ class QuantLinear(nn.Module):
             self._runtime = select_backend(self.backend, state)(state)
         return self._runtime
 
+    def release_runtime(self) -> None:
+        """Free the prepared backend; the next call builds it again."""
+        self._runtime = None
+
     def reset_runtime(self) -> None:
         """Forget derived data after a change of state or of ``backend``."""
         self._runtime = None

@@ -14,6 +14,7 @@ from optimum.commands.optimum_cli import main
 from transformers import AutoModel, AutoModelForImageClassification
 
 from optimum_regcache import reference
+from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.loading import load_model, load_processor
 from optimum_regcache.recipe import Recipe
 from optimum_regcache.reference import planted
@@ -96,6 +97,7 @@ def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys,
         str(tmp_path / "results.json"),
         "--num-report",
         "32",
+        *(["--fused"] if machine_reason() is None else []),
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["float_model"] == "planted-outlier"
@@ -104,6 +106,10 @@ def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys,
     assert results["feature_cosine"] > 0.98
     assert results["quantized_layers"] == 36
     assert results["quantization"] == "w8a8"
+    if machine_reason() is None:
+        assert results["fused"]["how"].startswith("6 of 6 blocks fused")
+        assert results["fused"]["accuracy"] > 0.9
+        assert results["fused"]["feature_cosine"] == pytest.approx(results["feature_cosine"], abs=1e-3)
 
 
 METRIC = """

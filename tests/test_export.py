@@ -25,10 +25,12 @@ from optimum.commands.optimum_cli import main
 from torch.nn import functional as F
 from torch.onnx._internal import _lazy_import
 
-from optimum_regcache import RegCacheConfig, RegCacheQuantizer, reference
+from optimum_regcache import RegCacheConfig, RegCacheQuantizer, fuse, reference
 from optimum_regcache.evaluation.features import encode
 from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino
 from optimum_regcache.export.job import compare, export_job
+from optimum_regcache.fusion import is_fused
+from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import build_quantized
 
@@ -129,6 +131,19 @@ def test_every_linear_layer_is_an_integer_kernel_in_both_runtimes(exported: Expo
 def test_model_is_unchanged_by_the_export(exported: Exported):
     assert exported.tiny.tower_of(exported.model).config._attn_implementation == "sdpa"
     assert torch.equal(exported.tiny.run(exported.model), exported.tiny.run(quantized(exported.tiny)))
+
+
+@pytest.mark.skipif(machine_reason() is not None, reason=f"int8 kernel: {machine_reason()}")
+def test_a_fused_model_is_exported_like_an_unfused_one(tmp_path):
+    tiny = TOWERS["clip"]
+    plain, fused = quantized(tiny), quantized(tiny)
+    fuse(fused)
+    files = [
+        (export_onnx(model, tmp_path / name) / "model.onnx").read_bytes()
+        for name, model in (("plain", plain), ("fused", fused))
+    ]
+    assert files[0] == files[1]
+    assert is_fused(fused)
 
 
 FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {

@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from optimum_regcache import RegCacheConfig, fuse, unfuse
+from optimum_regcache import RegCacheCLIPVisionModel, RegCacheConfig, fuse, unfuse
 from optimum_regcache.architectures import find_tower
+from optimum_regcache.evaluation import measure_token_norms
 from optimum_regcache.fusion import is_fused
 from optimum_regcache.kernels import native
 from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.kernels.reference import ReferenceLinear
+from optimum_regcache.modules import quant_linears, set_backend
 from optimum_regcache.quantizer import build_quantized
 
 pytestmark = pytest.mark.skipif(machine_reason() is not None, reason=f"int8 kernel: {machine_reason()}")
@@ -238,11 +240,39 @@ def test_changed_weights_and_scales_are_noticed() -> None:
     close(after, CLIP.run(model), False)
 
 
-def test_registers_of_the_call_override_the_stored_ones() -> None:
-    model = models.quantized(CLIP, cls=None, **{"deletion": {"block": None, "count": 0}})
-    other = models.random_cache((1, 2), registers=2, num_copies=3.0, seed=5)
-    from optimum_regcache import RegCacheCLIPVisionModel
+def test_a_chosen_backend_is_respected() -> None:
+    model = models.quantized(CLIP)
+    fuse(model, native=False)
+    fused = CLIP.run(model)
+    set_backend(model, "reference")
+    reference = CLIP.run(model)
+    close(reference, fused, False)
+    assert not torch.equal(reference, fused)
+    assert all(isinstance(m.runtime(), ReferenceLinear) for _, m in quant_linears(model))
+    report = fuse(model)
+    assert set(report.skipped.values()) == {"the execution backend 'reference' was chosen."}
+    set_backend(model, "auto")
+    assert len(fuse(model).fused) == models.BLOCKS
 
+
+def test_token_norms_of_a_fused_model_are_those_of_the_unfused_one() -> None:
+    model = models.quantized(CLIP)
+    batches = [CLIP.inputs()]
+    expected = measure_token_norms(model, batches).to_dict()
+    fuse(model)
+    assert measure_token_norms(model, batches).to_dict() == expected
+    assert is_fused(model)
+
+
+def test_fused_layers_hold_no_packed_copy_of_their_own() -> None:
+    model = models.quantized(CLIP)
+    CLIP.run(model)
+    fuse(model)
+    assert all(m._runtime is None for _, m in quant_linears(model))
+
+
+def test_registers_of_the_call_override_the_stored_ones() -> None:
+    other = models.random_cache((1, 2), registers=2, num_copies=3.0, seed=5)
     mine = models.quantized(CLIP, cls=RegCacheCLIPVisionModel)
     stored = CLIP.run(mine)
     expected = CLIP.run(mine, past_key_values=other)
@@ -252,7 +282,6 @@ def test_registers_of_the_call_override_the_stored_ones() -> None:
     close(CLIP.run(mine), stored, False)
     mine.unfuse()
     assert torch.equal(CLIP.run(mine, past_key_values=other), expected)
-    del model
 
 
 @pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.train()], ids=["bfloat16", "train"])

@@ -157,6 +157,7 @@ class EvaluateCommand(_Command):
         parser.add_argument(
             "--metric", action="append", default=[], help="further metric of the evaluate library, for example accuracy"
         )
+        parser.add_argument("--fused", action="store_true", help="evaluate once more with fused int8 blocks")
 
     def job(self) -> None:
         from optimum_regcache.jobs import evaluate_job
@@ -167,8 +168,9 @@ class EvaluateCommand(_Command):
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
         _, text = evaluate_job(
-            model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric
-        )
+            model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric,
+            args.fused,
+        )  # fmt: skip
         print(text)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import move
+from optimum_regcache.registers.runtime import unfused
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
         handles.append(block.register_forward_pre_hook(hook("block", index)))
         handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
     try:
-        for batch in batches:
-            padding.start(batch)
-            tower.module(**move(batch, model))
+        with unfused(tower.module):
+            for batch in batches:
+                padding.start(batch)
+                tower.module(**move(batch, model))
     finally:
         for handle in handles:
             handle.remove()

@@ -25,6 +25,7 @@ from optimum_regcache.kernels.qdq import OPSET, QDQLinear
 from optimum_regcache.modules import quant_linears, running_as
 from optimum_regcache.products import attention_products
 from optimum_regcache.registers import prepare_tower
+from optimum_regcache.registers.runtime import unfused
 
 logger = logging.get_logger(__name__)
 
@@ -267,7 +268,13 @@ def _stable_sort() -> Any:
 def _trace(wrapper: EncoderOutputs, pixels: torch.Tensor, names: list[str], opset: int, dynamic_batch: bool) -> Any:
     """The ONNX program."""
     batch = {"pixel_values": {0: torch.export.Dim("batch")}} if dynamic_batch else None
-    with _quiet(), _export_attention(wrapper.tower), running_as(wrapper.model, QDQLinear), torch.no_grad():
+    with (
+        _quiet(),
+        _export_attention(wrapper.tower),
+        unfused(wrapper.model),
+        running_as(wrapper.model, QDQLinear),
+        torch.no_grad(),
+    ):
         return torch.onnx.export(
             wrapper,
             (pixels,),

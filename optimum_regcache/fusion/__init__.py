@@ -14,8 +14,9 @@ from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.registers import prepare_tower
+from optimum_regcache.registers.runtime import is_fused, unfuse, unfused
 
-__all__ = ["FusionReport", "UnfusableError", "fuse", "is_fused", "unfuse"]
+__all__ = ["FusionReport", "UnfusableError", "fuse", "is_fused", "unfuse", "unfused"]
 
 logger = logging.get_logger(__name__)
 
@@ -100,15 +101,3 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
     report = FusionReport(tuple(fused), skipped, "int8" if settings.int8_attention else "float32", reason)
     (logger.warning if skipped else logger.info)(str(report))
     return report
-
-
-def unfuse(model: nn.Module) -> None:
-    """Undo :func:`fuse`, in place."""
-    prepare_tower(model).native = False
-    for block in find_tower(model).blocks:
-        block.fused = None  # type: ignore[assignment]
-
-
-def is_fused(model: nn.Module) -> bool:
-    """Whether any block of the encoder runs fused."""
-    return any(getattr(block, "fused", None) is not None for block in find_tower(model).blocks)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from optimum_regcache.architectures import EncoderFamily
 from optimum_regcache.fusion.gemm import PackedGemm, UnfusableError, fused_activation, input_codes, same_codes
@@ -108,6 +109,9 @@ class _Mlp:
         return self.last.add(hidden, x)
 
 
+logger = logging.get_logger(__name__)
+
+
 class FusedBlock:
     """Runs a block that belongs to it (`BlockMixin.fused`). Derived data is built on first use and never copied or pickled.
 
@@ -135,20 +139,34 @@ class FusedBlock:
         self._parts = _Parts(block, self.family, self.settings)
         block.regcache.native = self.settings.native
         self._built_for = _generations(block)
+        for module in block.modules():
+            if isinstance(module, QuantLinear):
+                module.release_runtime()  # its own packed copy; built again if the block runs unfused
 
     def applies(self, block: Any, hidden: torch.Tensor) -> bool:
-        """Whether this call runs fused: float32 on the CPU, evaluation mode, no attention weights asked for."""
+        """Whether this call runs fused: float32 on the CPU, evaluation mode, no attention weights asked for, and weights of a
+        form that has a fused execution (they may have changed since `fuse`).
+
+        Raises:
+            RuntimeError: nothing is packed yet while `torch.compile` is tracing.
+        """
         plain = hidden.dtype == torch.float32 and hidden.device.type == "cpu"
-        return plain and not block.training and not attention_weights_wanted()
+        if not plain or block.training or attention_weights_wanted():
+            return False
+        if self._built_for != _generations(block):
+            if torch.compiler.is_compiling():
+                raise RuntimeError("This fused model has no packed weights yet. Run it once before torch.compile.")
+            try:
+                self.build(block)
+            except UnfusableError as error:
+                self._parts, self._built_for = None, _generations(block)
+                logger.warning(f"Block {block.block_index} does not run fused any more: {error}")
+        return self._parts is not None
 
     def __call__(
         self, block: Any, hidden: torch.Tensor, mask: torch.Tensor | None, past_key_values: RegisterCache | None
     ) -> torch.Tensor:
         """Block input [B, N, D] float32 -> output of the same shape."""
-        if self._parts is None or self._built_for != _generations(block):
-            if torch.compiler.is_compiling():
-                raise RuntimeError("This fused model has no packed weights yet. Run it once before torch.compile.")
-            self.build(block)
         parts: Any = self._parts
         if parts.whole is not None and mask is None:
             stored = parts.attention.registers(past_key_values)

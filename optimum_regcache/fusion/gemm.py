@@ -47,6 +47,8 @@ def input_codes(linear: QuantLinear) -> Codes:
     Raises:
         UnfusableError: another form of quantization.
     """
+    if linear.backend not in ("auto", "onednn"):
+        raise UnfusableError(f"the execution backend {linear.backend!r} was chosen.")
     a, state = linear.activations, linear.state()
     reason = onednn.OneDNNLinear.unsupported_reason(state)
     if reason is not None:

@@ -153,6 +153,7 @@ class OneDNNLinear(LinearBackend):
         bias = None if state.bias is None else state.bias.detach().float().contiguous()
         self._weight = PackedWeight.pack(state.codes, state.weight_scale.expand(state.codes.shape[0]), bias)
         self._plain = replace(self._weight, bias=None)
+        self.state = replace(state, codes=state.codes.new_empty(0))  # the packed copy is enough
         self._shift = 2 ** (state.activations.bits - 1) if state.activations.symmetric else 0
         bits = state.activations.bits
         self._lowest, self._highest = 0, 2**bits - 1

@@ -8,6 +8,8 @@ bit-identical.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -272,3 +274,29 @@ def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
             "deletion.fill='neighbour_mean'."
         )
     runtime.deletion = config
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `optimum_regcache.fuse`, in place."""
+    prepare_tower(model).native = False
+    for block in find_tower(model).blocks:
+        block.fused = None  # type: ignore[assignment]
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any block of the encoder runs fused."""
+    return any(getattr(block, "fused", None) is not None for block in find_tower(model).blocks)
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block the model runs unfused, for example to be traced or watched by hooks."""
+    blocks = [block for block in find_tower(model).blocks if getattr(block, "fused", None) is not None]
+    before: list[Any] = [(block, block.fused, block.regcache.native) for block in blocks]
+    for block in blocks:
+        block.fused, block.regcache.native = None, False  # type: ignore[assignment, union-attr]
+    try:
+        yield
+    finally:
+        for block, runner, native in reversed(before):
+            block.fused, block.regcache.native = runner, native

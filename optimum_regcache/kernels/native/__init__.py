@@ -78,7 +78,9 @@ def _ninja_on_path() -> Iterator[None]:
 def _directory() -> Path:
     """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))]).encode()).hexdigest()[
+        :12
+    ]
     return Path(root) / f"{_NAME}-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest}"
 
 
