@@ -343,7 +343,7 @@ def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Choose how the quantized layers run: ``auto``, ``simulated``, ``reference`` or ``onednn``.
+    """Choose how the quantized layers run: ``auto``, ``simulated``, ``reference``, ``onednn`` or ``int_mm``.
 
     Raises:
         ValueError: unknown backend, or one that cannot run a layer on this machine.

@@ -180,12 +180,12 @@ def test_an_outlier_token_only_harms_itself_when_scales_are_per_token() -> None:
 
 
 def test_unknown_backend() -> None:
-    expected = r"Unknown execution backend 'cuda'; expected one of auto, onednn, reference, simulated\."
+    expected = r"Unknown execution backend 'cuda'; expected one of auto, int_mm, onednn, reference, simulated\."
     with pytest.raises(ValueError, match=expected):
         select_backend("cuda", make_state(ACTIVATIONS[0]))
 
 
-@pytest.mark.parametrize("name", ["reference", "simulated"])
+@pytest.mark.parametrize("name", ["int_mm", "reference", "simulated"])
 @pytest.mark.parametrize("config", ACTIVATIONS, ids=describe)
 def test_portable_backends_run_everywhere(name: str, config: ActivationsConfig) -> None:
     state = make_state(config)

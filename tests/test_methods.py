@@ -182,7 +182,7 @@ def test_plain_scales_and_weights_run_in_integers_and_the_others_say_so(pipeline
         with pytest.raises(ValueError, match="cannot run this layer"):
             set_backend(result.model, "reference")
         return
-    for backend in ["reference"] + (["onednn"] if machine_reason() is None else []):
+    for backend in ["reference", "int_mm"] + (["onednn"] if machine_reason() is None else []):
         set_backend(result.model, backend)
         difference = (CLIP.run(result.model) - simulated).norm() / simulated.norm()
         assert (

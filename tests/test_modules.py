@@ -23,7 +23,7 @@ STATIC, DYNAMIC = ActivationsConfig(), ActivationsConfig(mode="dynamic", granula
 REASON = onednn.machine_reason()
 needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"no int8 kernel on this machine: {REASON}")
 backends = pytest.mark.parametrize(
-    "backend", ["auto", "simulated", "reference", pytest.param("onednn", marks=needs_int8)]
+    "backend", ["auto", "simulated", "reference", "int_mm", pytest.param("onednn", marks=needs_int8)]
 )
 CONFIGS = [
     (
@@ -306,7 +306,7 @@ def test_quant_linears_and_set_backend_reach_every_layer() -> None:
 
 def test_set_backend_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(quantized())
-    expected = r"Unknown execution backend 'cuda'; expected one of auto, onednn, reference, simulated\."
+    expected = r"Unknown execution backend 'cuda'; expected one of auto, int_mm, onednn, reference, simulated\."
     with pytest.raises(ValueError, match=expected):
         set_backend(model, "cuda")
     monkeypatch.setattr(onednn, "machine_reason", lambda: "the CPU is too old.")

@@ -129,7 +129,7 @@ def test_asymmetric_weights_on_every_backend(bits: int, observer: str, granulari
             layer.set_input_qparams(*numerics.choose_qparams(x.amin(), x.amax(), 8, False))
         exact = nn.functional.linear(layer.rounded_input(x).double(), layer.dequantized_weight().double())
         exact = (exact + linear.bias.double()).float()
-        for backend in ["simulated", "reference"] + (["onednn"] if machine_reason() is None else []):
+        for backend in ["simulated", "reference", "int_mm"] + (["onednn"] if machine_reason() is None else []):
             layer.backend = backend
             layer.reset_runtime()
             outputs[backend] = layer(x)

@@ -42,7 +42,9 @@ def fake_pixels(embed: QuantPatchEmbedding, x: torch.Tensor, kernel: tuple[int, 
     return F.fold(rebuilt.transpose(1, 2), covered, kernel, stride=kernel)
 
 
-@pytest.mark.parametrize("backend", ["auto", "simulated", "reference", pytest.param("onednn", marks=needs_int8)])
+@pytest.mark.parametrize(
+    "backend", ["auto", "simulated", "reference", "int_mm", pytest.param("onednn", marks=needs_int8)]
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize(
     ("kernel", "size"), [((4, 4), (12, 8)), ((4, 4), (15, 11)), ((2, 5), (6, 10))], ids=["exact", "cropped", "oblong"]

@@ -5,12 +5,13 @@ Every backend computes the same codes; they differ in how the product is accumul
 
 from __future__ import annotations
 
-from optimum_regcache.kernels import onednn, reference, simulated
+from optimum_regcache.kernels import int_mm, onednn, reference, simulated
 from optimum_regcache.kernels.base import LinearBackend, LinearState
 
 __all__ = ["BACKENDS", "LinearBackend", "LinearState", "select_backend"]
 
 BACKENDS: dict[str, type[LinearBackend]] = {
+    "int_mm": int_mm.IntMMLinear,
     "onednn": onednn.OneDNNLinear,
     "reference": reference.ReferenceLinear,
     "simulated": simulated.SimulatedLinear,
@@ -18,12 +19,15 @@ BACKENDS: dict[str, type[LinearBackend]] = {
 
 
 def select_backend(name: str, state: LinearState) -> type[LinearBackend]:
-    """The backend class called ``name``; ``auto`` takes oneDNN where it is exact and available, else simulation.
+    """The backend class called ``name``; ``auto`` takes `torch._int_mm` on CUDA and oneDNN on the CPU where they can run
+    the layer, else simulation.
 
     Raises:
         ValueError: unknown name, or a backend that cannot run this layer on this machine (with the reason).
     """
     if name == "auto":
+        if state.codes.is_cuda and int_mm.IntMMLinear.unsupported_reason(state) is None:
+            return int_mm.IntMMLinear
         if onednn.OneDNNLinear.unsupported_reason(state) is not None:
             return simulated.SimulatedLinear
         return onednn.OneDNNLinear
