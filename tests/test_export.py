@@ -114,7 +114,8 @@ def test_weights_are_our_codes_and_inputs_are_quantized_once(exported: Exported)
     zero = {exported.constants[n.input[2]].tolist() for n in exported.graph.node if n.op_type == "QuantizeLinear"}
     assert zero == {128}
     assert exported.count["TopK"] >= 2
-    assert exported.count["GatherElements"] >= 1
+    assert exported.count["Gather"] >= 1
+    assert exported.count["ScatterND"] >= 1
 
 
 def test_registers_are_constants(exported: Exported):
