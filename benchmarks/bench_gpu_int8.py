@@ -183,7 +183,9 @@ def timed(call: Callable[..., Any], batch: Batch) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-def first_pass(model: nn.Module, call: Callable[..., Any], batch: Batch, reference: torch.Tensor, found: Result) -> None:
+def first_pass(
+    model: nn.Module, call: Callable[..., Any], batch: Batch, reference: torch.Tensor, found: Result
+) -> None:
     """Compile, then note cosine and memory of a second pass."""
     call(**batch)
     on_gpu = batch["pixel_values"].is_cuda
@@ -199,7 +201,9 @@ def first_pass(model: nn.Module, call: Callable[..., Any], batch: Batch, referen
 
 
 @torch.inference_mode()
-def measure(name: str, build: Callable[[], PreTrainedModel], arguments: argparse.Namespace, device: str) -> list[Result]:
+def measure(
+    name: str, build: Callable[[], PreTrainedModel], arguments: argparse.Namespace, device: str
+) -> list[Result]:
     """All contenders at all batch sizes; the one that goes first changes with every repeat."""
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False).to(device)
@@ -285,7 +289,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     if not arguments.smoke and not torch.cuda.is_available():
-        print(f"Nothing measured: PyTorch {torch.__version__} sees no CUDA device. --smoke tests the script on the CPU.")
+        print(
+            f"Nothing measured: PyTorch {torch.__version__} sees no CUDA device. --smoke tests the script on the CPU."
+        )
         return 0
     shapes, device = {name: SHAPES[name] for name in arguments.shapes}, "cuda"
     if arguments.smoke:
