@@ -10,8 +10,9 @@ BENCH_OUT ?= bench-cpu-int8.json
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
+# two processes; the tests of one file stay together
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -7,7 +7,7 @@
 Random weights; one image at a time. The float model is built in memory, quantized, and saved; fresh processes load the
 quantized checkpoint, and for comparison the float one, and run them. Everything is counted above the resident memory after
 the imports and after a warm-up with a small model (which loads what is imported late). "peak" is the high-water mark of
-the process, ``getrusage().ru_maxrss``; "resident" is what is held afterwards. Needs Linux.
+the process, ``VmHWM``; "resident" is what is held afterwards. Needs Linux.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ SHAPES: dict[str, Shape] = {
 
 
 def peak() -> int:
-    """High-water mark of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """High-water mark of this process in bytes. Not ``ru_maxrss``, which begins at that of the parent process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def resident() -> int:
