@@ -373,11 +373,12 @@ def evaluate_job(
         config = getattr(model.config, "quantization_config", None)
         results["quantization"] = config.label if config else None
     if fused:
-        results["fused"] = {"how": str(fuse(model))}
+        again: dict[str, Any] = {"how": str(fuse(model))}
         if labels is not None:
-            results["fused"]["accuracy"] = float(accuracy.scores(model).mean())
+            again["accuracy"] = float(accuracy.scores(model).mean())
         if original is not None:
-            results["fused"]["feature_cosine"] = float(F.cosine_similarity(encode(model, batches), theirs).mean())
+            again["feature_cosine"] = float(F.cosine_similarity(encode(model, batches), theirs).mean())
+        results["fused"] = again
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)

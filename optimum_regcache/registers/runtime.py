@@ -291,10 +291,10 @@ def is_fused(model: nn.Module) -> bool:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block the model runs unfused, for example to be traced or watched by hooks."""
-    blocks = [block for block in find_tower(model).blocks if getattr(block, "fused", None) is not None]
-    before: list[Any] = [(block, block.fused, block.regcache.native) for block in blocks]
+    blocks: list[Any] = [block for block in find_tower(model).blocks if getattr(block, "fused", None) is not None]
+    before = [(block, block.fused, block.regcache.native) for block in blocks]
     for block in blocks:
-        block.fused, block.regcache.native = None, False  # type: ignore[assignment, union-attr]
+        block.fused, block.regcache.native = None, False
     try:
         yield
     finally:
