@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedModel
 
+from encoder_shapes import Shape, clip, siglip
 from optimum_regcache import RegCacheConfig, set_backend
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.files import write_json
@@ -42,32 +43,14 @@ INT8, REGCACHE, TORCHAO = "int8 compiled", "int8 + registers + deletion, compile
 Batch = dict[str, torch.Tensor]
 
 
-def clip_l14_336() -> PreTrainedModel:
-    """CLIP ViT-L/14 at 336 pixels."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                                            num_attention_heads=16, image_size=336, patch_size=14))  # fmt: skip
-
-
-def siglip_so400m() -> PreTrainedModel:
-    """SigLIP-So400m/14 at 384 pixels."""
-    return SiglipVisionModel(SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-                                                num_attention_heads=16, image_size=384, patch_size=14))  # fmt: skip
-
-
-def clip_smoke() -> PreTrainedModel:
-    """For the smoke test."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                            num_attention_heads=4, image_size=32, patch_size=8))  # fmt: skip
-
-
-def siglip_smoke() -> PreTrainedModel:
-    """For the smoke test; the widths are no multiples of 16."""
-    return SiglipVisionModel(SiglipVisionConfig(hidden_size=72, intermediate_size=268, num_hidden_layers=2,
-                                                num_attention_heads=4, image_size=32, patch_size=8))  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], PreTrainedModel]] = {"clip-l14-336": clip_l14_336, "siglip-so400m-384": siglip_so400m}
-SMOKE: dict[str, Callable[[], PreTrainedModel]] = {"clip-smoke": clip_smoke, "siglip-smoke": siglip_smoke}
+SHAPES: dict[str, Shape] = {
+    "clip-l14-336": clip(1024, 4096, 24, 16, 336, 14),
+    "siglip-so400m-384": siglip(1152, 4304, 27, 16, 384, 14),
+}
+SMOKE: dict[str, Shape] = {
+    "clip-smoke": clip(64, 128, 2, 4, 32, 8),
+    "siglip-smoke": siglip(72, 268, 2, 4, 32, 8),  # widths that are no multiples of 16
+}
 
 
 @dataclass

@@ -19,57 +19,30 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedModel
 
+from encoder_shapes import Shape, clip, clip_full_b16, dinov2
 from optimum_regcache import RegCacheConfig, set_backend
 from optimum_regcache.files import write_json
 from optimum_regcache.methods import quantize_with
 from optimum_regcache.report import environment
 
-Shape = Callable[[], PreTrainedModel]
 Record = dict[str, Any]
 
 
-def _clip(width: int, blocks: int, image: int = 64, patch: int = 16) -> Shape:
-    """CLIP vision tower; small images, so that weights outweigh activations."""
-    return lambda: CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=blocks,
-                                                    num_attention_heads=max(width // 64, 1), image_size=image,
-                                                    patch_size=patch))  # fmt: skip
-
-
-def _dinov2_b14() -> PreTrainedModel:
-    return Dinov2Model(Dinov2Config(image_size=224))
-
-
-def _clip_full_b16() -> PreTrainedModel:
-    """Both towers: the text tower stays float."""
-    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config={"image_size": 224, "patch_size": 16}))
-
-
 SHAPES: dict[str, Shape] = {
-    "clip-l14": _clip(1024, 24, image=224, patch=14),
-    "clip-b16": _clip(768, 12, image=224),
-    "dinov2-b14": _dinov2_b14,
-    "clip-full-b16": _clip_full_b16,
-    "clip-medium": _clip(768, 6),  # 170 MB: the test of the bounds
-    "clip-tiny": _clip(64, 2),
+    "clip-l14": clip(1024, 4096, 24, 16, 224, 14),
+    "clip-b16": clip(768, 3072, 12, 12, 224, 16),
+    "dinov2-b14": dinov2(768, 3072, 12, 12, 224, 14),
+    "clip-full-b16": clip_full_b16,
+    "clip-medium": clip(768, 3072, 6, 12, 64, 16),  # 170 MB, small images: the test of the bounds
+    "clip-tiny": clip(64, 256, 2, 1, 64, 16),
 }
 
 

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PreTrainedModel
+from transformers import PreTrainedModel
 
+from encoder_shapes import Shape, clip, dinov2
 from optimum_regcache.architectures import find_tower
 from optimum_regcache.data import Batch, ImageInputs, load_images
 from optimum_regcache.loading import load_model, load_processor
 
-
-def clip_b16() -> PreTrainedModel:
-    """CLIP ViT-B/16 at 224 pixels."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                            num_attention_heads=12, image_size=224, patch_size=16))  # fmt: skip
-
-
-def dinov2_s14() -> PreTrainedModel:
-    """DINOv2-small; position embeddings for 518 pixels, as published."""
-    return Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
-                                    image_size=518, patch_size=14))  # fmt: skip
-
-
-def clip_tiny() -> PreTrainedModel:
-    """For the smoke test."""
-    return CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                                            num_attention_heads=4, image_size=64, patch_size=8))  # fmt: skip
-
-
-def dinov2_tiny() -> PreTrainedModel:
-    """For the smoke test."""
-    return Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2,
-                                    image_size=80, patch_size=8))  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], PreTrainedModel]] = {"clip-b16": clip_b16, "dinov2-s14": dinov2_s14}
-TINY: dict[str, Callable[[], PreTrainedModel]] = {"clip-tiny": clip_tiny, "dinov2-tiny": dinov2_tiny}
+SHAPES: dict[str, Shape] = {
+    "clip-b16": clip(768, 3072, 12, 12, 224, 16),
+    "dinov2-s14": dinov2(384, 1536, 12, 6, 518, 14),  # position embeddings for 518 pixels, as published
+}
+TINY: dict[str, Shape] = {"clip-tiny": clip(64, 128, 4, 4, 64, 8), "dinov2-tiny": dinov2(64, 128, 4, 4, 80, 8)}
 
 
 def make_model(name: str) -> PreTrainedModel:

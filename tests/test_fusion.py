@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,8 +114,7 @@ def test_blocks_that_cannot_be_fused_run_as_before(parts: dict[str, Any], reason
     report = fuse(model)
     assert report.fused == ()
     assert not is_fused(model)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(str(report))
+    assert re.search(reason, str(report))
     assert torch.equal(CLIP.run(model), expected)
 
 

@@ -34,22 +34,25 @@ def qkv(batch: int, heads: int, tokens: int, width: int, seed: int = 0) -> tuple
     return x.chunk(3, -1)
 
 
-def rows(heads: int, count: int, width: int, bias: float = 0.7, size: float = 1.0) -> ops.RegisterRows:
-    keys, values = torch.randn(2, heads, count, width, generator=torch.Generator().manual_seed(9)) * size
-    return ops.RegisterRows(keys, values, bias)
+NO_ROWS: tuple[ops.Rows, float] = ((None, None), 0.0)
+
+
+def rows(heads: int, count: int, width: int, bias: float = 0.7) -> tuple[ops.Rows, float]:
+    keys, values = torch.randn(2, heads, count, width, generator=torch.Generator().manual_seed(9))
+    return (keys, values), bias
 
 
 def float_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, g: ops.RegisterRows | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, registers: ops.Rows, bias: float
 ) -> torch.Tensor:
     """Registers as ordinary keys with a logit bias."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = None
-    if g is not None:
+    if registers[0] is not None and registers[1] is not None:
         expand = (q.shape[0], -1, -1, -1)
-        k, v = torch.cat((g.key.expand(expand), k), 2), torch.cat((g.value.expand(expand), v), 2)
+        k, v = torch.cat((registers[0].expand(expand), k), 2), torch.cat((registers[1].expand(expand), v), 2)
         mask = torch.zeros(q.shape[2], k.shape[2])
-        mask[:, : g.key.shape[1]] = g.logit_bias
+        mask[:, : registers[0].shape[1]] = bias
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -59,9 +62,9 @@ def float_attention(
 def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int) -> None:
     heads, width = shape[1], shape[3]
     q, k, v = qkv(*shape)
-    g = rows(heads, registers, width) if registers else None
-    found = ops.int8_attention(q, k, v, g, heads, width**-0.5, None)
-    expected = ops.int8_attention_reference(q, k, v, g, heads, width**-0.5)
+    g = rows(heads, registers, width) if registers else NO_ROWS
+    found = ops.int8_attention(q, k, v, *g, heads, width**-0.5, None)
+    expected = ops.int8_attention_reference(q, k, v, *g, heads, width**-0.5)
     assert found.shape == q.shape
     # a code of a probability at a tie may differ by one: 1/255 of the largest value of its row at most
     assert float((found - expected).abs().max()) <= float(v.abs().max()) / 100
@@ -73,9 +76,9 @@ def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int)
 def test_attention_is_close_to_float(shape: tuple[int, ...]) -> None:
     heads = shape[1]
     q, k, v = qkv(*shape)
-    for g in (None, rows(heads, 2, shape[3])):
-        found = ops.int8_attention(q, k, v, g, heads, shape[3] ** -0.5, None)
-        expected = float_attention(q, k, v, heads, g)
+    for g in (NO_ROWS, rows(heads, 2, shape[3])):
+        found = ops.int8_attention(q, k, v, *g, heads, shape[3] ** -0.5, None)
+        expected = float_attention(q, k, v, heads, *g)
         assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
@@ -85,8 +88,8 @@ def test_attention_with_a_register_that_takes_almost_everything() -> None:
     q, k, v = qkv(1, 2, 40, 32)
     for bias in (30.0, 80.0, 300.0):
         g = rows(2, 1, 32, bias)
-        found = ops.int8_attention(q, k, v, g, 2, 32**-0.5, None)
-        expected = float_attention(q, k, v, 2, g)
+        found = ops.int8_attention(q, k, v, *g, 2, 32**-0.5, None)
+        expected = float_attention(q, k, v, 2, *g)
         assert bool(torch.isfinite(found).all())
         assert float((found - expected).abs().max()) < 5e-3
 
@@ -95,12 +98,12 @@ def test_attention_with_a_register_that_takes_almost_everything() -> None:
 def test_attention_of_extreme_tensors_is_finite() -> None:
     zero = torch.zeros(1, 7, 96)
     q, k, v = zero.chunk(3, -1)
-    assert not ops.int8_attention(q, k, v, None, 2, 0.25, None).any()
+    assert not ops.int8_attention(q, k, v, *NO_ROWS, 2, 0.25, None).any()
     x = torch.full((1, 7, 96), 1e4)
     x[:, 3] = -1e4
     q, k, v = x.chunk(3, -1)
-    found = ops.int8_attention(q, k, v, None, 2, 0.25, None)
-    torch.testing.assert_close(found, float_attention(q, k, v, 2, None), rtol=0.01, atol=1.0)
+    found = ops.int8_attention(q, k, v, *NO_ROWS, 2, 0.25, None)
+    torch.testing.assert_close(found, float_attention(q, k, v, 2, *NO_ROWS), rtol=0.01, atol=1.0)
 
 
 @needs_native
@@ -108,8 +111,8 @@ def test_attention_of_extreme_tensors_is_finite() -> None:
 def test_attention_can_leave_as_codes(highest: int) -> None:
     q, k, v = qkv(2, 4, 30, 24)
     codes = ops.Codes(20.0 * highest / 255, 255 / 20.0 / highest, highest // 2, highest)
-    found = ops.int8_attention(q, k, v, None, 4, 24**-0.5, codes)
-    real = ops.int8_attention(q, k, v, None, 4, 24**-0.5, None)
+    found = ops.int8_attention(q, k, v, *NO_ROWS, 4, 24**-0.5, codes)
+    real = ops.int8_attention(q, k, v, *NO_ROWS, 4, 24**-0.5, None)
     assert found.dtype == torch.uint8
     assert torch.equal(found, ops.quantize(real, codes, native=False))
 
@@ -118,10 +121,14 @@ def test_attention_can_leave_as_codes(highest: int) -> None:
 def test_attention_refuses_what_it_cannot_hold() -> None:
     q, k, v = qkv(1, 1, 4, 144)
     with pytest.raises(RuntimeError, match="head_dim must be at most 128, got 144"):
-        ops.int8_attention(q, k, v, None, 1, 0.1, None)
+        ops.int8_attention(q, k, v, *NO_ROWS, 1, 0.1, None)
     q, k, v = qkv(1, 1, 4, 16)
     with pytest.raises(RuntimeError, match="at most 16 register rows, got 17"):
-        ops.int8_attention(q, k, v, rows(1, 17, 16), 1, 0.1, None)
+        ops.int8_attention(q, k, v, *rows(1, 17, 16), 1, 0.1, None)
+    with pytest.raises(RuntimeError, match=r"register keys and values must be \[1, rows, 16\]"):
+        ops.int8_attention(q, k, v, *rows(1, 2, 8), 1, 0.1, None)
+    with pytest.raises(RuntimeError, match="q, k and v must have the same sizes and strides, the last stride being 1"):
+        ops.int8_attention(q, k.contiguous(), v, *NO_ROWS, 1, 0.1, None)
 
 
 @needs_native
@@ -177,10 +184,10 @@ def test_the_reference_of_attention_is_exact_for_exact_codes() -> None:
     key = torch.zeros(1, 4, 8)
     key[0, 2] = 127.0
     value = torch.arange(32.0).view(1, 4, 8) * 127 / 31
-    found = ops.int8_attention_reference(torch.full((1, 4, 8), 127.0), key, value, None, 1, 1.0)
+    found = ops.int8_attention_reference(torch.full((1, 4, 8), 127.0), key, value, *NO_ROWS, 1, 1.0)
     torch.testing.assert_close(found, value[:, 2:3].expand(-1, 4, -1), rtol=0.01, atol=0.6)
-    g = ops.RegisterRows(torch.zeros(1, 1, 8), torch.ones(1, 1, 8), math.log(4.0))
-    even = ops.int8_attention_reference(torch.zeros(1, 4, 8), key, torch.zeros(1, 4, 8), g, 1, 1.0)
+    g = (torch.zeros(1, 1, 8), torch.ones(1, 1, 8)), math.log(4.0)
+    even = ops.int8_attention_reference(torch.zeros(1, 4, 8), key, torch.zeros(1, 4, 8), *g, 1, 1.0)
     torch.testing.assert_close(even, torch.full((1, 4, 8), 0.5))  # tau = 4 copies against 4 tokens
 
 

@@ -85,7 +85,8 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         raise ValueError(f"native=True: {reason}")
     if attention == "int8" and reason is not None:
         raise ValueError(f"attention='int8' needs the C++ operators: {reason} Use attention='auto'.")
-    settings = FusionSettings(int8_attention=attention != "float32" and reason is None, native=reason is None)
+    int8_attention = attention != "float32" and reason is None
+    settings = FusionSettings(tower.config.hidden_act, int8_attention, native=reason is None)
     prepare_tower(model)
     fused, skipped = [], {}
     for index, block in enumerate(tower.blocks):

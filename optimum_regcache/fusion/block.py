@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,16 +17,17 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from optimum_regcache.architectures import EncoderFamily
-from optimum_regcache.fusion.gemm import PackedGemm, UnfusableError, fused_activation, input_codes, same_codes
+from optimum_regcache.fusion.gemm import Activation, PackedGemm, UnfusableError, fused_activation, input_codes
 from optimum_regcache.hf_private import attention_weights_wanted
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native as native_ops
-from optimum_regcache.kernels.fused_ops import RegisterRows
 from optimum_regcache.modules import QuantLinear
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.registers.cache import RegisterLayer
 from optimum_regcache.registers.neurons import RegisterNeuronActivation
 from optimum_regcache.registers.runtime import widen_mask
+
+logger = logging.get_logger(__name__)
 
 MAX_HEAD_DIM, MAX_REGISTERS = 128, 16  # of the native attention operator
 
@@ -36,10 +37,12 @@ class FusionSettings:
     """How fused blocks run.
 
     Attributes:
+        activation: transformers' name of the MLP's activation function.
         int8_attention: attention products in int8 where the C++ operators and the input allow it; else float32.
         native: use the C++ operators.
     """
 
+    activation: str
     int8_attention: bool
     native: bool
 
@@ -50,7 +53,7 @@ class _Projections:
     def __init__(self, norm: nn.LayerNorm, linears: Sequence[QuantLinear], native: bool, **gemm: Any) -> None:
         self.norm, self.native = norm, native
         found = [input_codes(linear) for linear in linears]
-        groups = [list(linears)] if same_codes(found) else [[linear] for linear in linears]
+        groups = [list(linears)] if len(set(found)) == 1 else [[linear] for linear in linears]
         self.gemms = [PackedGemm(group, codes, **gemm) for group, codes in zip(groups, found, strict=False)]
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -78,24 +81,26 @@ class _Parts:
         scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
         out_linear = _linear(attention, out)
         self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
-        self.mlp = _Mlp(block, family, norms[1], scales[1], self.native)
+        self.mlp = _Mlp(block, family, norms[1], scales[1], settings)
         self.whole = _whole(self, norms) if self.native and self.int8_attention else None
 
 
 class _Mlp:
     """Both layers of the MLP with the activation function; SwiGLU: ``silu(gate) * up`` in float between them."""
 
-    def __init__(self, block: Any, family: EncoderFamily, norm: nn.LayerNorm, scale: Any, native: bool) -> None:
+    def __init__(
+        self, block: Any, family: EncoderFamily, norm: nn.LayerNorm, scale: Any, settings: FusionSettings
+    ) -> None:
         if any(isinstance(module, RegisterNeuronActivation) for module in block.modules()):
             raise UnfusableError("the MLP moves activations to a test-time register.")
-        self.native = native
+        self.native = settings.native
         last = _linear(block, _present(block, family.mlp_out)[0])
         codes = input_codes(last)
         first = [_linear(block, name) for name in _present(block, family.mlp_in)]
         self.gated = len(first) > 1 or first[0].out_features != last.in_features
-        activation = None if self.gated else fused_activation(_activation_name(block))
+        activation = Activation() if self.gated else fused_activation(settings.activation)
         direct = codes if not self.gated and codes.is_byte else None
-        self.first = _Projections(norm, first, native, activation=activation, out_codes=direct)
+        self.first = _Projections(norm, first, self.native, activation=activation, out_codes=direct)
         self.last = PackedGemm([last], codes, channel_scale=scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,9 +112,6 @@ class _Mlp:
         if hidden.dtype != torch.uint8:
             hidden = ops.quantize(hidden, self.last.codes, self.native)
         return self.last.add(hidden, x)
-
-
-logger = logging.get_logger(__name__)
 
 
 class FusedBlock:
@@ -135,9 +137,8 @@ class FusedBlock:
             UnfusableError: a form of quantization that has no fused execution.
         """
         if self.settings.native and native_ops.unavailable_reason() is not None:  # made on another machine
-            self.settings = FusionSettings(int8_attention=False, native=False)
+            self.settings = replace(self.settings, int8_attention=False, native=False)
         self._parts = _Parts(block, self.family, self.settings)
-        block.regcache.native = self.settings.native
         self._built_for = _generations(block)
         for module in block.modules():
             if isinstance(module, QuantLinear):
@@ -168,36 +169,32 @@ class FusedBlock:
     ) -> torch.Tensor:
         """Block input [B, N, D] float32 -> output of the same shape."""
         parts: Any = self._parts
-        if parts.whole is not None and mask is None:
-            stored = parts.attention.registers(past_key_values)
-            layer, copies = stored if stored is not None else (RegisterLayer(), 1.0)
-            if layer.get_seq_length() <= MAX_REGISTERS:
-                scaling = getattr(parts.attention, parts.scaling_name)
-                return torch.ops.regcache.block(
-                    hidden, *parts.whole, layer.keys, layer.values, parts.heads, scaling, math.log(copies)
-                )
+        layer, copies = parts.attention.registers(past_key_values) or (RegisterLayer(), 1.0)
+        scaling = getattr(parts.attention, parts.scaling_name)
+        int8_attention = parts.int8_attention and mask is None and layer.get_seq_length() <= MAX_REGISTERS
+        rows = (layer.keys, layer.values)
+        if int8_attention and parts.whole is not None:
+            return torch.ops.regcache.block(hidden, *parts.whole, *rows, parts.heads, scaling, math.log(copies))
         x = hidden.contiguous()
         qkv = parts.qkv(x)
         q, k, v = qkv[0].chunk(3, -1) if len(qkv) == 1 else qkv
-        x = parts.out.add(self._attend(parts, q, k, v, mask, past_key_values), x)
-        return parts.mlp(x)
+        if int8_attention:
+            context = ops.int8_attention(q, k, v, rows, math.log(copies), parts.heads, scaling, parts.out.codes)
+        else:
+            context = ops.quantize(_float_attention(parts, q, k, v, layer, copies, mask), parts.out.codes, parts.native)
+        return parts.mlp(parts.out.add(context, x))
 
-    def _attend(self, parts: Any, q: Any, k: Any, v: Any, mask: Any, past: RegisterCache | None) -> torch.Tensor:
-        """Attention of image tokens and registers, as codes for the output projection."""
-        attention, codes = parts.attention, parts.out.codes
-        stored, scaling = attention.registers(past), getattr(attention, parts.scaling_name)
-        layer, copies = stored if stored is not None else (None, 1.0)
-        few = layer is None or layer.keys.shape[1] <= MAX_REGISTERS
-        if parts.int8_attention and mask is None and few:
-            rows = None if layer is None else RegisterRows(layer.keys, layer.values, math.log(copies))
-            return ops.int8_attention(q, k, v, rows, parts.heads, scaling, codes)
-        shape = (*q.shape[:-1], parts.heads, -1)
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
-        if layer is not None:
-            mask = widen_mask(mask, layer.keys.shape[1], copies, q)
-            k, v = layer.update(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        return ops.quantize(y.transpose(1, 2).flatten(2), codes, parts.native)
+
+def _float_attention(
+    parts: _Parts, q: Any, k: Any, v: Any, layer: RegisterLayer, copies: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Scaled dot product attention of [B, N, H * d] with register rows before the image tokens, float32 [B, N, H * d]."""
+    q, k, v = (t.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if layer.get_seq_length():
+        mask = widen_mask(mask, layer.get_seq_length(), copies, q)
+        k, v = layer.update(k, v)
+    scaling = getattr(parts.attention, parts.scaling_name)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2).flatten(2)
 
 
 def _whole(parts: _Parts, norms: Sequence[nn.LayerNorm]) -> tuple[Any, ...] | None:
@@ -241,7 +238,3 @@ def _linear(parent: nn.Module, name: str) -> QuantLinear:
 def _present(block: nn.Module, names: Sequence[str]) -> list[str]:
     known = {name for name, _ in block.named_modules()}
     return [name for name in names if name in known]
-
-
-def _activation_name(block: Any) -> str:
-    return block.get_submodule("mlp").config.hidden_act

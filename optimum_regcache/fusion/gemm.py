@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,21 +11,6 @@ import torch
 from optimum_regcache.kernels import onednn
 from optimum_regcache.kernels.fused_ops import Codes
 from optimum_regcache.modules import QuantLinear
-
-# transformers' name of an activation function -> (oneDNN post operation, its algorithm, factor on the input)
-ACTIVATIONS: dict[str, tuple[str, str, float]] = {
-    "gelu": ("gelu", "none", 1.0),
-    "gelu_python": ("gelu", "none", 1.0),
-    "gelu_new": ("gelu", "tanh", 1.0),
-    "gelu_pytorch_tanh": ("gelu", "tanh", 1.0),
-    "gelu_fast": ("gelu", "tanh", 1.0),
-    "gelu_accurate": ("gelu", "tanh", 1.0),
-    "quick_gelu": ("swish", "", 1.702),  # x sigmoid(1.702 x) = swish(1.702 x) / 1.702
-    "silu": ("swish", "", 1.0),
-    "swish": ("swish", "", 1.0),
-    "relu": ("relu", "", 1.0),
-    "linear": ("none", "", 1.0),
-}
 
 
 class UnfusableError(ValueError):
@@ -41,6 +26,22 @@ class Activation:
     factor: float = 1.0
 
 
+_GELU, _TANH_GELU, _SILU = Activation("gelu", "none"), Activation("gelu", "tanh"), Activation("swish")
+ACTIVATIONS = {  # by their names in transformers
+    "gelu": _GELU,
+    "gelu_python": _GELU,
+    "gelu_new": _TANH_GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_fast": _TANH_GELU,
+    "gelu_accurate": _TANH_GELU,
+    "quick_gelu": Activation("swish", factor=1.702),  # x sigmoid(1.702 x) = swish(1.702 x) / 1.702
+    "silu": _SILU,
+    "swish": _SILU,
+    "relu": Activation("relu"),
+    "linear": Activation(),
+}
+
+
 def input_codes(linear: QuantLinear) -> Codes:
     """The static per-tensor quantizer of the layer's input.
 
@@ -49,19 +50,18 @@ def input_codes(linear: QuantLinear) -> Codes:
     """
     if linear.backend not in ("auto", "onednn"):
         raise UnfusableError(f"the execution backend {linear.backend!r} was chosen.")
-    a, state = linear.activations, linear.state()
+    state = linear.state()
     reason = onednn.OneDNNLinear.unsupported_reason(state)
     if reason is not None:
         raise UnfusableError(reason)
-    scale, zero = state.input_scale, state.input_zero_point
-    if scale is None or zero is None or a.outlier_tokens != "clip":
+    codes = Codes.of(state)
+    if codes is None:
         raise UnfusableError("activation scales are computed from each input; fusing needs static scales.")
     if linear.weight_zero_point is not None:
         raise UnfusableError("weights have zero points; fusing needs symmetric weights.")
     if linear.input_offset is not None or linear.hadamard_order != 1:
         raise UnfusableError("the input is shifted or transformed before it is quantized (NoisyQuant, Hadamard).")
-    shift = 2 ** (a.bits - 1) if a.symmetric else 0
-    return Codes(float(1.0 / scale), float(scale), int(zero) + shift, 2**a.bits - 1)
+    return codes
 
 
 def fused_activation(name: str) -> Activation:
@@ -72,7 +72,7 @@ def fused_activation(name: str) -> Activation:
     """
     if name not in ACTIVATIONS:
         raise UnfusableError(f"the activation function {name!r} has no fused form.")
-    return Activation(*ACTIVATIONS[name])
+    return ACTIVATIONS[name]
 
 
 class PackedGemm:
@@ -92,22 +92,22 @@ class PackedGemm:
         codes: Codes,
         *,
         channel_scale: torch.Tensor | None = None,
-        activation: Activation | None = None,
+        activation: Activation = Activation(),
         out_codes: Codes | None = None,
     ) -> None:
         self.codes = codes
-        post = activation or Activation()
         scale = torch.cat([linear.weight_scale.expand(linear.out_features) for linear in linears]).detach().float()
         bias = _bias(linears)
-        for factor in (channel_scale, post.factor):
+        for factor in (channel_scale, activation.factor):
             if factor is not None:
                 scale, bias = scale * factor, None if bias is None else bias * factor
         self.weight = onednn.PackedWeight.pack(torch.cat([linear.codes() for linear in linears]), scale, bias)
-        self.epilogue = onednn.Epilogue(post.name, post.algorithm)
-        self.factor = post.factor
+        self.epilogue = onednn.Epilogue(activation.name, activation.algorithm)
+        self.factor = activation.factor
         if out_codes is not None:
-            self.epilogue = onednn.Epilogue(
-                post.name, post.algorithm, out_codes.scale * post.factor, out_codes.zero_point, as_codes=True
+            out_scale = out_codes.scale * self.factor
+            self.epilogue = replace(
+                self.epilogue, out_scale=out_scale, out_zero_point=out_codes.zero_point, as_codes=True
             )
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
@@ -128,8 +128,3 @@ def _bias(linears: Sequence[Any]) -> torch.Tensor | None:
         z if linear.bias is None else linear.bias.detach().float() for linear, z in zip(linears, zeros, strict=True)
     ]
     return torch.cat(parts).contiguous()
-
-
-def same_codes(found: Sequence[Codes]) -> bool:
-    """Whether all layers read the same codes."""
-    return all(codes == found[0] for codes in found)

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from optimum_regcache.kernels.base import LinearState
+
+Rows = tuple[torch.Tensor | None, torch.Tensor | None]  # keys and values of register rows
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -26,23 +30,24 @@ class Codes:
     zero_point: int
     highest: int
 
+    @classmethod
+    def of(cls, state: LinearState) -> Codes | None:
+        """The static quantizer of a layer's input; None where its scale depends on the input."""
+        a, scale, zero = state.activations, state.input_scale, state.input_zero_point
+        if scale is None or zero is None or a.outlier_tokens != "clip":
+            return None
+        shift = 2 ** (a.bits - 1) if a.symmetric else 0
+        inverse = 1.0 / scale  # float32, the same number that the other backends multiply by
+        return cls(float(inverse), float(scale), int(zero) + shift, 2**a.bits - 1)
+
     @property
     def is_byte(self) -> bool:
         """Whether saturation of u8 is the clamp (8 bits)."""
         return self.highest == 255
 
 
-@dataclass(frozen=True)
-class RegisterRows:
-    """Register rows of one block: keys and values [H, n, d], and ln(tau)."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    logit_bias: float
-
-
 def quantize(x: torch.Tensor, codes: Codes, native: bool) -> torch.Tensor:
-    """float32 [...] -> u8 codes [...]."""
+    """float32 [...] -> u8 codes [...]; in plain PyTorch by passes over one buffer: rounded before the shift, as everywhere."""
     if native:
         return torch.ops.regcache.quantize(x, codes.inverse, codes.zero_point, codes.highest)
     shifted = x.mul(codes.inverse).round_().add_(codes.zero_point)
@@ -62,7 +67,8 @@ def int8_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    registers: RegisterRows | None,
+    registers: Rows,
+    logit_bias: float,
     heads: int,
     scaling: float,
     codes: Codes | None,
@@ -76,7 +82,8 @@ def int8_attention(
 
     Args:
         q, k, v: float32 [B, N, H * d], last stride 1, all with the same strides (views of one tensor may be passed).
-        registers: rows before the image tokens, None without registers; at most 16.
+        registers: keys and values [H, n, d] of the rows before the image tokens, n <= 16; both None without registers.
+        logit_bias: ln(tau) of the rows.
         heads: H; d <= 128.
         scaling: of the logits.
         codes: quantizer of the output; None for float32.
@@ -84,15 +91,19 @@ def int8_attention(
     Returns:
         [B, N, H * d], u8 codes or float32.
     """
-    key, value, bias = (
-        (None, None, 0.0) if registers is None else (registers.key, registers.value, registers.logit_bias)
-    )
+    key, value = registers
     inverse, zero, highest = (0.0, 0, 255) if codes is None else (codes.inverse, codes.zero_point, codes.highest)
-    return torch.ops.regcache.attention(q, k, v, key, value, heads, scaling, bias, inverse, zero, highest)
+    return torch.ops.regcache.attention(q, k, v, key, value, heads, scaling, logit_bias, inverse, zero, highest)
 
 
 def int8_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, registers: RegisterRows | None, heads: int, scaling: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    registers: Rows,
+    logit_bias: float,
+    heads: int,
+    scaling: float,
 ) -> torch.Tensor:
     """What :func:`int8_attention` computes, in plain PyTorch and float32: for tests. Arguments and result as there."""
 
@@ -108,8 +119,9 @@ def int8_attention_reference(
     top = logits.amax(-1, keepdim=True)
     weights = ((logits - top).exp() * 255).round()
     total, output = weights.sum(-1, keepdim=True), weights @ rounded(value, 2)
-    if registers is not None:
-        row = query @ registers.key.transpose(-1, -2) * scaling + registers.logit_bias
+    register_key, register_value = registers
+    if register_key is not None and register_value is not None:
+        row = query @ register_key.transpose(-1, -2) * scaling + logit_bias
         mass = 255 * (row - top).clamp(max=100 * math.log(2)).exp()
-        total, output = total + mass.sum(-1, keepdim=True), output + mass @ registers.value
+        total, output = total + mass.sum(-1, keepdim=True), output + mass @ register_value
     return (output / total).transpose(1, 2).flatten(2)

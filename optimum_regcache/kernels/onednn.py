@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from optimum_regcache.kernels.base import LinearBackend, LinearState
+from optimum_regcache.kernels.fused_ops import Codes, quantize
 
 
 @lru_cache(maxsize=1)
@@ -54,11 +55,6 @@ class PackedWeight:
         packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         zero = torch.zeros(codes.shape[0], dtype=torch.int64)
         return cls(packed, scale.detach().float().contiguous(), zero, bias)
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.scale.numel()
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,12 @@ def int8_linear(
     )  # fmt: skip
 
 
+def _output(codes: torch.Tensor, weight_scale: torch.Tensor, as_codes: bool) -> torch.Tensor:
+    """An empty tensor of the shape and dtype of the result."""
+    dtype = torch.uint8 if as_codes else torch.float32
+    return codes.new_empty(*codes.shape[:-1], weight_scale.shape[0], dtype=dtype)
+
+
 def _linear(
     codes: torch.Tensor,
     scale: float,
@@ -115,8 +117,7 @@ def _linear(
     algorithm: str,
 ) -> torch.Tensor:
     if codes.numel() == 0:  # the kernel flattens the leading axes of an empty input
-        dtype = torch.uint8 if as_codes else torch.float32
-        return codes.new_empty(*codes.shape[:-1], weight_scale.numel(), dtype=dtype)
+        return _output(codes, weight_scale, as_codes)
     if other is not None:  # "sum" would write into ``other``
         return torch.ops.onednn.qlinear_pointwise.binary(
             codes, scale, zero_point, packed, weight_scale, weight_zero, other, bias,
@@ -140,9 +141,7 @@ _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 def _linear_shape(
     codes: torch.Tensor, scale: float, zero: int, packed: object, weight_scale: torch.Tensor, *rest: Any
 ) -> Any:
-    as_codes = rest[5]
-    dtype = torch.uint8 if as_codes else torch.float32
-    return codes.new_empty(*codes.shape[:-1], weight_scale.shape[0], dtype=dtype)
+    return _output(codes, weight_scale, as_codes=rest[5])
 
 
 class OneDNNLinear(LinearBackend):
@@ -155,16 +154,10 @@ class OneDNNLinear(LinearBackend):
         self._plain = replace(self._weight, bias=None)
         self.state = replace(state, codes=state.codes.new_empty(0))  # the packed copy is enough
         self._shift = 2 ** (state.activations.bits - 1) if state.activations.symmetric else 0
-        bits = state.activations.bits
-        self._lowest, self._highest = 0, 2**bits - 1
-        self._static: tuple[float, float, int] | None = None
+        self._static = Codes.of(state)
         self._weight_shift: torch.Tensor | None = None  # s_w z_w, for weights with a zero point
         if state.weight_zero_point is not None:
             self._weight_shift = (state.weight_zero_point.float() * state.weight_scale).expand(state.codes.shape[0])
-        fixed = state.activations.outlier_tokens == "clip"
-        if fixed and state.input_scale is not None and state.input_zero_point is not None:
-            inverse = 1.0 / state.input_scale  # float32, the same number that the other backends multiply by
-            self._static = float(inverse), float(state.input_scale), int(state.input_zero_point) + self._shift
 
     @classmethod
     def unsupported_reason(cls, state: LinearState) -> str | None:
@@ -186,18 +179,8 @@ class OneDNNLinear(LinearBackend):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._static is not None:
-            inverse, scale, zero = self._static
-            # in-place passes over one float32 buffer: round before the shift, as the other backends do
-            codes = (
-                x.float()
-                .contiguous()
-                .mul(inverse)
-                .round_()
-                .add_(zero)
-                .clamp_(self._lowest, self._highest)
-                .to(torch.uint8)
-            )
-            return self._product(codes, scale, zero, self._weight).to(x.dtype)
+            codes = quantize(x.float().contiguous(), self._static, native=False)
+            return self._product(codes, self._static.scale, self._static.zero_point, self._weight).to(x.dtype)
         scale_t, zero_t = self.state.input_qparams(x)
         codes = (self.state.input_codes(x.contiguous(), scale_t, zero_t) + self._shift).to(torch.uint8)
         if scale_t.ndim == 0:

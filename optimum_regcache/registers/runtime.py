@@ -84,19 +84,21 @@ class BlockMixin(_Swapped):
         if self.block_index == 0:
             hidden_states = runtime.enter(hidden_states, self.rotation)
         attention_mask = runtime.mask_for_token(attention_mask)
+        fused = self.fused if self.fused is not None and self.fused.applies(self, hidden_states) else None
+        native = fused is not None and fused.settings.native
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
             first: Any = runtime.first_block
-            hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation)
+            hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation, native)
         selection = runtime.current.selection
         if selection is not None:
             attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
-        if self.fused is not None and self.fused.applies(self, hidden_states):
-            output = self.fused(self, hidden_states, attention_mask, kwargs.get("past_key_values"))
+        if fused is not None:
+            output = fused(self, hidden_states, attention_mask, kwargs.get("past_key_values"))
         else:
             output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         if self.block_index != runtime.num_blocks - 1:
             return output
-        return runtime.leave(runtime.finish(output), self.rotation)
+        return runtime.leave(runtime.finish(output, native), self.rotation)
 
 
 class AttentionMixin(_Swapped):
@@ -278,7 +280,6 @@ def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
 
 def unfuse(model: nn.Module) -> None:
     """Undo `optimum_regcache.fuse`, in place."""
-    prepare_tower(model).native = False
     for block in find_tower(model).blocks:
         block.fused = None  # type: ignore[assignment]
 
@@ -292,11 +293,11 @@ def is_fused(model: nn.Module) -> bool:
 def unfused(model: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block the model runs unfused, for example to be traced or watched by hooks."""
     blocks: list[Any] = [block for block in find_tower(model).blocks if getattr(block, "fused", None) is not None]
-    before = [(block, block.fused, block.regcache.native) for block in blocks]
+    before = [block.fused for block in blocks]
     for block in blocks:
-        block.fused, block.regcache.native = None, False
+        block.fused = None
     try:
         yield
     finally:
-        for block, runner, native in reversed(before):
-            block.fused, block.regcache.native = runner, native
+        for block, runner in zip(blocks, before, strict=True):
+            block.fused = runner

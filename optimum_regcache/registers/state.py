@@ -64,14 +64,12 @@ class TowerRuntime:
         num_blocks: blocks of the tower.
         first_block: holds the rotation of the residual stream, if there is one.
         replay: recorded block inputs, while a search measures later blocks only.
-        native: use the C++ operators for deletion where they apply (`optimum_regcache.fusion`).
     """
 
     def __init__(self, tower: Tower) -> None:
         self.deletion = DeletionConfig()
         self.num_copies = 1.0
         self.extra_token = False
-        self.native = False
         self._leading = tower.num_prefix_tokens
         self.keep_positions = tower.is_backbone or tower.family.always_mask
         self.num_blocks = len(tower.blocks)
@@ -96,8 +94,7 @@ class TowerRuntime:
         return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # the operators may not be loaded in this process; a fused block switches them on
-        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass(), native=False)
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
 
     def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
         """Start a forward pass: remember the patch grid."""
@@ -112,11 +109,16 @@ class TowerRuntime:
             )
 
     def delete(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, rotation: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotation: torch.Tensor | None = None,
+        native: bool = False,
     ) -> torch.Tensor:
         """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking).
 
         In a rotated residual stream (``rotation`` [D, D]) tokens are ranked in the original basis, where outliers stand out.
+        ``native``: by the C++ operator where it applies.
         """
         batch, tokens, _ = hidden.shape
         config, lead, state = self.deletion, self.num_prefix_tokens, self.current
@@ -127,7 +129,7 @@ class TowerRuntime:
             )
         masked = self.keep_positions or config.rule == "threshold"
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
-        if self.native and simple and hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+        if native and simple:
             hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
             state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
             state.valid = None
@@ -166,14 +168,15 @@ class TowerRuntime:
         attention_mask = attention_mask.index_select(-1, index)
         return attention_mask if attention_mask.shape[-2] == 1 else attention_mask.index_select(-2, index)
 
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """After the last block: restore the grid if the config asks for it, and forget the pass."""
+    def finish(self, hidden: torch.Tensor, native: bool = False) -> torch.Tensor:
+        """After the last block: restore the grid if the config asks for it (``native``: by the C++ operator where it
+        applies), and forget the pass."""
         state = self.current
         selection, valid = state.selection, state.valid
         state.selection = state.valid = None
         if selection is None or self.deletion.fill == "none":
             return hidden
-        if self.native and selection.kept is not None and valid is None and hidden.dtype == torch.float32:
+        if native and selection.kept is not None and valid is None:
             size = D.patch_grid(selection.grid, selection.dropped.shape[1] - selection.num_prefix_tokens)
             if size is not None:
                 return torch.ops.regcache.restore_tokens(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -78,10 +79,9 @@ def _ninja_on_path() -> Iterator[None]:
 def _directory() -> Path:
     """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    digest = hashlib.sha256("".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))]).encode()).hexdigest()[
-        :12
-    ]
-    return Path(root) / f"{_NAME}-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest}"
+    content = "".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))])
+    digest, python = hashlib.sha256(content.encode()).hexdigest()[:12], f"py{sys.version_info[0]}{sys.version_info[1]}"
+    return Path(root) / f"{_NAME}-torch{torch.__version__}-{python}-{digest}"
 
 
 def _build() -> str | None:
@@ -114,53 +114,25 @@ def _build() -> str | None:
 def _register_fakes() -> None:
     """Shapes for torch.compile."""
 
-    @torch.library.register_fake("regcache::quantize")
-    def _(x: torch.Tensor, inverse: float, zero_point: int, highest: int) -> torch.Tensor:
+    def codes_of(x: torch.Tensor, *rest: Any) -> torch.Tensor:
         return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("regcache::layer_norm_quantize")
-    def _(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-        inverse: float,
-        zero_point: int,
-        highest: int,
-    ) -> torch.Tensor:
-        return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake("regcache::attention")
-    def _(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        register_key: torch.Tensor | None,
-        register_value: torch.Tensor | None,
-        heads: int,
-        scaling: float,
-        logit_bias: float,
-        inverse: float,
-        zero_point: int,
-        highest: int,
-    ) -> torch.Tensor:
+    def attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        inverse = rest[7]  # 0: real numbers leave
         return q.new_empty(q.shape, dtype=torch.uint8 if inverse > 0 else torch.float32)
 
-    @torch.library.register_fake("regcache::delete_tokens")
-    def _(x: torch.Tensor, lead: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, tokens, width = x.shape
-        return (
-            x.new_empty(batch, tokens - count, width),
-            x.new_empty(batch, tokens - count, dtype=torch.int64),
-            x.new_empty(batch, tokens, dtype=torch.bool),
-        )
+    def block(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("regcache::restore_tokens")
-    def _(
-        x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, lead: int, rows: int, columns: int
-    ) -> torch.Tensor:
+    def delete_tokens(x: torch.Tensor, lead: int, count: int) -> tuple[torch.Tensor, ...]:
+        (batch, tokens, width), left = x.shape, x.shape[1] - count
+        positions, dropped = ((batch, left), torch.int64), ((batch, tokens), torch.bool)
+        return x.new_empty(batch, left, width), *(x.new_empty(size, dtype=kind) for size, kind in (positions, dropped))
+
+    def restore_tokens(x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, *rest: Any) -> torch.Tensor:
         return x.new_empty(x.shape[0], dropped.shape[1], x.shape[2])
 
-    @torch.library.register_fake("regcache::block")
-    def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    shapes = {"quantize": codes_of, "layer_norm_quantize": codes_of}
+    shapes |= {f.__name__: f for f in (attention, block, delete_tokens, restore_tokens)}
+    for name, function in shapes.items():
+        torch.library.register_fake(f"regcache::{name}", function)

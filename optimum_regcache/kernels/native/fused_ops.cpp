@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t kLanes = 16;   // float32 lanes of a register
 constexpr int64_t kRows = 6;     // query rows of a register tile: kRows x 4 accumulators
-constexpr int64_t kMaxWidth = 8; // head_dim <= 128
+constexpr int64_t kMaxVectors = 8;  // head_dim <= 128
+constexpr int64_t kMaxRegisters = 16;
 
 inline __mmask16 lanes(int64_t count) {
   return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
@@ -256,7 +257,7 @@ void attend(const float* query, const float* key, const float* value, int64_t st
   pack_keys(key, stride, s, t);
   pack_values(value, stride, s, t);
   const float log2e = 1.44269504f;
-  float row_scale[kRows], mass[kRows][16];
+  float row_scale[kRows], mass[kRows][kMaxRegisters];
   int32_t row_start[kRows];
   for (int64_t first = 0; first < s.tokens; first += kRows) {
     const int64_t rows = std::min(kRows, s.tokens - first);
@@ -349,13 +350,18 @@ at::Tensor regcache::attention(const at::Tensor& q, const at::Tensor& k, const a
                      const std::optional<at::Tensor>& register_value, int64_t heads, double scaling, double logit_bias,
                      double inverse, int64_t zero_point, int64_t highest) {
   const Shape s{q.size(0), q.size(1), heads, q.size(2) / heads};
-  TORCH_CHECK(s.vectors() <= kMaxWidth, "regcache::attention: head_dim must be at most ", kMaxWidth * kLanes, ", got ", s.width);
+  TORCH_CHECK(s.vectors() <= kMaxVectors, "regcache::attention: head_dim must be at most ", kMaxVectors * kLanes, ", got ", s.width);
+  TORCH_CHECK(q.stride(2) == 1 && k.strides() == q.strides() && v.strides() == q.strides() && k.sizes() == q.sizes() &&
+                  v.sizes() == q.sizes(),
+              "regcache::attention: q, k and v must have the same sizes and strides, the last stride being 1");
   Registers g;
   at::Tensor keys, values;
   if (register_key.has_value()) {
     keys = register_key->contiguous(), values = register_value->contiguous();
     g = {keys.const_data_ptr<float>(), values.const_data_ptr<float>(), keys.size(1), float(logit_bias * 1.4426950408889634)};
-    TORCH_CHECK(g.rows <= 16, "regcache::attention: at most 16 register rows, got ", g.rows);
+    TORCH_CHECK(g.rows <= kMaxRegisters, "regcache::attention: at most ", kMaxRegisters, " register rows, got ", g.rows);
+    TORCH_CHECK(keys.size(0) == heads && keys.size(2) == s.width && values.sizes() == keys.sizes(),
+                "regcache::attention: register keys and values must be [", heads, ", rows, ", s.width, "]");
   }
   at::Tensor out = at::empty({s.batch, s.tokens, heads * s.width}, q.options().dtype(inverse > 0 ? at::kByte : at::kFloat));
   Output target;
