@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sysconfig
 
 import pytest
 import torch
@@ -217,3 +220,19 @@ def test_a_compiler_that_fails_is_a_reason_not_a_crash(monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "_NAME", "optimum_regcache_broken")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert (native.unavailable_reason.__wrapped__() or "").startswith("building the C++ operators failed: ")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_build_that_was_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    source = tmp_path / "empty.cpp"
+    source.write_text("int nothing() { return 0; }\n")
+    monkeypatch.setattr(native, "SOURCES", (source,))
+    monkeypatch.setattr(native, "_NAME", "optimum_regcache_empty")
+    monkeypatch.setattr(native, "_register_fakes", lambda: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", os.pathsep.join((os.environ["PATH"], sysconfig.get_path("scripts"))))
+    folder = native._directory()
+    folder.mkdir()
+    (folder / "lock").touch()  # the builder's, left behind
+    assert native._build() is None
+    assert (folder / "optimum_regcache_empty.so").exists()

@@ -13,13 +13,13 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers.utils import logging
 
 from optimum_regcache.kernels.onednn import machine_reason
@@ -30,7 +30,6 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "bl
 HEADER = Path(__file__).with_name("fused_ops.h")
 _NAME = "optimum_regcache_fused_ops"
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
-STALE_SECONDS = 600
 # named instructions instead of -march=native: a home directory may be shared by different machines
 FLAGS = [
     "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-fopenmp",
@@ -90,14 +89,14 @@ def _build() -> str | None:
     directory = _directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = directory / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
-            lock.unlink()  # left by a build that was killed; the builder would wait for it for ever
-        if not (directory / f"{_NAME}.so").exists():
-            logger.warning(
-                "Building the C++ operators for fused int8 execution; this happens once and takes a few seconds."
-            )
-        with contextlib.redirect_stdout(io.StringIO()):
+        # one process builds at a time; the system frees this lock when its holder dies, unlike the builder's own file "lock",
+        # which a killed build leaves behind and for which the next one would wait for ever
+        with FileLock(directory / "build.lock"), contextlib.redirect_stdout(io.StringIO()):
+            (directory / "lock").unlink(missing_ok=True)
+            if not (directory / f"{_NAME}.so").exists():
+                logger.warning(
+                    "Building the C++ operators for fused int8 execution; this happens once and takes a few seconds."
+                )
             cpp_extension.load(
                 _NAME,
                 [str(path) for path in SOURCES],
