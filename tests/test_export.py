@@ -27,9 +27,10 @@ from torch.onnx._internal import _lazy_import
 
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer, fuse, reference
 from optimum_regcache.evaluation.features import encode
-from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino
+from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino, runner
 from optimum_regcache.export.job import compare, export_job
 from optimum_regcache.fusion import is_fused
+from optimum_regcache.kernels.cpu import needs_vnni
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import build_quantized
@@ -138,6 +139,41 @@ def test_every_linear_layer_is_an_integer_kernel_in_both_runtimes(exported: Expo
     layers = [op.get_rt_info() for op in network.get_runtime_model().get_ops()]
     layers = [i["runtimePrecision"].astype(str) for i in layers if i["layerType"].astype(str) == "FullyConnected"]
     assert sum(p in ("u8", "i8") for p in layers) == 12
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_where_integer_kernels_saturate_others_are_used(exported: Exported, kind: str, monkeypatch):
+    """The options for CPUs without VNNI, here on any CPU."""
+    assert exported.encoder(kind).info["needs_vnni"]
+    monkeypatch.setattr(runner, "sums_saturate", lambda: True)
+    pixels = exported.tiny.inputs(batch=3)["pixel_values"]
+    with torch.no_grad():
+        expected = exported.model(pixel_values=pixels).last_hidden_state
+    assert_same(exported.encoder(kind)(pixels).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "needed"), [(8, 8, True), (7, 8, False), (8, 7, False), (4, 8, False), (6, 6, False)]
+)
+def test_what_needs_vnni(weights: int, activations: int, needed: bool):
+    codes = torch.tensor([[2 ** (weights - 1) - 1, -(2 ** (weights - 1) - 1)]], dtype=torch.int8)
+    highest = 2**activations - 1
+    assert needs_vnni(highest, codes) == needed
+    assert (2 * highest * int(codes.max()) > 2**15 - 1) == needed  # two neighbouring products in 16 bits
+    assert needs_vnni(255, torch.tensor([[-128]], dtype=torch.int8))
+    assert not needs_vnni(255, codes[:0])
+
+
+def test_seven_bit_weights_are_exact_on_every_cpu(tmp_path):
+    tiny = TOWERS["clip"]
+    exported = Exported(tiny, small(tiny, weights={"bits": 7}), tmp_path)
+    pixels = tiny.inputs(batch=2)["pixel_values"]
+    with torch.no_grad():
+        expected = exported.model(pixel_values=pixels).last_hidden_state
+    for kind in ("onnx", "openvino"):
+        encoder = exported.encoder(kind)
+        assert not encoder.info["needs_vnni"]
+        assert_same(encoder(pixels).last_hidden_state, expected)
 
 
 def test_model_is_unchanged_by_the_export(exported: Exported):

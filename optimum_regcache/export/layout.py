@@ -13,7 +13,7 @@ from optimum_regcache.files import write_json
 
 INFO = "export.json"
 NETWORKS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
-_EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+_EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def need(package: str) -> Any:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -21,6 +22,7 @@ from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.evaluation.objective import has_classifier
 from optimum_regcache.export.layout import NETWORKS, need, versions, write_info
 from optimum_regcache.hf_private import EXPORT_ATTENTION
+from optimum_regcache.kernels.cpu import needs_vnni
 from optimum_regcache.kernels.qdq import OPSET, QDQLinear
 from optimum_regcache.modules import quant_linears, running_as
 from optimum_regcache.products import attention_products
@@ -93,6 +95,7 @@ def export_onnx(
         "num_prefix_tokens": tower.num_prefix_tokens,
         "quantization": config.label if config else None,
         "quantized_layers": sum(1 for _ in quant_linears(model)),
+        "needs_vnni": any(needs_vnni(2**m.activations.bits - 1, m.codes()) for _, m in quant_linears(model)),
         "opset": opset,
         "versions": versions("optimum-regcache", "torch", "transformers", "onnx", "onnxscript"),
     }
@@ -275,7 +278,7 @@ def _trace(wrapper: EncoderOutputs, pixels: torch.Tensor, names: list[str], opse
         running_as(wrapper.model, QDQLinear),
         torch.no_grad(),
     ):
-        return torch.onnx.export(
+        program: Any = torch.onnx.export(
             wrapper,
             (pixels,),
             dynamo=True,
@@ -286,3 +289,21 @@ def _trace(wrapper: EncoderOutputs, pixels: torch.Tensor, names: list[str], opse
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             verbose=False,
         )
+    _own_zero_points(program.model.graph)
+    return program
+
+
+def _own_zero_points(graph: Any) -> None:
+    """Give every weight a zero point of its own. Where integer kernels saturate, ONNX Runtime moves s8 weights to u8 and with
+    them each zero point: it stops at one that several weights share, and guesses the shape of one that is left out."""
+    ir: Any = need("onnx_ir")
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or node.inputs[0].name not in graph.initializers:
+            continue
+        codes, scale, *zero = node.inputs
+        shared = zero[0].const_value if zero else None
+        value = np.zeros(tuple(scale.shape), np.int8) if shared is None else shared.numpy()
+        own = ir.Value(name=f"{codes.name}_zero_point", const_value=ir.tensor(value, name=f"{codes.name}_zero_point"))
+        graph.register_initializer(own)
+        node.resize_inputs(3)
+        node.replace_input_with(2, own)

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from optimum_regcache.data import Batch
 from optimum_regcache.evaluation.features import FeatureEncoder
 from optimum_regcache.export.layout import NETWORKS, need, read_info
+from optimum_regcache.kernels.cpu import sums_saturate
 from optimum_regcache.loading import load_processor
+
+logger = logging.get_logger(__name__)
 
 Network = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -34,7 +38,10 @@ class ExportedOutput(BaseModelOutputWithPooling):
 
 
 class ExportedEncoder(FeatureEncoder):
-    """Runs an exported encoder on the CPU.
+    """Runs an exported encoder on the CPU, with the same result on every CPU.
+
+    Without VNNI the integer kernels of x86 CPUs saturate (`optimum_regcache.kernels.cpu`). Here ONNX Runtime is then told to use
+    its slower exact ones, and OpenVINO, which has none, to compute in float32 from the int8 weights.
 
     Attributes:
         config: the transformers config.
@@ -69,7 +76,8 @@ class ExportedEncoder(FeatureEncoder):
         file = path / NETWORKS[info["format"]]
         if not file.is_file():
             raise ValueError(f"{directory} is incomplete: {file.name} is missing. Export the model again.")
-        network = {"onnx": _onnx_network, "openvino": _openvino_network}[info["format"]](file, num_threads)
+        saturates = info.get("needs_vnni", info.get("quantization") is not None) and sums_saturate()
+        network = {"onnx": _onnx_network, "openvino": _openvino_network}[info["format"]](file, num_threads, saturates)
         return cls(path, info, AutoConfig.from_pretrained(path), load_processor(path), network)
 
     def __call__(
@@ -107,20 +115,28 @@ class ExportedEncoder(FeatureEncoder):
         return last[:, 0] if self.info["num_prefix_tokens"] else last.mean(1)
 
 
-def _onnx_network(file: Path, num_threads: int | None) -> Network:
+def _onnx_network(file: Path, num_threads: int | None, saturates: bool) -> Network:
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
+    if saturates:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixel_values": pixels})
 
 
-def _openvino_network(file: Path, num_threads: int | None) -> Network:
+def _openvino_network(file: Path, num_threads: int | None, saturates: bool) -> Network:
     core = need("openvino").Core()
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if num_threads is not None:
         options["INFERENCE_NUM_THREADS"] = num_threads
+    if saturates:
+        options["LP_TRANSFORMS_MODE"] = "NO"
+        logger.warning(
+            "This CPU has no VNNI, and OpenVINO's int8 kernels would overflow: it computes in float32, not faster than a float "
+            "model. Use ONNX Runtime or PyTorch here, or quantize with weights.bits=7, which cannot overflow."
+        )
     compiled = core.compile_model(core.read_model(file), "CPU", options)
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:

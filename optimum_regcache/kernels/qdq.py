@@ -29,11 +29,12 @@ class QDQLinear(LinearBackend):
         self._shift = 2 ** (a.bits - 1) if a.symmetric else 0  # symmetric codes are u8 around the middle
         self._codes = state.codes.t().contiguous()  # [in, out]
         self._weight_scale = state.weight_scale.clone()
-        zero = torch.zeros_like(state.weight_scale) if state.weight_zero_point is None else state.weight_zero_point
-        self._weight_zero = zero.to(torch.int8)
+        zero = state.weight_zero_point
+        self._weight_zero: tuple[torch.Tensor, ...] = () if zero is None else (zero.to(torch.int8),)
         self._per_channel = state.weight_scale.numel() > 1
         if not self._per_channel:
-            self._weight_scale, self._weight_zero = self._weight_scale.reshape(()), self._weight_zero.reshape(())
+            self._weight_scale = self._weight_scale.reshape(())
+            self._weight_zero = tuple(zero.reshape(()) for zero in self._weight_zero)
         self._bias = None if state.bias is None else state.bias.detach().float()
         self._scale = self._zero = self._limits = None
         if state.input_scale is not None and state.input_zero_point is not None and a.outlier_tokens == "clip":
@@ -65,9 +66,8 @@ class QDQLinear(LinearBackend):
         zero: Any = self._zero
         codes = _node("QuantizeLinear", (x, scale, zero), torch.uint8, x.shape, axis=0)
         rounded = _node("DequantizeLinear", (codes, scale, zero), torch.float32, x.shape, axis=0)
-        triple = (self._codes, self._weight_scale, self._weight_zero)
-        axis = int(self._per_channel)
-        weight = _node("DequantizeLinear", triple, torch.float32, self._codes.shape, axis=axis)
+        parts = (self._codes, self._weight_scale, *self._weight_zero)
+        weight = _node("DequantizeLinear", parts, torch.float32, self._codes.shape, axis=int(self._per_channel))
         return torch.matmul(rounded, weight)
 
     def _dynamic_product(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class QDQLinear(LinearBackend):
                 shapes=(x.shape, (), ()),
                 version=OPSET,
             )
-        accumulator = _node("MatMulInteger", (codes, self._codes, zero, self._weight_zero), torch.int32, shape)
+        accumulator = _node("MatMulInteger", (codes, self._codes, zero, *self._weight_zero), torch.int32, shape)
         if (
             scale.ndim
         ):  # one factor after the other: ONNX Runtime would fuse their product as if it were the same for all rows
