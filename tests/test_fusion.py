@@ -298,13 +298,13 @@ def test_what_fuse_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.quantized(CLIP)
     with pytest.raises(ValueError, match="attention must be one of auto, int8, float32, got 'fast'"):
         fuse(model, attention="fast")
-    with pytest.raises(ValueError, match=r"attention='int8' needs the C\+\+ operators: native=False"):
+    with pytest.raises(ValueError, match=r"attention='int8' has no C\+\+ operator here: native=False"):
         fuse(model, attention="int8", native=False)
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler.")
     with pytest.raises(ValueError, match=r"native=True: no compiler\."):
         fuse(model, native=True)
     assert fuse(model).native_reason == "no compiler."
-    monkeypatch.setattr("optimum_regcache.fusion.machine_reason", lambda: "the CPU is too old.")
+    monkeypatch.setattr("optimum_regcache.fusion.kernel_reason", lambda: "the CPU is too old.")
     with pytest.raises(ValueError, match="cannot run int8 on this machine: the CPU is too old"):
         fuse(model)
 

@@ -224,19 +224,32 @@ def test_auto_takes_the_int8_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch
 
 
 def test_machine_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = onednn.machine_reason.__wrapped__  # without the cache
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert probe() == "the CPU has no VNNI instructions (AVX512-VNNI or AVX-VNNI)."
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    found = {"architecture": "aarch64"}
+    monkeypatch.setattr(onednn.cpu, "capabilities", lambda: found)
+    assert onednn.machine_reason() == "int8 on the CPU needs an x86-64 processor."
+    found["architecture"] = "x86_64"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert probe() == "this PyTorch build has no oneDNN."
+    assert onednn.machine_reason() == "this PyTorch build has no oneDNN."
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops, "onednn", SimpleNamespace())
-    assert probe() == "this PyTorch build has no torch.ops.onednn.qlinear_pointwise."
+    assert onednn.machine_reason() == "this PyTorch build has no torch.ops.onednn.qlinear_pointwise."
     monkeypatch.setattr(torch.ops, "onednn", SimpleNamespace(qlinear_pointwise=None))
-    assert probe() is None
-    monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
-    assert probe() == "the CPU has no VNNI instructions (AVX512-VNNI or AVX-VNNI)."
+    monkeypatch.setattr(onednn.native, "unavailable_reason", lambda: "no compiler.")
+    expected = "the CPU has no VNNI instructions, and the C++ operators that do without are not available: no compiler."
+    assert onednn.machine_reason() == expected
+    monkeypatch.setattr(onednn.native, "unavailable_reason", lambda: None)
+    assert onednn.machine_reason() is None
+    monkeypatch.setattr(onednn.native, "unavailable_reason", lambda: "no compiler.")
+    for name in ("avx512_vnni", "avx_vnni"):
+        found.update({"avx512_vnni": False, "avx_vnni": False, name: True})
+        assert onednn.machine_reason() is None
+
+
+def test_small_codes_need_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "machine_reason", lambda: "no VNNI.")
+    small = ActivationsConfig(bits=6, mode="dynamic")
+    assert select_backend("auto", make_state(small)) is onednn.OneDNNLinear
+    assert select_backend("auto", make_state(ACTIVATIONS[0])) is SimulatedLinear
 
 
 def test_a_new_backend_only_has_to_be_callable() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sysconfig
 
 import pytest
 import torch
@@ -19,6 +16,8 @@ from optimum_regcache.registers import deletion as D
 
 REASON = native.unavailable_reason()
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"C++ operators: {REASON}")
+NO_ATTENTION = native.attention_reason()
+needs_attention = pytest.mark.skipif(NO_ATTENTION is not None, reason=f"int8 attention: {NO_ATTENTION}")
 
 SHAPES = [
     (2, 3, 5, 16),
@@ -59,7 +58,7 @@ def float_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-@needs_native
+@needs_attention
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("registers", [0, 1, 3, 16])
 def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int) -> None:
@@ -74,7 +73,7 @@ def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int)
     assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
-@needs_native
+@needs_attention
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_is_close_to_float(shape: tuple[int, ...]) -> None:
     heads = shape[1]
@@ -85,7 +84,7 @@ def test_attention_is_close_to_float(shape: tuple[int, ...]) -> None:
         assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
-@needs_native
+@needs_attention
 def test_attention_with_a_register_that_takes_almost_everything() -> None:
     """The error of the image part shrinks with its weight: the registers' part is exact."""
     q, k, v = qkv(1, 2, 40, 32)
@@ -97,7 +96,7 @@ def test_attention_with_a_register_that_takes_almost_everything() -> None:
         assert float((found - expected).abs().max()) < 5e-3
 
 
-@needs_native
+@needs_attention
 def test_attention_of_extreme_tensors_is_finite() -> None:
     zero = torch.zeros(1, 7, 96)
     q, k, v = zero.chunk(3, -1)
@@ -109,7 +108,7 @@ def test_attention_of_extreme_tensors_is_finite() -> None:
     torch.testing.assert_close(found, float_attention(q, k, v, 2, *NO_ROWS), rtol=0.01, atol=1.0)
 
 
-@needs_native
+@needs_attention
 @pytest.mark.parametrize("highest", [255, 63, 15])
 def test_attention_can_leave_as_codes(highest: int) -> None:
     q, k, v = qkv(2, 4, 30, 24)
@@ -120,7 +119,7 @@ def test_attention_can_leave_as_codes(highest: int) -> None:
     assert torch.equal(found, ops.quantize(real, codes, native=False))
 
 
-@needs_native
+@needs_attention
 def test_attention_refuses_what_it_cannot_hold() -> None:
     q, k, v = qkv(1, 1, 4, 144)
     with pytest.raises(RuntimeError, match="head_dim must be at most 128, got 144"):
@@ -202,12 +201,9 @@ def test_reasons_why_the_operators_are_missing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native.sys, "platform", "darwin")
     assert probe() == "the operators are built on Linux only, this is darwin."
     monkeypatch.setattr(native.sys, "platform", "linux")
-    monkeypatch.setattr(native, "machine_reason", lambda: "the CPU is too old.")
-    assert probe() == "the CPU is too old."
-    monkeypatch.setattr(native, "machine_reason", lambda: None)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert probe() == "the CPU capability is AVX2, AVX512 is needed."
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(native.cpu, "capabilities", lambda: {"avx2": False})
+    assert probe() == "the CPU has no AVX2 instructions."
+    monkeypatch.setattr(native.cpu, "capabilities", lambda: {"avx2": True, "fma3": True})
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert probe() == "no C++ compiler was found (install g++, or set CXX)."
 
@@ -216,23 +212,38 @@ def test_reasons_why_the_operators_are_missing(monkeypatch: pytest.MonkeyPatch) 
 def test_a_compiler_that_fails_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     broken = tmp_path / "broken.cpp"
     broken.write_text("this is not C++\n")
-    monkeypatch.setattr(native, "SOURCES", (broken,))
-    monkeypatch.setattr(native, "_NAME", "optimum_regcache_broken")
+    monkeypatch.setattr(native, "library", lambda: native.Library("optimum_regcache_broken", (broken,), (), False))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert (native.unavailable_reason.__wrapped__() or "").startswith("building the C++ operators failed: ")
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@needs_native
 def test_a_build_that_was_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     source = tmp_path / "empty.cpp"
     source.write_text("int nothing() { return 0; }\n")
-    monkeypatch.setattr(native, "SOURCES", (source,))
-    monkeypatch.setattr(native, "_NAME", "optimum_regcache_empty")
-    monkeypatch.setattr(native, "_register_fakes", lambda: None)
+    empty = native.Library("optimum_regcache_empty", (source,), (), False)
+    monkeypatch.setattr(native, "library", lambda: empty)
+    monkeypatch.setattr(native, "_register_fakes", lambda chosen: None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", os.pathsep.join((os.environ["PATH"], sysconfig.get_path("scripts"))))
-    folder = native._directory()
+    folder = native._directory(empty)
     folder.mkdir()
     (folder / "lock").touch()  # the builder's, left behind
-    assert native._build() is None
+    assert native.unavailable_reason.__wrapped__() is None
     assert (folder / "optimum_regcache_empty.so").exists()
+
+
+def test_which_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"avx2": True, "fma3": True, "avx512_vnni": True}
+    monkeypatch.setattr(native.cpu, "capabilities", lambda: found)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert native.library() is native.VNNI
+    monkeypatch.setenv(native.SWITCH, "avx2")
+    assert native.library() is native.AVX2
+    monkeypatch.delenv(native.SWITCH)
+    found["avx512_vnni"] = False  # Skylake-X
+    assert native.library() is native.AVX2
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert native.library() is native.AVX2
+    found["fma3"] = False
+    assert native.library() is None

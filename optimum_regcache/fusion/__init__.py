@@ -11,7 +11,7 @@ from optimum_regcache.architectures import find_tower
 from optimum_regcache.fusion.block import FusedBlock, FusionSettings
 from optimum_regcache.fusion.gemm import UnfusableError
 from optimum_regcache.kernels import native as native_ops
-from optimum_regcache.kernels.onednn import machine_reason
+from optimum_regcache.kernels.onednn import kernel_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.registers.runtime import is_fused, unfuse, unfused
@@ -62,7 +62,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         model: a quantized encoder, or a model around it.
         attention: "int8" computes the attention products in int8 with scales taken from the tensors at hand; it costs a
             little accuracy beyond the linear layers (docs/performance.md). "float32" keeps scaled dot product attention.
-            "auto" is int8 where the C++ operators can be built.
+            "auto" is int8 where there is a C++ operator for it (AVX-512 with VNNI).
         native: use the C++ operators; None uses them where they can be built, False never.
 
     Returns:
@@ -78,14 +78,15 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         raise ValueError(
             "fuse() is for quantized encoders; this model is float. Quantize it with RegCacheQuantizer first."
         )
-    if machine_reason() is not None:
-        raise ValueError(f"fuse() cannot run int8 on this machine: {machine_reason()} The model stays as it is.")
+    if kernel_reason() is not None:
+        raise ValueError(f"fuse() cannot run int8 on this machine: {kernel_reason()} The model stays as it is.")
     reason = "native=False." if native is False else native_ops.unavailable_reason()
     if native and reason is not None:
         raise ValueError(f"native=True: {reason}")
-    if attention == "int8" and reason is not None:
-        raise ValueError(f"attention='int8' needs the C++ operators: {reason} Use attention='auto'.")
-    int8_attention = attention != "float32" and reason is None
+    attention_reason = reason or native_ops.attention_reason()
+    if attention == "int8" and attention_reason is not None:
+        raise ValueError(f"attention='int8' has no C++ operator here: {attention_reason} Use attention='auto'.")
+    int8_attention = attention != "float32" and attention_reason is None
     settings = FusionSettings(tower.config.hidden_act, int8_attention, native=reason is None)
     prepare_tower(model)
     fused, skipped = [], {}

@@ -39,7 +39,7 @@ class FusionSettings:
     Attributes:
         activation: transformers' name of the MLP's activation function.
         int8_attention: attention products in int8 where the C++ operators and the input allow it; else float32.
-        native: use the C++ operators.
+        native: use the C++ operators of this machine.
     """
 
     activation: str
@@ -136,8 +136,11 @@ class FusedBlock:
         Raises:
             UnfusableError: a form of quantization that has no fused execution.
         """
-        if self.settings.native and native_ops.unavailable_reason() is not None:  # made on another machine
-            self.settings = replace(self.settings, int8_attention=False, native=False)
+        native = (
+            self.settings.native and native_ops.unavailable_reason() is None
+        )  # it may have been made on another machine
+        int8_attention = native and self.settings.int8_attention and native_ops.attention_reason() is None
+        self.settings = replace(self.settings, int8_attention=int8_attention, native=native)
         self._parts = _Parts(block, self.family, self.settings)
         self._built_for = _generations(block)
         for module in block.modules():

@@ -101,7 +101,8 @@ class PackedGemm:
         for factor in (channel_scale, activation.factor):
             if factor is not None:
                 scale, bias = scale * factor, None if bias is None else bias * factor
-        self.weight = onednn.PackedWeight.pack(torch.cat([linear.codes() for linear in linears]), scale, bias)
+        weight = torch.cat([linear.codes() for linear in linears])
+        self.weight = onednn.PackedWeight.pack(weight, scale, bias, codes.highest)
         self.epilogue = onednn.Epilogue(activation.name, activation.algorithm)
         self.factor = activation.factor
         if out_codes is not None:

@@ -5,32 +5,45 @@ observed difference <= 2 ulp of the largest term. Narrower codes (W6A6, W4A4) ru
 
 Known traps (all avoided here): signed int8 activations fall back to a scalar kernel, so symmetric codes are stored as
 u8 with zero point 128; packed weights are opaque and cannot be copied or saved; without VNNI the u8 x s8 products
-saturate in 16 bits, so such machines use simulation.
+saturate in 16 bits (`optimum_regcache.kernels.cpu`), so that there an exact operator of our own takes the layers whose codes
+are large enough, or, where it cannot be built, simulation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+from optimum_regcache.kernels import cpu, native
 from optimum_regcache.kernels.base import LinearBackend, LinearState
 from optimum_regcache.kernels.fused_ops import Codes, quantize
 
 
-@lru_cache(maxsize=1)
 def machine_reason() -> str | None:
-    """Why this machine cannot run the int8 kernel, or None if it can."""
-    probe = getattr(torch.cpu, "_is_vnni_supported", None)
-    if probe is None or not probe():
-        return "the CPU has no VNNI instructions (AVX512-VNNI or AVX-VNNI)."
+    """Why this machine cannot multiply all 8-bit codes as integers, or None if it can."""
+    return kernel_reason() or saturation_reason()
+
+
+def kernel_reason() -> str | None:
+    """Why oneDNN's kernel cannot be used here, or None."""
+    if cpu.capabilities().get("architecture") != "x86_64":
+        return "int8 on the CPU needs an x86-64 processor."
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch build has no oneDNN."
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this PyTorch build has no torch.ops.onednn.qlinear_pointwise."
     return None
+
+
+def saturation_reason() -> str | None:
+    """Why large codes would be multiplied wrongly here, or None if they are not."""
+    reason = native.unavailable_reason() if cpu.sums_saturate() else None
+    if reason is None:
+        return None
+    return f"the CPU has no VNNI instructions, and the C++ operators that do without are not available: {reason}"
 
 
 @dataclass(frozen=True)
@@ -42,19 +55,29 @@ class PackedWeight:
         scale: float32 [out].
         zero_point: int64 [out], zeros: the kernel supports symmetric weights only.
         bias: float32 [out] or None.
+        own: for our operator, which does not saturate; ``packed`` is int8 [ceil(out / 16), ceil(in / 2), 16, 2].
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     bias: torch.Tensor | None
+    own: bool = False
 
     @classmethod
-    def pack(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
-        """From int8 codes [out, in], scales [out] and bias [out]."""
-        packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    def pack(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, highest: int) -> PackedWeight:
+        """From int8 codes [out, in], scales [out] and bias [out]; the inputs' codes go up to ``highest``."""
+        own = cpu.sums_saturate() and cpu.needs_vnni(highest, codes)
+        packed = _panels(codes) if own else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         zero = torch.zeros(codes.shape[0], dtype=torch.int64)
-        return cls(packed, scale.detach().float().contiguous(), zero, bias)
+        return cls(packed, scale.detach().float().contiguous(), zero, bias, own)
+
+
+def _panels(codes: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in] -> [ceil(out / 16), ceil(in / 2), 16, 2], filled up with zeros."""
+    rows, columns = codes.shape
+    filled = F.pad(codes, (0, columns % 2, 0, -rows % 16))
+    return filled.unflatten(1, (-1, 2)).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -87,8 +110,13 @@ def int8_linear(
     Under `torch.compile` an operator of our own stands for the call: inductor wants to lower oneDNN's itself, which it can
     only where the weights are constants of the graph.
     """
-    call = torch.ops.regcache_onednn.linear if torch.compiler.is_compiling() else _linear
     e = epilogue
+    if weight.own:
+        return torch.ops.regcache.linear(
+            codes, scale, zero_point, weight.packed, weight.scale, weight.bias, other,
+            e.out_scale, e.out_zero_point, e.as_codes, e.post, e.algorithm,
+        )  # fmt: skip
+    call = torch.ops.regcache_onednn.linear if torch.compiler.is_compiling() else _linear
     return call(
         codes, scale, zero_point, weight.packed, weight.scale, weight.zero_point, weight.bias, other,
         e.out_scale, e.out_zero_point, e.as_codes, e.post, e.algorithm,
@@ -150,7 +178,8 @@ class OneDNNLinear(LinearBackend):
     def __init__(self, state: LinearState) -> None:
         super().__init__(state)
         bias = None if state.bias is None else state.bias.detach().float().contiguous()
-        self._weight = PackedWeight.pack(state.codes, state.weight_scale.expand(state.codes.shape[0]), bias)
+        highest = 2**state.activations.bits - 1
+        self._weight = PackedWeight.pack(state.codes, state.weight_scale.expand(state.codes.shape[0]), bias, highest)
         self._plain = replace(self._weight, bias=None)
         self.state = replace(state, codes=state.codes.new_empty(0))  # the packed copy is enough
         self._shift = 2 ** (state.activations.bits - 1) if state.activations.symmetric else 0
@@ -168,7 +197,8 @@ class OneDNNLinear(LinearBackend):
             return reason
         if state.activations.granularity == "per_token" and not state.activations.symmetric:
             return "per-token zero points are not supported by the kernel."
-        return machine_reason()
+        large = cpu.needs_vnni(2**state.activations.bits - 1, state.codes)
+        return machine_reason() if large else kernel_reason()
 
     def _product(self, codes: torch.Tensor, scale: float, zero_point: int, weight: PackedWeight) -> torch.Tensor:
         y = int8_linear(codes, scale, zero_point, weight)

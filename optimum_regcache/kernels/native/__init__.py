@@ -1,7 +1,7 @@
-"""C++ operators for the fused int8 runtime, built for this machine on first use and kept in PyTorch's extension cache.
+"""C++ operators of the int8 runtime, built for this machine on first use and kept in PyTorch's extension cache.
 
-They exist where the CPU has AVX-512 with VNNI and a C++ compiler is installed. Everywhere else the same operations run in
-plain PyTorch (`optimum_regcache.kernels.fused_ops`), more slowly.
+Two libraries: for AVX-512 with VNNI (fused blocks with int8 attention), and for AVX2 (linear layers that do not saturate).
+Where neither can be built the same operations run in plain PyTorch (`optimum_regcache.kernels.fused_ops`), more slowly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,66 @@ import torch
 from filelock import FileLock
 from transformers.utils import logging
 
-from optimum_regcache.kernels.onednn import machine_reason
+from optimum_regcache.kernels import cpu
 
 logger = logging.get_logger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused_ops.cpp", "block_op.cpp", "token_ops.cpp"))
-HEADER = Path(__file__).with_name("fused_ops.h")
-_NAME = "optimum_regcache_fused_ops"
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
+_FOLDER = Path(__file__).parent
 # named instructions instead of -march=native: a home directory may be shared by different machines
-FLAGS = [
-    "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-fopenmp",
+_FLAGS = (
+    "-O3", "-mavx2", "-mfma", "-fopenmp",
     "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-Wno-ignored-attributes",
-]  # fmt: skip
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Library:
+    """Operators that are built together; one library is used in a process.
+
+    Attributes:
+        name: of the built file.
+        sources: files to compile.
+        flags: of the compiler.
+        attention: it holds int8 attention and whole blocks; else the exact linear layer for CPUs without VNNI.
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+    flags: tuple[str, ...]
+    attention: bool
+
+
+VNNI = Library(
+    "optimum_regcache_fused_ops",
+    (_FOLDER / "fused_ops.cpp", _FOLDER / "block_op.cpp", _FOLDER / "token_ops.cpp"),
+    (*_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    attention=True,
+)
+AVX2 = Library(
+    "optimum_regcache_avx2_ops", (_FOLDER / "avx2_ops.cpp", _FOLDER / "token_ops.cpp"), _FLAGS, attention=False
+)
 
 
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "c++")
 
 
+def library() -> Library | None:
+    """The operators for this CPU; None where it has not even AVX2. OPTIMUM_REGCACHE_NATIVE=avx2 chooses those without VNNI."""
+    found = cpu.capabilities()
+    if (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and found.get("avx512_vnni")
+        and os.environ.get(SWITCH) != "avx2"
+    ):
+        return VNNI
+    return AVX2 if found.get("avx2") and found.get("fma3") else None
+
+
 @lru_cache(maxsize=1)
 def unavailable_reason() -> str | None:
-    """Why the operators cannot be used here, or None. The first call builds them (about 10 s once for a PyTorch version).
+    """Why the operators cannot be used here, or None. The first call builds them (half a minute, once for a PyTorch version).
 
     The environment variable OPTIMUM_REGCACHE_NATIVE=0 switches them off.
     """
@@ -51,17 +90,23 @@ def unavailable_reason() -> str | None:
         return f"the environment variable {SWITCH} is 0."
     if not sys.platform.startswith("linux"):
         return f"the operators are built on Linux only, this is {sys.platform}."
-    reason = machine_reason()
-    if reason is not None:
-        return reason
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return f"the CPU capability is {torch.backends.cpu.get_cpu_capability()}, AVX512 is needed."
+    chosen = library()
+    if chosen is None:
+        return "the CPU has no AVX2 instructions."
     if _compiler() is None:
         return "no C++ compiler was found (install g++, or set CXX)."
     with _ninja_on_path():
         if shutil.which("ninja") is None:
             return "the build tool ninja was not found (pip install ninja)."
-        return _build()
+        return _build(chosen)
+
+
+def attention_reason() -> str | None:
+    """Why there is no int8 attention here, or None."""
+    chosen = library()
+    if unavailable_reason() is None and chosen is not None and not chosen.attention:
+        return "the CPU has no AVX-512 with VNNI."
+    return unavailable_reason()
 
 
 @contextlib.contextmanager
@@ -75,42 +120,43 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _directory() -> Path:
+def _directory(chosen: Library) -> Path:
     """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    content = "".join([*FLAGS, *(path.read_text() for path in (HEADER, *SOURCES))])
+    headers = sorted(_FOLDER.glob("*.h"))
+    content = "".join([*chosen.flags, *(path.read_text() for path in (*headers, *chosen.sources))])
     digest, python = hashlib.sha256(content.encode()).hexdigest()[:12], f"py{sys.version_info[0]}{sys.version_info[1]}"
-    return Path(root) / f"{_NAME}-torch{torch.__version__}-{python}-{digest}"
+    return Path(root) / f"{chosen.name}-torch{torch.__version__}-{python}-{digest}"
 
 
-def _build() -> str | None:
+def _build(chosen: Library) -> str | None:
     from torch.utils import cpp_extension
 
-    directory = _directory()
+    directory = _directory(chosen)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # one process builds at a time; the system frees this lock when its holder dies, unlike the builder's own file "lock",
         # which a killed build leaves behind and for which the next one would wait for ever
         with FileLock(directory / "build.lock"), contextlib.redirect_stdout(io.StringIO()):
             (directory / "lock").unlink(missing_ok=True)
-            if not (directory / f"{_NAME}.so").exists():
+            if not (directory / f"{chosen.name}.so").exists():
                 logger.warning(
-                    "Building the C++ operators for fused int8 execution; this happens once and takes a few seconds."
+                    "Building the C++ operators for int8 execution; this happens once, for about half a minute."
                 )
             cpp_extension.load(
-                _NAME,
-                [str(path) for path in SOURCES],
-                extra_cflags=FLAGS,
+                chosen.name,
+                [str(path) for path in chosen.sources],
+                extra_cflags=list(chosen.flags),
                 build_directory=str(directory),
                 is_python_module=False,
             )
     except (RuntimeError, OSError) as error:
         return f"building the C++ operators failed: {str(error).strip().splitlines()[0]}"
-    _register_fakes()
+    _register_fakes(chosen)
     return None
 
 
-def _register_fakes() -> None:
+def _register_fakes(chosen: Library) -> None:
     """Shapes for torch.compile."""
 
     def codes_of(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -131,7 +177,12 @@ def _register_fakes() -> None:
     def restore_tokens(x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, *rest: Any) -> torch.Tensor:
         return x.new_empty(x.shape[0], dropped.shape[1], x.shape[2])
 
+    def linear(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out, as_codes = rest[3].shape[0], rest[8]
+        return codes.new_empty(*codes.shape[:-1], out, dtype=torch.uint8 if as_codes else torch.float32)
+
     shapes = {"quantize": codes_of, "layer_norm_quantize": codes_of}
-    shapes |= {f.__name__: f for f in (attention, block, delete_tokens, restore_tokens)}
+    own = (attention, block) if chosen.attention else (linear,)
+    shapes |= {f.__name__: f for f in (*own, delete_tokens, restore_tokens)}
     for name, function in shapes.items():
         torch.library.register_fake(f"regcache::{name}", function)

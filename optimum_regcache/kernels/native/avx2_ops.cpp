@@ -1,0 +1,262 @@
+// CPU operators of the int8 runtime for processors with AVX2 and no VNNI: the linear layer, quantize, LayerNorm + quantize.
+// Built by native/__init__.py. vpmaddubsw, which libraries use for u8 x s8 there, saturates in 16 bits; here both operands are
+// widened to 16 bits and multiplied with vpmaddwd, whose sums of two products are 32 bits wide: exact for all codes.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <immintrin.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+// keeps the accumulators of a tile in registers
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace {
+
+constexpr int64_t kRows = 6, kColumns = 16;  // register tile: 6 x 2 accumulators of 8 sums
+constexpr int64_t kBlockBytes = 160 * 1024;  // of widened inputs: stays in the second-level cache
+
+// u8 code = clamp(round(x * inverse) + zero_point, 0, highest), ties to even
+struct Quantizer {
+  float inverse, zero_point, highest;
+  Quantizer(double inverse, int64_t zero_point, int64_t highest)
+      : inverse(float(inverse)), zero_point(float(zero_point)), highest(float(highest)) {}
+  uint8_t operator()(float x) const {
+    return uint8_t(int32_t(std::min(std::max(std::nearbyint(x * inverse) + zero_point, 0.0f), highest)));
+  }
+  void row(const float* x, uint8_t* out, int64_t width) const {
+    for (int64_t i = 0; i < width; ++i) out[i] = (*this)(x[i]);
+  }
+};
+
+at::Tensor quantize(const at::Tensor& x, double inverse, int64_t zero_point, int64_t highest) {
+  const at::Tensor in = x.contiguous();
+  at::Tensor out = at::empty(in.sizes(), in.options().dtype(at::kByte));
+  const float* source = in.const_data_ptr<float>();
+  uint8_t* target = out.data_ptr<uint8_t>();
+  const Quantizer codes(inverse, zero_point, highest);
+  at::parallel_for(0, in.numel(), 16384,
+                   [&](int64_t begin, int64_t end) { codes.row(source + begin, target + begin, end - begin); });
+  return out;
+}
+
+at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps, double inverse,
+                               int64_t zero_point, int64_t highest) {
+  const at::Tensor in = x.contiguous();
+  at::Tensor out = at::empty(in.sizes(), in.options().dtype(at::kByte));
+  const int64_t width = in.size(-1), rows = width ? in.numel() / width : 0;
+  const float *source = in.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
+  uint8_t* target = out.data_ptr<uint8_t>();
+  const Quantizer codes(inverse, zero_point, highest);
+  at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = source + r * width;
+      float sum = 0.0f, square = 0.0f;
+      for (int64_t i = 0; i < width; ++i) sum += row[i];
+      const float mean = sum / float(width);
+      for (int64_t i = 0; i < width; ++i) square += (row[i] - mean) * (row[i] - mean);
+      const float rstd = 1.0f / std::sqrt(square / float(width) + float(eps));
+      for (int64_t i = 0; i < width; ++i) target[r * width + i] = codes((row[i] - mean) * rstd * w[i] + b[i]);
+    }
+  });
+  return out;
+}
+
+inline __m256 all(float x) { return _mm256_set1_ps(x); }
+
+// relative error < 2e-7 on the range of float32; Cody and Waite's reduction, polynomial of degree 6
+inline __m256 exp(__m256 x) {
+  x = _mm256_min_ps(_mm256_max_ps(x, all(-87.0f)), all(88.0f));
+  const __m256 whole = _mm256_round_ps(_mm256_mul_ps(x, all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 f = _mm256_fnmadd_ps(whole, all(-2.12194440e-4f), _mm256_fnmadd_ps(whole, all(0.693359375f), x));
+  __m256 p = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f})
+    p = _mm256_fmadd_ps(p, f, all(c));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
+}
+
+inline __m256 times_sigmoid(__m256 x, __m256 y) { return _mm256_div_ps(x, _mm256_add_ps(all(1.0f), exp(_mm256_sub_ps(all(0.0f), y)))); }
+
+enum class Post { kNone, kRelu, kSwish, kGelu, kTanhGelu };
+
+// Abramowitz and Stegun 7.1.26, absolute error of erf < 1.5e-7
+inline __m256 gelu(__m256 x) {
+  const __m256 sign = all(-0.0f), z = _mm256_mul_ps(x, all(0.70710678f)), size = _mm256_andnot_ps(sign, z);
+  const __m256 t = _mm256_div_ps(all(1.0f), _mm256_fmadd_ps(size, all(0.3275911f), all(1.0f)));
+  __m256 p = all(1.061405429f);
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f}) p = _mm256_fmadd_ps(p, t, all(c));
+  const __m256 tail = _mm256_mul_ps(p, exp(_mm256_sub_ps(all(0.0f), _mm256_mul_ps(size, size))));
+  const __m256 erf = _mm256_or_ps(_mm256_sub_ps(all(1.0f), tail), _mm256_and_ps(sign, z));
+  return _mm256_mul_ps(_mm256_mul_ps(x, all(0.5f)), _mm256_add_ps(all(1.0f), erf));
+}
+
+template <Post post>
+inline __m256 activate(__m256 x) {
+  if constexpr (post == Post::kRelu) return _mm256_max_ps(x, all(0.0f));
+  if constexpr (post == Post::kSwish) return times_sigmoid(x, x);
+  if constexpr (post == Post::kGelu) return gelu(x);
+  if constexpr (post == Post::kTanhGelu)
+    return times_sigmoid(x, _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), all(2 * 0.044715f * 0.79788456f), all(2 * 0.79788456f))));
+  return x;
+}
+
+// sums[r][c] = sum_i x[r][i] w[i][c]; x: int16 rows, `stride` apart; w: s8 [pairs][16][2]
+__attribute__((noinline)) void tile(const int16_t* x, int64_t stride, const int8_t* w, int64_t pairs, int32_t* sums) {
+  __m256i total[kRows][2];
+  UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < pairs; ++i) {
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 32 * i)));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 32 * i + 16)));
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + 2 * i, 4);
+      const __m256i value = _mm256_set1_epi32(pair);
+      total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(value, low));
+      total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(value, high));
+    }
+  }
+  UNROLL for (int r = 0; r < kRows; ++r)
+    UNROLL for (int c = 0; c < 2; ++c) _mm256_storeu_si256((__m256i*)(sums + r * kColumns + 8 * c), total[r][c]);
+}
+
+struct Target {
+  float* real;
+  const float* other;
+  uint8_t* codes;
+  Quantizer quantizer;
+};
+
+// 16 u8 codes: the saturation of both packing instructions is the clamp
+inline __m128i to_u8(__m256 low, __m256 high, const Quantizer& codes) {
+  const auto code = [&](__m256 x) {  // beyond the int32 range the conversion gives INT_MIN, also for large positive values
+    x = _mm256_min_ps(_mm256_mul_ps(x, all(codes.inverse)), all(1e6f));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(int32_t(codes.zero_point)));
+  };
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(code(low), code(high)), 0xD8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+template <Post post>
+void finish(const int32_t* sums, const float* scale, const float* bias, int64_t rows, int64_t columns, int64_t width, int64_t place,
+            const Target& out) {
+  alignas(32) float y[kColumns];
+  alignas(16) uint8_t codes[kColumns];
+  for (int64_t r = 0; r < rows; ++r, place += width) {
+    __m256 values[2];
+    UNROLL for (int c = 0; c < 2; ++c) {
+      const __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(sums + r * kColumns + 8 * c)));
+      values[c] = activate<post>(_mm256_fmadd_ps(sum, _mm256_loadu_ps(scale + 8 * c), _mm256_loadu_ps(bias + 8 * c)));
+    }
+    if (out.codes != nullptr) {
+      const __m128i bytes = to_u8(values[0], values[1], out.quantizer);
+      if (columns == kColumns) {
+        _mm_storeu_si128((__m128i*)(out.codes + place), bytes);
+      } else {
+        _mm_store_si128((__m128i*)codes, bytes);
+        std::memcpy(out.codes + place, codes, columns);
+      }
+      continue;
+    }
+    if (columns == kColumns) {
+      UNROLL for (int c = 0; c < 2; ++c) {
+        if (out.other != nullptr) values[c] = _mm256_add_ps(values[c], _mm256_loadu_ps(out.other + place + 8 * c));
+        _mm256_storeu_ps(out.real + place + 8 * c, values[c]);
+      }
+      continue;
+    }
+    UNROLL for (int c = 0; c < 2; ++c) _mm256_store_ps(y + 8 * c, values[c]);
+    for (int64_t c = 0; c < columns; ++c) out.real[place + c] = out.other != nullptr ? y[c] + out.other[place + c] : y[c];
+  }
+}
+
+using Finish = void (*)(const int32_t*, const float*, const float*, int64_t, int64_t, int64_t, int64_t, const Target&);
+
+Finish finisher(c10::string_view post, c10::string_view algorithm) {
+  if (post == "none") return finish<Post::kNone>;
+  if (post == "relu") return finish<Post::kRelu>;
+  if (post == "swish") return finish<Post::kSwish>;
+  if (post == "gelu") return algorithm == "tanh" ? finish<Post::kTanhGelu> : finish<Post::kGelu>;
+  TORCH_CHECK(false, "regcache::linear: unknown activation function ", post);
+}
+
+int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+}  // namespace
+
+// post(scale weight_scale (codes - zero_point) w + bias) (+ other), float32 or u8. codes: u8 [..., in]; packed: s8
+// [ceil(out / 16), ceil(in / 2), 16, 2], zeros beyond the edges; weight_scale, bias: float32 [out]
+static at::Tensor linear(const at::Tensor& input, double scale, int64_t zero_point, const at::Tensor& packed,
+                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& other, double out_scale, int64_t out_zero, bool as_codes,
+                         c10::string_view post, c10::string_view algorithm) {
+  const at::Tensor in = input.contiguous();
+  const int64_t width = in.size(-1), rows = width ? in.numel() / width : 0, columns = weight_scale.size(0);
+  const int64_t panels = packed.size(0), pairs = packed.size(1), stride = 2 * pairs;
+  TORCH_CHECK(in.scalar_type() == at::kByte && packed.scalar_type() == at::kChar && packed.is_contiguous(),
+              "regcache::linear: u8 codes and packed s8 weights are needed");
+  TORCH_CHECK(pairs == (width + 1) / 2 && panels == (columns + kColumns - 1) / kColumns,
+              "regcache::linear: ", width, " inputs and ", columns, " outputs do not fit the packed weight ", packed.sizes());
+  std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
+  sizes.back() = columns;
+  at::Tensor out = at::empty(sizes, in.options().dtype(as_codes ? at::kByte : at::kFloat));
+  TORCH_CHECK(!other.has_value() || (other->sizes() == out.sizes() && !as_codes), "regcache::linear: `other` must have the output's shape");
+  const at::Tensor added = other.has_value() ? other->contiguous() : at::Tensor();
+
+  std::vector<float> scales(panels * kColumns), biases(panels * kColumns);
+  for (int64_t c = 0; c < columns; ++c) scales[c] = float(scale) * weight_scale.const_data_ptr<float>()[c];
+  if (bias.has_value()) std::copy_n(bias->contiguous().const_data_ptr<float>(), columns, biases.begin());
+  const Target target{as_codes ? nullptr : out.data_ptr<float>(), added.defined() ? added.const_data_ptr<float>() : nullptr,
+                      as_codes ? out.data_ptr<uint8_t>() : nullptr, Quantizer(1.0 / out_scale, out_zero, 255)};
+  const Finish done = finisher(post, algorithm);
+  const uint8_t* source = in.const_data_ptr<uint8_t>();
+  const int8_t* weights = packed.const_data_ptr<int8_t>();
+
+  // blocks of rows, as many as divide well among the threads; few rows are divided by columns instead
+  const int64_t threads = at::get_num_threads(), most = std::max(kRows, kBlockBytes / (2 * std::max<int64_t>(stride, 1)) / kRows * kRows);
+  int64_t blocks = (rows + most - 1) / most, parts = 1;
+  if (rows > 2 * kRows * threads) blocks = round_up(blocks, threads);
+  else parts = std::min(threads, panels);
+  const int64_t block = round_up((rows + std::max<int64_t>(blocks, 1) - 1) / std::max<int64_t>(blocks, 1), kRows);
+  at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int16_t> wide(std::min(block, round_up(rows, kRows)) * stride);
+    alignas(32) int32_t sums[kRows * kColumns];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / parts * block, count = std::min(block, rows - first);
+      if (count <= 0) continue;
+      for (int64_t r = 0; r < count; ++r) {
+        int16_t* row = wide.data() + r * stride;
+        for (int64_t i = 0; i < width; ++i) row[i] = int16_t(source[(first + r) * width + i] - int16_t(zero_point));
+        if (width % 2) row[width] = 0;
+      }
+      const int64_t from = panels * (task % parts) / parts, to = panels * (task % parts + 1) / parts;
+      for (int64_t p = from; p < to; ++p)
+        for (int64_t r = 0; r < count; r += kRows) {
+          tile(wide.data() + r * stride, stride, weights + p * pairs * 2 * kColumns, pairs, sums);
+          done(sums, scales.data() + p * kColumns, biases.data() + p * kColumns, std::min(kRows, count - r),
+               std::min(kColumns, columns - p * kColumns), columns, (first + r) * columns + p * kColumns, target);
+        }
+    }
+  });
+  return out;
+}
+
+TORCH_LIBRARY(regcache, m) {
+  m.def("quantize(Tensor x, float inverse, int zero_point, int highest) -> Tensor");
+  m.def("layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float inverse, int zero_point, int highest) -> Tensor");
+  m.def(
+      "linear(Tensor codes, float scale, int zero_point, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? other, "
+      "float out_scale, int out_zero, bool as_codes, str post, str algorithm) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(regcache, CPU, m) {
+  m.impl("quantize", &quantize);
+  m.impl("layer_norm_quantize", &layer_norm_quantize);
+  m.impl("linear", &linear);
+}
