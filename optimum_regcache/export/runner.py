@@ -40,8 +40,8 @@ class ExportedOutput(BaseModelOutputWithPooling):
 class ExportedEncoder(FeatureEncoder):
     """Runs an exported encoder on the CPU, with the same result on every CPU.
 
-    Without VNNI the integer kernels of x86 CPUs saturate (`optimum_regcache.kernels.cpu`). There ONNX Runtime is told to use its
-    slower exact ones, and OpenVINO, which has none, to compute in float32 from the int8 weights.
+    Without VNNI the integer kernels of x86 CPUs saturate (`optimum_regcache.kernels.cpu`). There ONNX Runtime is told to use
+    its slower exact ones, and OpenVINO, which has none, to compute in float32 from the int8 weights.
 
     Attributes:
         config: the transformers config.

@@ -55,7 +55,7 @@ class PackedWeight:
         scale: float32 [out].
         zero_point: int64 [out], zeros: the kernel supports symmetric weights only.
         bias: float32 [out] or None.
-        own: for our operator, which does not saturate; ``packed`` is int8 [ceil(out / 16), ceil(in / 2), 16, 2].
+        own: for our operator, which does not saturate; ``packed`` is plain int8 then.
     """
 
     packed: torch.Tensor
@@ -74,10 +74,11 @@ class PackedWeight:
 
 
 def _panels(codes: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] -> [ceil(out / 16), ceil(in / 2), 16, 2], filled up with zeros."""
+    """int8 [out, in] -> [ceil(out / 16), ceil(in / 2), 16, 2], filled up with zeros, flat: torch.compile would take an axis
+    of two for the batch size."""
     rows, columns = codes.shape
     filled = F.pad(codes, (0, columns % 2, 0, -rows % 16))
-    return filled.unflatten(1, (-1, 2)).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    return filled.unflatten(1, (-1, 2)).unflatten(0, (-1, 16)).transpose(1, 2).flatten()
 
 
 @dataclass(frozen=True)

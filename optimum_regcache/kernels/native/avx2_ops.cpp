@@ -191,18 +191,18 @@ int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step
 }  // namespace
 
 // post(scale weight_scale (codes - zero_point) w + bias) (+ other), float32 or u8. codes: u8 [..., in]; packed: s8
-// [ceil(out / 16), ceil(in / 2), 16, 2], zeros beyond the edges; weight_scale, bias: float32 [out]
+// [ceil(out / 16) * ceil(in / 2) * 16 * 2], zeros beyond the edges; weight_scale, bias: float32 [out]
 static at::Tensor linear(const at::Tensor& input, double scale, int64_t zero_point, const at::Tensor& packed,
                          const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& other, double out_scale, int64_t out_zero, bool as_codes,
                          c10::string_view post, c10::string_view algorithm) {
   const at::Tensor in = input.contiguous();
   const int64_t width = in.size(-1), rows = width ? in.numel() / width : 0, columns = weight_scale.size(0);
-  const int64_t panels = packed.size(0), pairs = packed.size(1), stride = 2 * pairs;
+  const int64_t panels = (columns + kColumns - 1) / kColumns, pairs = (width + 1) / 2, stride = 2 * pairs;
   TORCH_CHECK(in.scalar_type() == at::kByte && packed.scalar_type() == at::kChar && packed.is_contiguous(),
               "regcache::linear: u8 codes and packed s8 weights are needed");
-  TORCH_CHECK(pairs == (width + 1) / 2 && panels == (columns + kColumns - 1) / kColumns,
-              "regcache::linear: ", width, " inputs and ", columns, " outputs do not fit the packed weight ", packed.sizes());
+  TORCH_CHECK(packed.numel() == panels * kColumns * stride, "regcache::linear: ", width, " inputs and ", columns,
+              " outputs do not fit the packed weight of ", packed.numel(), " bytes");
   std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
   sizes.back() = columns;
   at::Tensor out = at::empty(sizes, in.options().dtype(as_codes ? at::kByte : at::kFloat));
