@@ -170,6 +170,7 @@ CONTENDERS: dict[str, Contender] = {
     "onnxruntime float32": Contender(peers.ort_float32, _ONNX),
     "onnxruntime dynamic int8": Contender(peers.ort_dynamic, _ONNX),
     "onnxruntime, our QDQ": Contender(peers.ort_ours, _ONNX),
+    "onnxruntime, our QDQ, exact kernels": Contender(peers.ort_ours_exact, _ONNX),
     "openvino float32": Contender(peers.openvino_float32, _OPENVINO),
     "openvino default precision": Contender(peers.openvino_default, _OPENVINO),
     "openvino int8 (NNCF)": Contender(peers.openvino_nncf, (*_OPENVINO, "nncf")),

@@ -20,6 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from optimum_regcache.data import Batch
+from optimum_regcache.kernels import onednn
+from optimum_regcache.kernels.cpu import sums_saturate
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.report import environment
 
@@ -45,7 +47,7 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "logical_cpus": os.cpu_count(),
         "load_average": [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "int8_kernel": machine_reason() or "oneDNN qlinear",
+        "int8_kernel": machine_reason() or ("our AVX2 operator" if sums_saturate() else "oneDNN qlinear"),
     }
 
 
@@ -90,13 +92,11 @@ def measure_ceilings(rows: int = 1576, width: int = 768, repeats: int = 20) -> d
         if machine_reason() is None:
             codes = torch.randint(0, 256, (rows, inner), dtype=torch.uint8, generator=generator)
             weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8, generator=generator)
-            packed = torch.ops.onednn.qlinear_prepack(weight, None)
-            scale, zero = torch.full((outer,), 1e-3), torch.zeros(outer, dtype=torch.int64)
+            packed = onednn.PackedWeight.pack(weight, torch.full((outer,), 1e-3), None, 255)
+            leaving = onednn.Epilogue(out_scale=0.5, out_zero_point=128, as_codes=True)
 
-            def product(codes: Any = codes, packed: Any = packed, scale: Any = scale, zero: Any = zero) -> torch.Tensor:
-                return torch.ops.onednn.qlinear_pointwise(
-                    codes, 0.1, 128, packed, scale, zero, None, 0.5, 128, torch.uint8, "none", [], ""
-                )
+            def product(codes: Any = codes, packed: Any = packed, leaving: Any = leaving) -> torch.Tensor:
+                return onednn.int8_linear(codes, 0.1, 128, packed, leaving)
 
             rates["int8"] = operations / best_time(product, repeats)
         found["shapes"][label] = rates

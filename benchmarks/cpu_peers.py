@@ -22,6 +22,7 @@ from torch import nn
 
 from cpu_job import Job, Runner, Skipped, pooled
 from optimum_regcache.data import Batch
+from optimum_regcache.kernels.cpu import sums_saturate
 
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output")
 SPLIT_FROM = 8  # batches of this size and more may be split
@@ -91,7 +92,7 @@ def quiet() -> Any:
 class OrtRunner(Runner):
     """An ONNX file in ONNX Runtime's CPU provider."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, exact: bool = False) -> None:
         import onnx
         import onnxruntime as ort
 
@@ -99,6 +100,8 @@ class OrtRunner(Runner):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        if exact:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         operators = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
         self.details["operators"] = {k: operators[k] for k in sorted(operators) if "MatMul" in k or k == "Gemm"}
@@ -116,6 +119,13 @@ def ort_float32(job: Job) -> Runner:
 def ort_ours(job: Job) -> Runner:
     """Our QDQ model."""
     return OrtRunner(our_onnx(job), job.settings.threads)
+
+
+def ort_ours_exact(job: Job) -> Runner:
+    """Our QDQ model by the kernels that do not saturate on CPUs without VNNI, as `ExportedEncoder` runs it there."""
+    if not sums_saturate():
+        raise Skipped("the int8 kernels of this CPU do not saturate")
+    return OrtRunner(our_onnx(job), job.settings.threads, exact=True)
 
 
 def ort_dynamic(job: Job) -> Runner:
