@@ -22,16 +22,35 @@ namespace {
 constexpr int64_t kRows = 6, kColumns = 16;  // register tile: 6 x 2 accumulators of 8 sums
 constexpr int64_t kBlockBytes = 160 * 1024;  // of widened inputs: stays in the second-level cache
 
+inline __m256 all(float x) { return _mm256_set1_ps(x); }
+
 // u8 code = clamp(round(x * inverse) + zero_point, 0, highest), ties to even
 struct Quantizer {
-  float inverse, zero_point, highest;
+  float inverse;
+  int32_t zero_point, highest;
   Quantizer(double inverse, int64_t zero_point, int64_t highest)
-      : inverse(float(inverse)), zero_point(float(zero_point)), highest(float(highest)) {}
-  uint8_t operator()(float x) const {
-    return uint8_t(int32_t(std::min(std::max(std::nearbyint(x * inverse) + zero_point, 0.0f), highest)));
+      : inverse(float(inverse)), zero_point(int32_t(zero_point)), highest(int32_t(highest)) {}
+
+  __m256i code(__m256 x) const {  // beyond the int32 range the conversion gives INT_MIN, also for large positive values
+    x = _mm256_min_ps(_mm256_mul_ps(x, all(inverse)), all(1e6f));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(zero_point));
+  }
+  // 16 codes: the saturation of both packing instructions is the clamp to 0 and 255
+  __m128i operator()(__m256 low, __m256 high) const {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(code(low), code(high)), 0xD8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    return _mm_min_epu8(bytes, _mm_set1_epi8(char(highest)));
   }
   void row(const float* x, uint8_t* out, int64_t width) const {
-    for (int64_t i = 0; i < width; ++i) out[i] = (*this)(x[i]);
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16)
+      _mm_storeu_si128((__m128i*)(out + i), (*this)(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)));
+    if (i == width) return;
+    alignas(32) float rest[16] = {};
+    alignas(16) uint8_t codes[16];
+    std::copy_n(x + i, width - i, rest);
+    _mm_store_si128((__m128i*)codes, (*this)(_mm256_load_ps(rest), _mm256_load_ps(rest + 8)));
+    std::memcpy(out + i, codes, width - i);
   }
 };
 
@@ -55,6 +74,7 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
   uint8_t* target = out.data_ptr<uint8_t>();
   const Quantizer codes(inverse, zero_point, highest);
   at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> normed(width);
     for (int64_t r = begin; r < end; ++r) {
       const float* row = source + r * width;
       float sum = 0.0f, square = 0.0f;
@@ -62,13 +82,12 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
       const float mean = sum / float(width);
       for (int64_t i = 0; i < width; ++i) square += (row[i] - mean) * (row[i] - mean);
       const float rstd = 1.0f / std::sqrt(square / float(width) + float(eps));
-      for (int64_t i = 0; i < width; ++i) target[r * width + i] = codes((row[i] - mean) * rstd * w[i] + b[i]);
+      for (int64_t i = 0; i < width; ++i) normed[i] = (row[i] - mean) * rstd * w[i] + b[i];
+      codes.row(normed.data(), target + r * width, width);
     }
   });
   return out;
 }
-
-inline __m256 all(float x) { return _mm256_set1_ps(x); }
 
 // relative error < 2e-7 on the range of float32; Cody and Waite's reduction, polynomial of degree 6
 inline __m256 exp(__m256 x) {
@@ -133,16 +152,6 @@ struct Target {
   Quantizer quantizer;
 };
 
-// 16 u8 codes: the saturation of both packing instructions is the clamp
-inline __m128i to_u8(__m256 low, __m256 high, const Quantizer& codes) {
-  const auto code = [&](__m256 x) {  // beyond the int32 range the conversion gives INT_MIN, also for large positive values
-    x = _mm256_min_ps(_mm256_mul_ps(x, all(codes.inverse)), all(1e6f));
-    return _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(int32_t(codes.zero_point)));
-  };
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(code(low), code(high)), 0xD8);
-  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-}
-
 template <Post post>
 void finish(const int32_t* sums, const float* scale, const float* bias, int64_t rows, int64_t columns, int64_t width, int64_t place,
             const Target& out) {
@@ -155,7 +164,7 @@ void finish(const int32_t* sums, const float* scale, const float* bias, int64_t 
       values[c] = activate<post>(_mm256_fmadd_ps(sum, _mm256_loadu_ps(scale + 8 * c), _mm256_loadu_ps(bias + 8 * c)));
     }
     if (out.codes != nullptr) {
-      const __m128i bytes = to_u8(values[0], values[1], out.quantizer);
+      const __m128i bytes = out.quantizer(values[0], values[1]);
       if (columns == kColumns) {
         _mm_storeu_si128((__m128i*)(out.codes + place), bytes);
       } else {
