@@ -228,6 +228,21 @@ def test_a_pickle_without_the_operators_falls_back_to_torch(monkeypatch: pytest.
     assert not twin.encoder.layers[0].fused.settings.native
 
 
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+def test_simulated_attention_is_the_int8_attention(name: str) -> None:
+    """Also with registers: beside the operator where there is one, else beside float32 attention."""
+    tiny = models.TOWERS[name]
+    model = models.quantized(tiny)
+    assert fuse(model, attention="simulated").attention == "simulated int8"
+    found = tiny.run(model)
+    fuse(model, attention="float32")
+    assert not torch.equal(found, tiny.run(model))
+    close(found, tiny.run(model), True)
+    if native.attention_reason() is None:
+        fuse(model, attention="int8")
+        close(found, tiny.run(model), True)
+
+
 def test_changed_weights_and_scales_are_noticed() -> None:
     model = models.quantized(CLIP)
     fuse(model, native=False)
@@ -296,7 +311,7 @@ def test_what_fuse_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"this model is float\. Quantize it with RegCacheQuantizer first"):
         fuse(CLIP.build())
     model = models.quantized(CLIP)
-    with pytest.raises(ValueError, match="attention must be one of auto, int8, float32, got 'fast'"):
+    with pytest.raises(ValueError, match="attention must be one of auto, int8, float32, simulated, got 'fast'"):
         fuse(model, attention="fast")
     with pytest.raises(ValueError, match=r"attention='int8' has no C\+\+ operator here: native=False"):
         fuse(model, attention="int8", native=False)

@@ -157,7 +157,9 @@ class EvaluateCommand(_Command):
         parser.add_argument(
             "--metric", action="append", default=[], help="further metric of the evaluate library, for example accuracy"
         )
-        parser.add_argument("--fused", action="store_true", help="evaluate once more with fused int8 blocks")
+        parser.add_argument(
+            "--fused", action="store_true", help="evaluate also with fused int8 blocks, with float32 and int8 attention"
+        )
 
     def job(self) -> None:
         from optimum_regcache.jobs import evaluate_job

@@ -20,7 +20,7 @@ __all__ = ["FusionReport", "UnfusableError", "fuse", "is_fused", "unfuse", "unfu
 
 logger = logging.get_logger(__name__)
 
-ATTENTION = ("auto", "int8", "float32")
+ATTENTION = ("auto", "int8", "float32", "simulated")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FusionReport:
     Attributes:
         fused: blocks that run fused.
         skipped: block -> why it runs as before.
-        attention: "int8" or "float32", for the fused blocks.
+        attention: "int8", "float32" or "simulated int8", for the fused blocks.
         native_reason: why the C++ operators are not used, None if they are.
     """
 
@@ -62,6 +62,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         model: a quantized encoder, or a model around it.
         attention: "int8" computes the attention products in int8 with scales taken from the tensors at hand; it costs a
             little accuracy beyond the linear layers (docs/performance.md). "float32" keeps scaled dot product attention.
+            "simulated" is int8 attention computed in float32, on every machine: slow, to measure its accuracy.
             "auto" is int8 where there is a C++ operator for it (AVX-512 with VNNI).
         native: use the C++ operators; None uses them where they can be built, False never.
 
@@ -86,8 +87,9 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
     attention_reason = reason or native_ops.attention_reason()
     if attention == "int8" and attention_reason is not None:
         raise ValueError(f"attention='int8' has no C++ operator here: {attention_reason} Use attention='auto'.")
-    int8_attention = attention != "float32" and attention_reason is None
-    settings = FusionSettings(tower.config.hidden_act, int8_attention, native=reason is None)
+    int8_attention = attention in ("auto", "int8") and attention_reason is None
+    simulated = attention == "simulated"
+    settings = FusionSettings(tower.config.hidden_act, int8_attention, reason is None, simulated)
     prepare_tower(model)
     fused, skipped = [], {}
     for index, block in enumerate(tower.blocks):
@@ -100,6 +102,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         else:
             fused.append(index)
             block.fused = runner  # type: ignore[assignment]
-    report = FusionReport(tuple(fused), skipped, "int8" if settings.int8_attention else "float32", reason)
+    used = "int8" if int8_attention else "simulated int8" if simulated else "float32"
+    report = FusionReport(tuple(fused), skipped, used, reason)
     (logger.warning if skipped else logger.info)(str(report))
     return report

@@ -40,11 +40,13 @@ class FusionSettings:
         activation: transformers' name of the MLP's activation function.
         int8_attention: attention products in int8 where the C++ operators and the input allow it; else float32.
         native: use the C++ operators of this machine.
+        simulated_attention: int8 attention by its plain form in float32, which is slow: to see what it does to accuracy.
     """
 
     activation: str
     int8_attention: bool
     native: bool
+    simulated_attention: bool = False
 
 
 class _Projections:
@@ -76,6 +78,7 @@ class _Parts:
         linears = [_linear(attention, name) for name in (query, key, value)]
         self.heads = linears[0].out_features // attention.head_dim
         self.int8_attention = settings.int8_attention and attention.head_dim <= MAX_HEAD_DIM
+        self.simulated_attention = settings.simulated_attention
         norms = [block.get_submodule(name) for name in family.norms]
         self.qkv = _Projections(norms[0], linears, self.native)
         scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
@@ -183,6 +186,9 @@ class FusedBlock:
         q, k, v = qkv[0].chunk(3, -1) if len(qkv) == 1 else qkv
         if int8_attention:
             context = ops.int8_attention(q, k, v, rows, math.log(copies), parts.heads, scaling, parts.out.codes)
+        elif parts.simulated_attention and mask is None:
+            context = ops.int8_attention_reference(q, k, v, rows, math.log(copies), parts.heads, scaling)
+            context = ops.quantize(context, parts.out.codes, parts.native)
         else:
             context = ops.quantize(_float_attention(parts, q, k, v, layer, copies, mask), parts.out.codes, parts.native)
         return parts.mlp(parts.out.add(context, x))
