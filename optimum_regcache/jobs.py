@@ -376,7 +376,7 @@ def evaluate_job(
         results["quantization"] = config.label if config else None
     if fused:
         results["fused"] = {}
-        for attention in ("float32", "simulated" if native.attention_reason() else "int8"):
+        for attention in ("float32", "simulated" if native.unavailable_reason() else "int8"):
             again: dict[str, Any] = {"how": str(fuse(model, attention=attention))}
             if labels is not None:
                 again["accuracy"] = float(accuracy.scores(model).mean())

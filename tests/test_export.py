@@ -35,7 +35,8 @@ from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.modules import quant_linears
 from optimum_regcache.quantizer import build_quantized
 
-FAMILIES = ("clip", "siglip", "dinov2", "dinov2_registers", "vit", "deit")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "deit")]  # they add nothing to DINOv2's graph
+FAMILIES = ("clip", "siglip", "dinov2", "dinov2_registers", *SLOW)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 

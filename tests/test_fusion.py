@@ -142,7 +142,7 @@ def test_projections_with_scales_of_their_own_are_not_merged() -> None:
     assert len(tower.blocks[2].fused._parts.qkv.gemms) == 1  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(native.attention_reason() is not None, reason=f"int8 attention: {native.attention_reason()}")
+@pytest.mark.skipif(native.blocks_reason() is not None, reason=f"whole blocks: {native.blocks_reason()}")
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
 def test_the_operator_of_a_whole_block_equals_its_parts(name: str) -> None:
     """Whatever the batch size and the number of threads; groups of images are then computed by different threads."""
@@ -238,7 +238,7 @@ def test_simulated_attention_is_the_int8_attention(name: str) -> None:
     fuse(model, attention="float32")
     assert not torch.equal(found, tiny.run(model))
     close(found, tiny.run(model), True)
-    if native.attention_reason() is None:
+    if native.unavailable_reason() is None:
         fuse(model, attention="int8")
         close(found, tiny.run(model), True)
 
@@ -313,7 +313,7 @@ def test_what_fuse_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.quantized(CLIP)
     with pytest.raises(ValueError, match="attention must be one of auto, int8, float32, simulated, got 'fast'"):
         fuse(model, attention="fast")
-    with pytest.raises(ValueError, match=r"attention='int8' has no C\+\+ operator here: native=False"):
+    with pytest.raises(ValueError, match=r"attention='int8' needs the C\+\+ operators: native=False"):
         fuse(model, attention="int8", native=False)
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler.")
     with pytest.raises(ValueError, match=r"native=True: no compiler\."):

@@ -16,8 +16,6 @@ from optimum_regcache.registers import deletion as D
 
 REASON = native.unavailable_reason()
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"C++ operators: {REASON}")
-NO_ATTENTION = native.attention_reason()
-needs_attention = pytest.mark.skipif(NO_ATTENTION is not None, reason=f"int8 attention: {NO_ATTENTION}")
 
 SHAPES = [
     (2, 3, 5, 16),
@@ -58,7 +56,7 @@ def float_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-@needs_attention
+@needs_native
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("registers", [0, 1, 3, 16])
 def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int) -> None:
@@ -73,7 +71,7 @@ def test_attention_equals_its_plain_form(shape: tuple[int, ...], registers: int)
     assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
-@needs_attention
+@needs_native
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_is_close_to_float(shape: tuple[int, ...]) -> None:
     heads = shape[1]
@@ -84,7 +82,7 @@ def test_attention_is_close_to_float(shape: tuple[int, ...]) -> None:
         assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
-@needs_attention
+@needs_native
 def test_attention_with_a_register_that_takes_almost_everything() -> None:
     """The error of the image part shrinks with its weight: the registers' part is exact."""
     q, k, v = qkv(1, 2, 40, 32)
@@ -96,7 +94,7 @@ def test_attention_with_a_register_that_takes_almost_everything() -> None:
         assert float((found - expected).abs().max()) < 5e-3
 
 
-@needs_attention
+@needs_native
 def test_attention_of_extreme_tensors_is_finite() -> None:
     zero = torch.zeros(1, 7, 96)
     q, k, v = zero.chunk(3, -1)
@@ -108,7 +106,7 @@ def test_attention_of_extreme_tensors_is_finite() -> None:
     torch.testing.assert_close(found, float_attention(q, k, v, 2, *NO_ROWS), rtol=0.01, atol=1.0)
 
 
-@needs_attention
+@needs_native
 @pytest.mark.parametrize("highest", [255, 63, 15])
 def test_attention_can_leave_as_codes(highest: int) -> None:
     q, k, v = qkv(2, 4, 30, 24)
@@ -119,7 +117,7 @@ def test_attention_can_leave_as_codes(highest: int) -> None:
     assert torch.equal(found, ops.quantize(real, codes, native=False))
 
 
-@needs_attention
+@needs_native
 def test_attention_refuses_what_it_cannot_hold() -> None:
     q, k, v = qkv(1, 1, 4, 144)
     with pytest.raises(RuntimeError, match="head_dim must be at most 128, got 144"):

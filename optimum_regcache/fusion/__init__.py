@@ -63,7 +63,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         attention: "int8" computes the attention products in int8 with scales taken from the tensors at hand; it costs a
             little accuracy beyond the linear layers (docs/performance.md). "float32" keeps scaled dot product attention.
             "simulated" is int8 attention computed in float32, on every machine: slow, to measure its accuracy.
-            "auto" is int8 where there is a C++ operator for it (AVX-512 with VNNI).
+            "auto" is int8 where the C++ operators can be built.
         native: use the C++ operators; None uses them where they can be built, False never.
 
     Returns:
@@ -84,10 +84,9 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
     reason = "native=False." if native is False else native_ops.unavailable_reason()
     if native and reason is not None:
         raise ValueError(f"native=True: {reason}")
-    attention_reason = reason or native_ops.attention_reason()
-    if attention == "int8" and attention_reason is not None:
-        raise ValueError(f"attention='int8' has no C++ operator here: {attention_reason} Use attention='auto'.")
-    int8_attention = attention in ("auto", "int8") and attention_reason is None
+    if attention == "int8" and reason is not None:
+        raise ValueError(f"attention='int8' needs the C++ operators: {reason} Use attention='auto'.")
+    int8_attention = attention in ("auto", "int8") and reason is None
     simulated = attention == "simulated"
     settings = FusionSettings(tower.config.hidden_act, int8_attention, reason is None, simulated)
     prepare_tower(model)

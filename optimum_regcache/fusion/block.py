@@ -85,7 +85,8 @@ class _Parts:
         out_linear = _linear(attention, out)
         self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
         self.mlp = _Mlp(block, family, norms[1], scales[1], settings)
-        self.whole = _whole(self, norms) if self.native and self.int8_attention else None
+        whole = self.native and self.int8_attention and native_ops.blocks_reason() is None
+        self.whole = _whole(self, norms) if whole else None
 
 
 class _Mlp:
@@ -142,8 +143,7 @@ class FusedBlock:
         native = (
             self.settings.native and native_ops.unavailable_reason() is None
         )  # it may have been made on another machine
-        int8_attention = native and self.settings.int8_attention and native_ops.attention_reason() is None
-        self.settings = replace(self.settings, int8_attention=int8_attention, native=native)
+        self.settings = replace(self.settings, int8_attention=native and self.settings.int8_attention, native=native)
         self._parts = _Parts(block, self.family, self.settings)
         self._built_for = _generations(block)
         for module in block.modules():

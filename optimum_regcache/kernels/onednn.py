@@ -68,12 +68,12 @@ class PackedWeight:
     def pack(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, highest: int) -> PackedWeight:
         """From int8 codes [out, in], scales [out] and bias [out]; the inputs' codes go up to ``highest``."""
         own = cpu.sums_saturate() and cpu.needs_vnni(highest, codes)
-        packed = _panels(codes) if own else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        packed = panels(codes) if own else torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         zero = torch.zeros(codes.shape[0], dtype=torch.int64)
         return cls(packed, scale.detach().float().contiguous(), zero, bias, own)
 
 
-def _panels(codes: torch.Tensor) -> torch.Tensor:
+def panels(codes: torch.Tensor) -> torch.Tensor:
     """int8 [out, in] -> [ceil(out / 16), ceil(in / 2), 16, 2], filled up with zeros, flat: torch.compile would take an axis
     of two for the batch size."""
     rows, columns = codes.shape

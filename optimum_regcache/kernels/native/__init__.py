@@ -1,6 +1,6 @@
 """C++ operators of the int8 runtime, built for this machine on first use and kept in PyTorch's extension cache.
 
-Two libraries: for AVX-512 with VNNI (fused blocks with int8 attention), and for AVX2 (linear layers that do not saturate).
+Two libraries: for AVX-512 with VNNI (whole blocks as one operator), and for AVX2 (linear layers that do not saturate).
 Where neither can be built the same operations run in plain PyTorch (`optimum_regcache.kernels.fused_ops`), more slowly.
 """
 
@@ -44,23 +44,26 @@ class Library:
         name: of the built file.
         sources: files to compile.
         flags: of the compiler.
-        attention: it holds int8 attention and whole blocks; else the exact linear layer for CPUs without VNNI.
+        blocks: it holds whole blocks as one operator, for oneDNN's products; else the exact linear layer for CPUs without VNNI.
     """
 
     name: str
     sources: tuple[Path, ...]
     flags: tuple[str, ...]
-    attention: bool
+    blocks: bool
 
 
 VNNI = Library(
     "optimum_regcache_fused_ops",
     (_FOLDER / "fused_ops.cpp", _FOLDER / "block_op.cpp", _FOLDER / "token_ops.cpp"),
     (*_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-    attention=True,
+    blocks=True,
 )
 AVX2 = Library(
-    "optimum_regcache_avx2_ops", (_FOLDER / "avx2_ops.cpp", _FOLDER / "token_ops.cpp"), _FLAGS, attention=False
+    "optimum_regcache_avx2_ops",
+    (_FOLDER / "avx2_ops.cpp", _FOLDER / "avx2_attention.cpp", _FOLDER / "token_ops.cpp"),
+    _FLAGS,
+    blocks=False,
 )
 
 
@@ -101,10 +104,10 @@ def unavailable_reason() -> str | None:
         return _build(chosen)
 
 
-def attention_reason() -> str | None:
-    """Why there is no int8 attention here, or None."""
+def blocks_reason() -> str | None:
+    """Why whole blocks are no single operator here, or None."""
     chosen = library()
-    if unavailable_reason() is None and chosen is not None and not chosen.attention:
+    if unavailable_reason() is None and chosen is not None and not chosen.blocks:
         return "the CPU has no AVX-512 with VNNI."
     return unavailable_reason()
 
@@ -182,7 +185,7 @@ def _register_fakes(chosen: Library) -> None:
         return codes.new_empty(*codes.shape[:-1], out, dtype=torch.uint8 if as_codes else torch.float32)
 
     shapes = {"quantize": codes_of, "layer_norm_quantize": codes_of}
-    own = (attention, block) if chosen.attention else (linear,)
-    shapes |= {f.__name__: f for f in (*own, delete_tokens, restore_tokens)}
+    own = block if chosen.blocks else linear
+    shapes |= {f.__name__: f for f in (own, attention, delete_tokens, restore_tokens)}
     for name, function in shapes.items():
         torch.library.register_fake(f"regcache::{name}", function)
