@@ -386,5 +386,6 @@ def evaluate_job(
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
-    shown = {k: v for k, v in results.items() if k not in ("norms", "environment")}
+    shown = {k: v for k, v in results.items() if k not in ("norms", "environment", "fused")}
+    shown |= {f"fused, {k}": ", ".join(f"{n} {x}" for n, x in v.items()) for k, v in results.get("fused", {}).items()}
     return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {path}"

@@ -87,7 +87,7 @@ def test_quantize_prints_the_table_and_writes_everything(quantized):
 
 def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys, monkeypatch):
     output, _ = quantized
-    run(
+    out, _ = run(
         capsys,
         monkeypatch,
         "evaluate",
@@ -107,6 +107,7 @@ def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys,
     assert results["quantized_layers"] == 36
     assert results["quantization"] == "w8a8"
     if machine_reason() is None:
+        assert "fused, float32 attention: how 6 of 6 blocks fused, float32 attention, accuracy" in out
         assert len(results["fused"]) == 2
         for found in results["fused"].values():
             assert found["how"].startswith("6 of 6 blocks fused")
