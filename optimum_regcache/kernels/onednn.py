@@ -29,6 +29,8 @@ def machine_reason() -> str | None:
 
 def kernel_reason() -> str | None:
     """Why oneDNN's kernel cannot be used here, or None."""
+    if not cpu.capabilities():
+        return f"PyTorch {torch.__version__} cannot tell which instructions the CPU has; 2.13 can."
     if cpu.capabilities().get("architecture") != "x86_64":
         return "int8 on the CPU needs an x86-64 processor."
     if not torch.backends.mkldnn.is_available():
