@@ -300,10 +300,12 @@ def _own_zero_points(graph: Any) -> None:
     for node in list(graph):
         if node.op_type != "DequantizeLinear" or node.inputs[0].name not in graph.initializers:
             continue
-        codes, scale, *zero = node.inputs
-        shared = zero[0].const_value if zero else None
-        value = np.zeros(tuple(scale.shape), np.int8) if shared is None else shared.numpy()
-        own = ir.Value(name=f"{codes.name}_zero_point", const_value=ir.tensor(value, name=f"{codes.name}_zero_point"))
+        _, scale, *zero = node.inputs
+        if zero and len(zero[0].uses()) == 1:
+            continue
+        value = zero[0].const_value.numpy() if zero else np.zeros(tuple(scale.shape), np.int8)
+        name = f"{node.outputs[0].name}_zero_point"
+        own = ir.Value(name=name, const_value=ir.tensor(value, name=name))
         graph.register_initializer(own)
         node.resize_inputs(3)
         node.replace_input_with(2, own)

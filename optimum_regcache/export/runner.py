@@ -38,7 +38,7 @@ class ExportedOutput(BaseModelOutputWithPooling):
 
 
 class ExportedEncoder(FeatureEncoder):
-    """Runs an exported encoder on the CPU, with the same result on every CPU.
+    """Runs an exported encoder on the CPU, computing the same function on every CPU.
 
     Without VNNI the integer kernels of x86 CPUs saturate (`optimum_regcache.kernels.cpu`). There ONNX Runtime is told to use
     its slower exact ones, and OpenVINO, which has none, to compute in float32 from the int8 weights.
@@ -134,8 +134,9 @@ def _openvino_network(file: Path, num_threads: int | None, saturates: bool) -> N
     if saturates:
         options["LP_TRANSFORMS_MODE"] = "NO"
         logger.warning(
-            "This CPU has no VNNI, and OpenVINO's int8 kernels would overflow: it computes in float32, not faster than a float "
-            "model. Use ONNX Runtime or PyTorch here, or quantize with weights.bits=7, which cannot overflow."
+            "This CPU has no VNNI, and OpenVINO's int8 kernels would saturate: it computes in float32, not faster than a "
+            "float model. Use ONNX Runtime or PyTorch here, or quantize with --set quantization.weights.bits=7, which "
+            "cannot saturate."
         )
     compiled = core.compile_model(core.read_model(file), "CPU", options)
 

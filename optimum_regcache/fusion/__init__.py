@@ -86,9 +86,8 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         raise ValueError(f"native=True: {reason}")
     if attention == "int8" and reason is not None:
         raise ValueError(f"attention='int8' needs the C++ operators: {reason} Use attention='auto'.")
-    int8_attention = attention in ("auto", "int8") and reason is None
-    simulated = attention == "simulated"
-    settings = FusionSettings(tower.config.hidden_act, int8_attention, reason is None, simulated)
+    used = {"auto": "float32" if reason else "int8", "simulated": "simulated int8"}.get(attention, attention)
+    settings = FusionSettings(tower.config.hidden_act, used, native=reason is None)
     prepare_tower(model)
     fused, skipped = [], {}
     for index, block in enumerate(tower.blocks):
@@ -101,7 +100,6 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
         else:
             fused.append(index)
             block.fused = runner  # type: ignore[assignment]
-    used = "int8" if int8_attention else "simulated int8" if simulated else "float32"
     report = FusionReport(tuple(fused), skipped, used, reason)
     (logger.warning if skipped else logger.info)(str(report))
     return report

@@ -38,15 +38,13 @@ class FusionSettings:
 
     Attributes:
         activation: transformers' name of the MLP's activation function.
-        int8_attention: attention products in int8 where the C++ operators and the input allow it; else float32.
-        native: use the C++ operators of this machine.
-        simulated_attention: int8 attention by its plain form in float32, which is slow: to see what it does to accuracy.
+        attention: "int8" where the input allows it, "float32", or "simulated int8" by its plain form in float32.
+        native: use the C++ operators of this machine; int8 attention needs them.
     """
 
     activation: str
-    int8_attention: bool
+    attention: str
     native: bool
-    simulated_attention: bool = False
 
 
 class _Projections:
@@ -77,8 +75,8 @@ class _Parts:
         self.attention, self.native = attention, settings.native
         linears = [_linear(attention, name) for name in (query, key, value)]
         self.heads = linears[0].out_features // attention.head_dim
-        self.int8_attention = settings.int8_attention and attention.head_dim <= MAX_HEAD_DIM
-        self.simulated_attention = settings.simulated_attention
+        self.int8_attention = settings.attention == "int8" and attention.head_dim <= MAX_HEAD_DIM
+        self.simulated_attention = settings.attention == "simulated int8"
         norms = [block.get_submodule(name) for name in family.norms]
         self.qkv = _Projections(norms[0], linears, self.native)
         scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
@@ -140,10 +138,9 @@ class FusedBlock:
         Raises:
             UnfusableError: a form of quantization that has no fused execution.
         """
-        native = (
-            self.settings.native and native_ops.unavailable_reason() is None
-        )  # it may have been made on another machine
-        self.settings = replace(self.settings, int8_attention=native and self.settings.int8_attention, native=native)
+        if self.settings.native and native_ops.unavailable_reason() is not None:  # made on another machine
+            attention = "float32" if self.settings.attention == "int8" else self.settings.attention
+            self.settings = replace(self.settings, attention=attention, native=False)
         self._parts = _Parts(block, self.family, self.settings)
         self._built_for = _generations(block)
         for module in block.modules():

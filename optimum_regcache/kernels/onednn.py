@@ -24,7 +24,13 @@ from optimum_regcache.kernels.fused_ops import Codes, quantize
 
 def machine_reason() -> str | None:
     """Why this machine cannot multiply all 8-bit codes as integers, or None if it can."""
-    return kernel_reason() or saturation_reason()
+    reason = kernel_reason()
+    if reason is not None or not cpu.sums_saturate():
+        return reason
+    reason = native.unavailable_reason()
+    if reason is None:
+        return None
+    return f"the CPU has no VNNI instructions, and the C++ operators that do without are not available: {reason}"
 
 
 def kernel_reason() -> str | None:
@@ -40,24 +46,16 @@ def kernel_reason() -> str | None:
     return None
 
 
-def saturation_reason() -> str | None:
-    """Why large codes would be multiplied wrongly here, or None if they are not."""
-    reason = native.unavailable_reason() if cpu.sums_saturate() else None
-    if reason is None:
-        return None
-    return f"the CPU has no VNNI instructions, and the C++ operators that do without are not available: {reason}"
-
-
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight in oneDNN's own layout, with what turns integer sums into values.
+    """A weight in the layout of its kernel, with what turns integer sums into values.
 
     Attributes:
-        packed: opaque; it can be neither copied nor pickled.
+        packed: oneDNN's is opaque: it can be neither copied nor pickled.
         scale: float32 [out].
         zero_point: int64 [out], zeros: the kernel supports symmetric weights only.
         bias: float32 [out] or None.
-        own: for our operator, which does not saturate; ``packed`` is plain int8 then.
+        own: for our operator, which does not saturate; ``packed`` is int8 then, see `panels`.
     """
 
     packed: torch.Tensor

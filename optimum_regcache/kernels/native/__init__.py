@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 _FOLDER = Path(__file__).parent
+_COMMON = (_FOLDER / "schemas.cpp", _FOLDER / "token_ops.cpp")
 # named instructions instead of -march=native: a home directory may be shared by different machines
 _FLAGS = (
     "-O3", "-mavx2", "-mfma", "-fopenmp",
@@ -55,13 +56,13 @@ class Library:
 
 VNNI = Library(
     "optimum_regcache_fused_ops",
-    (_FOLDER / "fused_ops.cpp", _FOLDER / "block_op.cpp", _FOLDER / "token_ops.cpp"),
+    (*_COMMON, _FOLDER / "fused_ops.cpp", _FOLDER / "block_op.cpp"),
     (*_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     blocks=True,
 )
 AVX2 = Library(
     "optimum_regcache_avx2_ops",
-    (_FOLDER / "avx2_ops.cpp", _FOLDER / "avx2_attention.cpp", _FOLDER / "token_ops.cpp"),
+    (*_COMMON, _FOLDER / "avx2_ops.cpp", _FOLDER / "avx2_attention.cpp"),
     _FLAGS,
     blocks=False,
 )

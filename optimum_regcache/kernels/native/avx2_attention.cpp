@@ -12,13 +12,12 @@
 #include <optional>
 #include <vector>
 
+#include "attention.h"
 #include "avx2.h"
 
 namespace {
 
 using namespace regcache;
-
-constexpr int64_t kMaxWidth = 128, kMaxRegisters = 16;
 
 float largest(__m256 x) {
   alignas(32) float values[8];
@@ -52,12 +51,6 @@ struct Panels {
     }
   }
   const int8_t* panel(int64_t column) const { return bytes.data() + column * pairs * 2; }
-};
-
-struct Registers {
-  const float *key = nullptr, *value = nullptr;  // [heads, rows, width]
-  int64_t rows = 0;
-  float bias = 0.0f;  // ln(tau)
 };
 
 struct Head {
@@ -181,24 +174,11 @@ void attend(const float* query, const float* key, const float* value, int64_t st
   }
 }
 
-// q, k, v: float32 [B, N, H * d], last stride 1, same strides; register_key, register_value: float32 [H, n, d]
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& register_key,
                      const std::optional<at::Tensor>& register_value, int64_t heads, double scaling, double logit_bias,
                      double inverse, int64_t zero_point, int64_t highest) {
   const int64_t batch = q.size(0), tokens = q.size(1), width = q.size(2) / heads;
-  TORCH_CHECK(width <= kMaxWidth, "regcache::attention: head_dim must be at most ", kMaxWidth, ", got ", width);
-  TORCH_CHECK(q.stride(2) == 1 && k.strides() == q.strides() && v.strides() == q.strides() && k.sizes() == q.sizes() &&
-                  v.sizes() == q.sizes(),
-              "regcache::attention: q, k and v must have the same sizes and strides, the last stride being 1");
-  Registers g;
-  at::Tensor keys, values;
-  if (register_key.has_value()) {
-    keys = register_key->contiguous(), values = register_value->contiguous();
-    g = {keys.const_data_ptr<float>(), values.const_data_ptr<float>(), keys.size(1), float(logit_bias)};
-    TORCH_CHECK(g.rows <= kMaxRegisters, "regcache::attention: at most ", kMaxRegisters, " register rows, got ", g.rows);
-    TORCH_CHECK(keys.size(0) == heads && keys.size(2) == width && values.sizes() == keys.sizes(),
-                "regcache::attention: register keys and values must be [", heads, ", rows, ", width, "]");
-  }
+  const Registers g = check_attention(q, k, v, register_key, register_value, heads, logit_bias);
   at::Tensor out = at::empty({batch, tokens, heads * width}, q.options().dtype(inverse > 0 ? at::kByte : at::kFloat));
   Output target;
   if (inverse > 0) target = {nullptr, out.data_ptr<uint8_t>(), Quantizer(inverse, zero_point, highest)};
@@ -216,11 +196,5 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(regcache, m) {
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? register_key, Tensor? register_value, int heads, float scaling, "
-      "float logit_bias, float inverse, int zero_point, int highest) -> Tensor");
-}
 
 TORCH_LIBRARY_IMPL(regcache, CPU, m) { m.impl("attention", &attention); }

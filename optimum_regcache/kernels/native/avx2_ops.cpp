@@ -190,9 +190,7 @@ static at::Tensor linear(const at::Tensor& input, double scale, int64_t zero_poi
   return out;
 }
 
-TORCH_LIBRARY(regcache, m) {
-  m.def("quantize(Tensor x, float inverse, int zero_point, int highest) -> Tensor");
-  m.def("layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float inverse, int zero_point, int highest) -> Tensor");
+TORCH_LIBRARY_FRAGMENT(regcache, m) {
   m.def(
       "linear(Tensor codes, float scale, int zero_point, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? other, "
       "float out_scale, int out_zero, bool as_codes, str post, str algorithm) -> Tensor");

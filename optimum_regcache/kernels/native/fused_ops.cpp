@@ -1,6 +1,6 @@
 // Fused CPU operators of the int8 runtime: quantize, LayerNorm + quantize, int8 attention with register rows.
 // Built by native/__init__.py for the machine it runs on; needs AVX-512 with VNNI. Matrix products of linear layers stay
-// with oneDNN. Every operator has a plain PyTorch twin in native/reference.py, which says what it computes.
+// with oneDNN. Every operator has a plain PyTorch twin in kernels/fused_ops.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "attention.h"
 #include "fused_ops.h"
 
 // keeps the accumulators of a tile in registers
@@ -20,10 +21,11 @@
 
 namespace {
 
+using regcache::kMaxRegisters;
+using regcache::Registers;
+
 constexpr int64_t kLanes = 16;   // float32 lanes of a register
 constexpr int64_t kRows = 6;     // query rows of a register tile: kRows x 4 accumulators
-constexpr int64_t kMaxVectors = 8;  // head_dim <= 128
-constexpr int64_t kMaxRegisters = 16;
 
 inline __mmask16 lanes(int64_t count) {
   return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
@@ -239,12 +241,6 @@ __attribute__((noinline)) void value_tile(const Scratch& t, const Shape& s, int6
                        _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), _mm512_loadu_ps(t.value_scale.data() + channel + c * kLanes)));
 }
 
-struct Registers {
-  const float *key = nullptr, *value = nullptr;  // [heads, rows, width]
-  int64_t rows = 0;
-  float bias = 0.0f;  // log2(tau)
-};
-
 struct Output {
   float* real = nullptr;
   uint8_t* codes = nullptr;
@@ -345,24 +341,11 @@ void attend(const float* query, const float* key, const float* value, int64_t st
 
 }  // namespace
 
-// q, k, v: float32 [B, N, H * d], last stride 1, same strides; register_key, register_value: float32 [H, n, d]
 at::Tensor regcache::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& register_key,
                      const std::optional<at::Tensor>& register_value, int64_t heads, double scaling, double logit_bias,
                      double inverse, int64_t zero_point, int64_t highest) {
   const Shape s{q.size(0), q.size(1), heads, q.size(2) / heads};
-  TORCH_CHECK(s.vectors() <= kMaxVectors, "regcache::attention: head_dim must be at most ", kMaxVectors * kLanes, ", got ", s.width);
-  TORCH_CHECK(q.stride(2) == 1 && k.strides() == q.strides() && v.strides() == q.strides() && k.sizes() == q.sizes() &&
-                  v.sizes() == q.sizes(),
-              "regcache::attention: q, k and v must have the same sizes and strides, the last stride being 1");
-  Registers g;
-  at::Tensor keys, values;
-  if (register_key.has_value()) {
-    keys = register_key->contiguous(), values = register_value->contiguous();
-    g = {keys.const_data_ptr<float>(), values.const_data_ptr<float>(), keys.size(1), float(logit_bias * 1.4426950408889634)};
-    TORCH_CHECK(g.rows <= kMaxRegisters, "regcache::attention: at most ", kMaxRegisters, " register rows, got ", g.rows);
-    TORCH_CHECK(keys.size(0) == heads && keys.size(2) == s.width && values.sizes() == keys.sizes(),
-                "regcache::attention: register keys and values must be [", heads, ", rows, ", s.width, "]");
-  }
+  const Registers g = check_attention(q, k, v, register_key, register_value, heads, logit_bias * 1.4426950408889634);  // log2(tau)
   at::Tensor out = at::empty({s.batch, s.tokens, heads * s.width}, q.options().dtype(inverse > 0 ? at::kByte : at::kFloat));
   Output target;
   if (inverse > 0) target = {nullptr, out.data_ptr<uint8_t>(), Quantizer(inverse, zero_point, highest)};
@@ -378,14 +361,6 @@ at::Tensor regcache::attention(const at::Tensor& q, const at::Tensor& k, const a
     }
   });
   return out;
-}
-
-TORCH_LIBRARY(regcache, m) {
-  m.def("quantize(Tensor x, float inverse, int zero_point, int highest) -> Tensor");
-  m.def("layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float inverse, int zero_point, int highest) -> Tensor");
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? register_key, Tensor? register_value, int heads, float scaling, "
-      "float logit_bias, float inverse, int zero_point, int highest) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(regcache, CPU, m) {

@@ -98,11 +98,6 @@ at::Tensor restore_tokens(const at::Tensor& x, const at::Tensor& kept, const at:
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(regcache, m) {
-  m.def("delete_tokens(Tensor x, int lead, int count) -> (Tensor, Tensor, Tensor)");
-  m.def("restore_tokens(Tensor x, Tensor kept, Tensor dropped, int lead, int rows, int columns) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(regcache, CPU, m) {
   m.impl("delete_tokens", &delete_tokens);
   m.impl("restore_tokens", &restore_tokens);
