@@ -57,8 +57,9 @@ from cpu_measure import (
     summarise,
 )
 from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
-from optimum_regcache.data import Batch, collate
-from optimum_regcache.files import write_json
+from optimum_regcache.config.files import write_json
+from optimum_regcache.data.images import collate
+from optimum_regcache.encoders.passes import Batch
 
 COSINE_IMAGES = 16
 

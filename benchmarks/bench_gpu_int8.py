@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 
 from encoder_shapes import Shape, clip, siglip
 from optimum_regcache import RegCacheConfig, set_backend
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.files import write_json
+from optimum_regcache.commands.report import environment
+from optimum_regcache.config.files import write_json
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.quantizer import build_quantized
-from optimum_regcache.report import environment
 from optimum_regcache.search.mining import mine_tokens
 
 EAGER, COMPILED = "bf16 eager", "bf16 compiled"

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from cpu_measure import describe_environment
-from optimum_regcache.files import write_json
+from optimum_regcache.config.files import write_json
 from optimum_regcache.kernels import native, onednn
 
 SHAPES = {  # rows of one and eight images, input and output features

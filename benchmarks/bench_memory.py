@@ -29,9 +29,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from encoder_shapes import Shape, clip, clip_full_b16, dinov2
 from optimum_regcache import RegCacheConfig, set_backend
-from optimum_regcache.files import write_json
+from optimum_regcache.commands.report import environment
+from optimum_regcache.config.files import write_json
 from optimum_regcache.methods import quantize_with
-from optimum_regcache.report import environment
 
 Record = dict[str, Any]
 

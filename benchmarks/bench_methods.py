@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.commands.report import environment
+from optimum_regcache.commands.sources import Source, accuracy_data, open_source
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
-from optimum_regcache.data import ImageInputs
+from optimum_regcache.config.files import write_json, write_text
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective
-from optimum_regcache.files import write_json, write_text
-from optimum_regcache.fitting import FitResult, fit_registers, resolve_config, split_inputs
 from optimum_regcache.methods import METHODS, quantize_with
-from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.report import environment
+from optimum_regcache.search.fit import FitResult, fit_registers, resolve_config, split_inputs
 from optimum_regcache.search.search import Setup
-from optimum_regcache.sources import Source, accuracy_data, open_source
 
 ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier")
 VARIANTS = ("none", "prefix", "delete", "both")

@@ -16,7 +16,7 @@ from torch import nn
 import cpu_peers as peers
 from cpu_job import Job, Runner, Skipped, TorchRunner
 from optimum_regcache import set_backend
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.layers.linear import quant_linears
 
 FLOAT, LAYERS, FUSED = "float32 (sdpa)", "int8 per layer", "int8 fused"
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_regcache import RegCacheConfig
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.data import Batch
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.search.mining import mine_tokens
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from optimum_regcache.data import Batch
+from optimum_regcache.commands.report import environment
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.kernels import onednn
 from optimum_regcache.kernels.cpu import sums_saturate
 from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.report import environment
 
 SLOW = 1.2  # a probe this many times the best one points to other load on the machine
 BUSY = 0.1  # so does this share of all CPUs, used by other processes during a round

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from cpu_job import Job, Runner, Skipped, pooled
-from optimum_regcache.data import Batch
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.kernels.cpu import sums_saturate
 
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output")

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from encoder_shapes import Shape, clip, dinov2
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.data import Batch, ImageInputs, load_images
-from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.data.images import ImageInputs, load_images
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.loading import load_model, load_processor
 
 SHAPES: dict[str, Shape] = {
     "clip-b16": clip(768, 3072, 12, 12, 224, 16),

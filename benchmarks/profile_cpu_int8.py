@@ -32,9 +32,9 @@ from cpu_contenders import CONTENDERS, FLOAT, FUSED, build
 from cpu_job import Job, Settings, Skipped
 from cpu_measure import describe_environment
 from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
-from optimum_regcache.architectures import Tower, find_tower
-from optimum_regcache.data import collate
-from optimum_regcache.files import write_json
+from optimum_regcache.config.files import write_json
+from optimum_regcache.data.images import collate
+from optimum_regcache.encoders.tower import Tower, find_tower
 
 SCOPE = "role: "
 ROLES = {

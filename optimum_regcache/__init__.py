@@ -16,11 +16,13 @@ from optimum_regcache.config import (
     RegistersConfig,
     WeightsConfig,
 )
-from optimum_regcache.hf_integration import register
+from optimum_regcache.hub.hf_quantizer import register
 from optimum_regcache.registers import RegisterCache
 
 if TYPE_CHECKING:
+    from optimum_regcache.config.recipe import Recipe, SearchConfig
     from optimum_regcache.fusion import fuse, unfuse
+    from optimum_regcache.layers.linear import set_backend
     from optimum_regcache.models import (
         RegCacheCLIPVisionModel,
         RegCacheDeiTModel,
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
         RegCacheSiglipVisionModel,
         RegCacheViTModel,
     )
-    from optimum_regcache.modules import set_backend
     from optimum_regcache.quantizer import RegCacheQuantizer
-    from optimum_regcache.recipe import Recipe, SearchConfig
 
 __version__ = "0.1.0"
 
@@ -45,10 +45,10 @@ _LAZY = {
     "RegCacheSiglipVisionModel": "models",
     "RegCacheViTModel": "models",
     "RegCacheQuantizer": "quantizer",
-    "Recipe": "recipe",
-    "SearchConfig": "recipe",
+    "Recipe": "config",
+    "SearchConfig": "config",
     "fuse": "fusion",
-    "set_backend": "modules",
+    "set_backend": "layers.linear",
     "unfuse": "fusion",
 }
 

@@ -11,19 +11,20 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.data import Batch, ImageInputs, choose_split, load_splits, reference_and_report, subsample
+from optimum_regcache.config.files import write_json
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.config.validation import require
+from optimum_regcache.data.images import ImageInputs, choose_split, load_splits, reference_and_report, subsample
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
-from optimum_regcache.files import write_json
-from optimum_regcache.fitting import Collator, FitResult, fit_registers
-from optimum_regcache.loading import load_model, load_processor
+from optimum_regcache.hub.loading import load_model, load_processor
 from optimum_regcache.methods import configured, quantize_with
 from optimum_regcache.methods.pipeline import image_users, needs_images
-from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.fit import Collator, FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
-from optimum_regcache.validation import require
 
 if TYPE_CHECKING:
     from datasets import Dataset

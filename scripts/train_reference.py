@@ -1,6 +1,6 @@
 """Train a reference encoder of the package from scratch: a small CLIP or SigLIP on procedural scenes.
 
-    python scripts/train_reference.py clip-scenes-induced --output optimum_regcache/reference/clip-scenes-induced
+    python scripts/train_reference.py clip-scenes-induced --output optimum_regcache/data/reference/clip-scenes-induced
 
 Recipes: ``clip-scenes`` (captions only, no outlier tokens), ``clip-scenes-induced`` and ``siglip-scenes-induced`` (then
 outlier tokens are induced, see ``scripts/reference_training/induction.py``). About an hour on one CPU core (base stage: 2,000

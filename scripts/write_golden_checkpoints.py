@@ -18,9 +18,9 @@ from models import HEAD_DIM, TOWERS, image_inputs
 from safetensors.torch import save_file
 
 from optimum_regcache import RegCacheConfig, RegisterCache
-from optimum_regcache.modules import quant_linears, set_backend
+from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.layers.linear import quant_linears, set_backend
 from optimum_regcache.quantizer import build_quantized
-from optimum_regcache.recipe import Recipe
 
 REGISTERS = {
     "registers": {"mode": "fixed", "blocks": (1,), "num_copies": 3.0},

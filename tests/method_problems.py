@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from optimum_regcache.config import AttentionConfig
-from optimum_regcache.methods.gradients import Watched
-from optimum_regcache.products import AttentionProducts
+from optimum_regcache.layers.attention import AttentionProducts
+from optimum_regcache.methods._search.gradients import Watched
 
 GELU_MINIMUM = 0.16997124
 

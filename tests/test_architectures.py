@@ -9,13 +9,9 @@ import transformers as hf
 from models import BLOCKS, CLIP_CLASSIFIER, COMPOSITES, DINOV2_BACKBONE, HEAD_DIM, MODELS, TOWERS, TinyModel
 from torch import nn
 
-from optimum_regcache.architectures import (
-    FAMILIES,
-    find_tower,
-    iter_children,
-    quantization_sites,
-    supported_encoders,
-)
+from optimum_regcache.encoders.families import FAMILIES, supported_encoders
+from optimum_regcache.encoders.sites import quantization_sites
+from optimum_regcache.encoders.tower import find_tower
 
 every_model = pytest.mark.parametrize(
     "tiny", [*MODELS.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name
@@ -95,7 +91,8 @@ def test_default_sites_are_the_linears_of_the_blocks(tiny: TinyModel) -> None:
     sites = quantization_sites(model)
     assert sorted(s.name for s in sites) == sorted(prefix + name for name in linear_names(tiny.tower_of(model)))
     assert {s.kind for s in sites} == {"linear"}
-    for site, module in iter_children(model, sites):
+    for site in sites:
+        module = model.get_submodule(site.name)
         assert module is getattr(model.get_submodule(site.parent), site.attribute)
         assert isinstance(module, nn.Linear)
         assert site.block == int(re.findall(r"\.(\d)\.", f".{site.name}")[0])
@@ -138,7 +135,7 @@ def test_head_sites(tiny: TinyModel) -> None:
     extra = quantization_sites(model, head=True)[len(quantization_sites(model)) :]
     assert [s.name for s in extra] == HEADS_OF[tiny.name]
     assert all((s.kind, s.block) == ("linear", None) for s in extra)
-    assert all(isinstance(m, nn.Linear) for _, m in iter_children(model, extra))
+    assert all(isinstance(model.get_submodule(site.name), nn.Linear) for site in extra)
 
 
 def test_both_heads_of_a_distilled_classifier() -> None:

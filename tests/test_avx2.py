@@ -16,7 +16,7 @@ import bench_linear
 from optimum_regcache import fuse
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels import cpu, native, onednn
-from optimum_regcache.modules import QuantLinear, set_backend
+from optimum_regcache.layers.linear import QuantLinear, set_backend
 
 CHOSEN = native.library()
 REASON = native.unavailable_reason() or ("those for VNNI are in use" if CHOSEN and CHOSEN.blocks else None)

@@ -12,7 +12,7 @@ import cpu_contenders
 import profile_cpu_int8
 from cpu_job import Job
 from cpu_shapes import make_inputs, make_model
-from optimum_regcache.data import collate
+from optimum_regcache.data.images import collate
 
 
 def test_products_are_grouped_by_role(tmp_path: Path):

@@ -19,7 +19,7 @@ import cpu_measure
 import cpu_peers
 from cpu_job import Job, Runner, Settings, Skipped
 from cpu_shapes import SHAPES, TINY, count_operations, make_inputs, make_model
-from optimum_regcache.data import collate
+from optimum_regcache.data.images import collate
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

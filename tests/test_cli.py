@@ -13,12 +13,12 @@ from datasets import Dataset, Image
 from optimum.commands.optimum_cli import main
 from transformers import AutoModel, AutoModelForImageClassification
 
-from optimum_regcache import reference
+from optimum_regcache.commands.sources import open_source, split_images
+from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.data import reference
+from optimum_regcache.data.reference import planted
+from optimum_regcache.hub.loading import load_model, load_processor
 from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.loading import load_model, load_processor
-from optimum_regcache.recipe import Recipe
-from optimum_regcache.reference import planted
-from optimum_regcache.sources import open_source, split_images
 
 CLI = str(Path(sys.executable).with_name("optimum-cli"))
 
@@ -224,7 +224,7 @@ def test_embedded_encoder_opens_by_name_with_its_processor(name: str, kind: str)
 
 @pytest.mark.parametrize("name", ["clip-scenes-induced", "siglip-scenes-induced", "clip-scenes"])
 def test_embedded_encoder_recognises_unseen_scenes(name: str):
-    from optimum_regcache.data import ImageInputs, class_names
+    from optimum_regcache.data.images import ImageInputs, class_names
     from optimum_regcache.evaluation import AccuracyObjective
     from optimum_regcache.evaluation.objective import zero_shot_features
 

@@ -24,9 +24,8 @@ from optimum_regcache.config import (
     RegCacheConfig,
     RegistersConfig,
     WeightsConfig,
-    build_part,
-    require,
 )
+from optimum_regcache.config.validation import build_part, require
 
 PARTS = ("weights", "activations", "attention", "registers", "deletion", "modules", "rewrites")
 

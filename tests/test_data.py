@@ -15,12 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from optimum_regcache import scenes
-from optimum_regcache.data import (
-    ImageInputs,
-    collate,
-    split_reference,
-)
+from optimum_regcache.data import scenes
+from optimum_regcache.data.images import ImageInputs, collate, split_reference
 
 SIDE = 8
 

@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from optimum_regcache import scenes
-from optimum_regcache.data import (
+from optimum_regcache.data import scenes
+from optimum_regcache.data.images import (
     choose_split,
     class_names,
     image_column,

@@ -24,7 +24,7 @@ from models import (
 from references import neighbour_mean
 
 from optimum_regcache import DeletionConfig
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
 
 DELETE_BLOCK = 2

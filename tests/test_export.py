@@ -25,14 +25,15 @@ from optimum.commands.optimum_cli import main
 from torch.nn import functional as F
 from torch.onnx._internal import _lazy_import
 
-from optimum_regcache import RegCacheConfig, RegCacheQuantizer, fuse, reference
-from optimum_regcache.evaluation.features import encode
+from optimum_regcache import RegCacheConfig, RegCacheQuantizer, fuse
+from optimum_regcache.commands.export import compare, export_job
+from optimum_regcache.data import reference
+from optimum_regcache.encoders.passes import encode
 from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino, runner
-from optimum_regcache.export.job import compare, export_job
 from optimum_regcache.fusion import is_fused
 from optimum_regcache.kernels.cpu import needs_vnni
 from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.quantizer import build_quantized
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "deit")]  # they add nothing to DINOv2's graph

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModel
 
 from optimum_regcache import RegCacheCLIPVisionModel, RegCacheConfig, fuse, unfuse
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import measure_token_norms
 from optimum_regcache.fusion import is_fused
 from optimum_regcache.kernels import native
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.kernels.reference import ReferenceLinear
-from optimum_regcache.modules import quant_linears, set_backend
+from optimum_regcache.layers.linear import quant_linears, set_backend
 from optimum_regcache.quantizer import build_quantized
 
 pytestmark = pytest.mark.skipif(machine_reason() is not None, reason=f"int8 kernel: {machine_reason()}")

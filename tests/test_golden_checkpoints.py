@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from optimum_regcache.modules import quant_linears, set_backend
-from optimum_regcache.recipe import Recipe
+from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.layers.linear import quant_linears, set_backend
 
 FOLDER = Path(__file__).parent / "golden" / "checkpoints"
 CHECKPOINTS = sorted(path.name for path in FOLDER.iterdir())

@@ -25,9 +25,11 @@ from models import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForZeroShotImageClassification
 
-from optimum_regcache import RegCacheConfig, numerics
-from optimum_regcache.hf_integration import attach_quantizer, register
-from optimum_regcache.modules import QuantPatchEmbedding, quant_linears
+from optimum_regcache import RegCacheConfig
+from optimum_regcache.hub.hf_quantizer import attach_quantizer, register
+from optimum_regcache.layers.linear import quant_linears
+from optimum_regcache.layers.patch_embedding import QuantPatchEmbedding
+from optimum_regcache.math import uniform
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache, prepare_tower
 
@@ -151,7 +153,7 @@ def test_loading_does_not_quantize_anew(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*args: Any) -> None:
         raise AssertionError("weight scales were computed while loading")
 
-    monkeypatch.setattr(numerics, "weight_qparams", refuse)
+    monkeypatch.setattr(uniform, "weight_qparams", refuse)
     assert_same(CLIP, AutoModel.from_pretrained(tmp_path), saved)
 
 

@@ -11,12 +11,12 @@ import torch
 from test_kernels import ACTIVATIONS, EPS, describe, exact_output, make_input, static_qparams
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig
 from optimum_regcache.kernels import LinearState, int_mm, select_backend
 from optimum_regcache.kernels.int_mm import IntMMLinear, device_reason
 from optimum_regcache.kernels.reference import ReferenceLinear
 from optimum_regcache.kernels.simulated import SimulatedLinear
+from optimum_regcache.math import uniform
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU kernel cannot run here")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")
@@ -41,7 +41,7 @@ def test_sums_and_eager_outputs_are_those_of_the_reference(config: ActivationsCo
         for rows in (1, 16, 17, 40):
             x = torch.randn(rows, features, generator=torch.Generator().manual_seed(rows)) * 5 + 1
             scale, zero = state.input_qparams(x)
-            codes = numerics.quantize(x, scale, zero, config.bits, config.symmetric) - zero
+            codes = uniform.quantize(x, scale, zero, config.bits, config.symmetric) - zero
             weight = state.codes.numpy().astype(np.int64)
             if state.weight_zero_point is not None:
                 weight = weight - state.weight_zero_point.numpy()[:, None]

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig
 from optimum_regcache.kernels import BACKENDS, LinearBackend, LinearState, onednn, select_backend
 from optimum_regcache.kernels.reference import ReferenceLinear
 from optimum_regcache.kernels.simulated import SimulatedLinear
+from optimum_regcache.math import uniform
 
 EPS = 2.0**-23  # distance of float32 numbers just above 1
 IN, OUT = 37, 11
@@ -58,12 +58,12 @@ def static_qparams(config: ActivationsConfig) -> tuple[torch.Tensor | None, torc
     """A range narrower than the data, so that codes saturate at both ends."""
     if config.mode == "dynamic":
         return None, None
-    return numerics.choose_qparams(torch.tensor(-9.3), torch.tensor(14.1), config.bits, config.symmetric)
+    return uniform.choose_qparams(torch.tensor(-9.3), torch.tensor(14.1), config.bits, config.symmetric)
 
 
 def make_state(config: ActivationsConfig, *, bias: bool = True, per_channel: bool = True) -> LinearState:
     generator = torch.Generator().manual_seed(2)
-    lowest, highest = numerics.code_range(config.bits, True)
+    lowest, highest = uniform.code_range(config.bits, True)
     codes = torch.randint(lowest, highest + 1, (OUT, IN), generator=generator, dtype=torch.int8)
     scale = torch.rand(OUT if per_channel else 1, generator=generator) * 0.01 + 0.001
     offset = torch.randn(OUT, generator=generator) if bias else None
@@ -83,7 +83,7 @@ def exact_output(state: LinearState, x: torch.Tensor) -> tuple[np.ndarray, np.nd
         output, size of the terms of the epilogue, sum of the absolute products (all [..., out], float64).
     """
     scale, zero = state.input_qparams(x)
-    codes = numerics.quantize(x, scale, zero, state.activations.bits, state.activations.symmetric)
+    codes = uniform.quantize(x, scale, zero, state.activations.bits, state.activations.symmetric)
     centred = codes.numpy().astype(np.int64) - zero.numpy().astype(np.int64)
     weight = state.codes.numpy().astype(np.int64)
     factor = scale.double().numpy() * state.weight_scale.double().numpy()
@@ -105,8 +105,8 @@ def test_codes_are_identical(name: str, config: ActivationsConfig) -> None:
     ties = torch.arange(-IN, IN, 2).float() / 2  # odd multiples of half a step: where rounding could differ
     x[1, 0] = ties * (1.0 if state.input_scale is None else state.input_scale)
     scale, zero = state.input_qparams(x)
-    expected = numerics.quantize(x, scale, zero, config.bits, config.symmetric)
-    lowest, highest = numerics.code_range(config.bits, config.symmetric)
+    expected = uniform.quantize(x, scale, zero, config.bits, config.symmetric)
+    lowest, highest = uniform.code_range(config.bits, config.symmetric)
     if config.mode == "static":
         assert (int(expected.min()), int(expected.max())) == (lowest, highest)
     elif config.symmetric:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
-from optimum_regcache.modules import QuantLinear
+from optimum_regcache.layers.linear import QuantLinear
+from optimum_regcache.math import uniform
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "bench_memory.py"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -59,7 +59,7 @@ def test_rounding_in_parts_changes_nothing(
     activations = ActivationsConfig(mode="dynamic")
     whole = QuantLinear.from_float(linear, config, activations).state_dict()
     for values in (1, 100, 37 * 7):  # one row at a time; two; seven
-        monkeypatch.setattr(numerics, "PART_VALUES", values)
+        monkeypatch.setattr(uniform, "PART_VALUES", values)
         parts = QuantLinear.from_float(linear, config, activations).state_dict()
         assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
@@ -72,17 +72,17 @@ def test_the_eight_bit_codes_are_the_stored_words() -> None:
 @pytest.mark.parametrize("columns", [1, 3, 4, 9])
 def test_words_do_not_depend_on_the_byte_order(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(-128, 128, (5, columns), generator=torch.Generator().manual_seed(0))
-    fast = numerics.pack_codes(codes, 8)
-    monkeypatch.setattr(numerics, "_BYTES_ARE_CODES", False)
-    assert torch.equal(numerics.pack_codes(codes, 8), fast)
-    assert torch.equal(numerics.unpack_codes(fast, 8, columns), codes.to(torch.int8))
+    fast = uniform.pack_codes(codes, 8)
+    monkeypatch.setattr(uniform, "_BYTES_ARE_CODES", False)
+    assert torch.equal(uniform.pack_codes(codes, 8), fast)
+    assert torch.equal(uniform.unpack_codes(fast, 8, columns), codes.to(torch.int8))
     monkeypatch.undo()
-    assert torch.equal(numerics.unpack_codes(fast, 8, columns), codes.to(torch.int8))
+    assert torch.equal(uniform.unpack_codes(fast, 8, columns), codes.to(torch.int8))
 
 
 def test_packing_never_returns_the_memory_of_its_input() -> None:
     codes = torch.zeros(2, 8, dtype=torch.int8)
-    words = numerics.pack_codes(codes, 8)
+    words = uniform.pack_codes(codes, 8)
     codes.fill_(1)
     assert not words.any()
 

@@ -13,12 +13,12 @@ from method_problems import GELU_MINIMUM, correlated, heavy_tailed, products_pro
 from torch.nn import functional as F
 
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
+from optimum_regcache.math.nonuniform import log_quantize, twin_signed, twin_unit
+from optimum_regcache.methods._search.product import search_products
+from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.gptq import gptq_codes
 from optimum_regcache.methods.noisyquant import expected_error, predicted_gain
-from optimum_regcache.methods.product_search import search_products
 from optimum_regcache.methods.repq_vit import reparametrise
-from optimum_regcache.methods.scale_search import LayerGroup, SearchSpace, search_scales
-from optimum_regcache.nonuniform import log_quantize, twin_signed, twin_unit
 
 Array = np.ndarray
 Rounding = Callable[[float], float]

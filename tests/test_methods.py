@@ -13,14 +13,14 @@ from transformers import AutoModel, CLIPVisionModel
 
 from optimum_regcache import RegCacheConfig, set_backend
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
+from optimum_regcache.data.reference import planted
 from optimum_regcache.kernels.onednn import machine_reason
+from optimum_regcache.layers.attention import attention_products
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.methods import METHODS, build_methods, configured, quantize_with
+from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.base import linear_groups
-from optimum_regcache.methods.scale_search import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.sixteen_bit import SixteenBit
-from optimum_regcache.modules import quant_linears
-from optimum_regcache.products import attention_products
-from optimum_regcache.reference import planted
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 
 CLIP, DINOV2, SIGLIP = TOWERS["clip"], TOWERS["dinov2"], TOWERS["siglip"]
@@ -367,7 +367,7 @@ def test_the_oracle_scales_outlier_tokens_by_themselves_and_no_other() -> None:
 @pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
 def test_products_that_pass_operands_on_equal_native_attention(tiny: TinyModel) -> None:
     from optimum_regcache.config import AttentionConfig
-    from optimum_regcache.products import install_products
+    from optimum_regcache.layers.attention import install_products
 
     model = tiny.build()
     prepare_tower(model)

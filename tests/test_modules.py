@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels import BACKENDS, onednn
-from optimum_regcache.modules import QuantLinear, quant_linears, set_backend
+from optimum_regcache.layers.linear import QuantLinear, quant_linears, set_backend
+from optimum_regcache.math import uniform
 
 IN, OUT = 37, 11
 STATIC, DYNAMIC = ActivationsConfig(), ActivationsConfig(mode="dynamic", granularity="per_token")
@@ -50,7 +50,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def calibrated(module: QuantLinear, x: torch.Tensor) -> QuantLinear:
     if module.activations.mode == "static":
         a = module.activations
-        module.set_input_qparams(*numerics.choose_qparams(x.amin(), x.amax(), a.bits, a.symmetric))
+        module.set_input_qparams(*uniform.choose_qparams(x.amin(), x.amax(), a.bits, a.symmetric))
     return module
 
 
@@ -71,8 +71,8 @@ def fake_input(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         assert module.input_zero_point is not None
         scale, zero = module.input_scale, module.input_zero_point
     else:
-        scale, zero = numerics.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
-    return numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric)
+        scale, zero = uniform.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
+    return uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
 
 
 @backends
@@ -101,7 +101,7 @@ def test_dequantized_weight_is_torchs_fake_quantization(bits: int, granularity: 
     module = QuantLinear.from_float(linear, WeightsConfig(bits, granularity, observer), DYNAMIC)
     scale = module.weight_scale.expand(OUT)
     assert module.weight_scale.shape == ((OUT,) if granularity == "per_channel" else (1,))
-    lowest, highest = numerics.code_range(bits, True)
+    lowest, highest = uniform.code_range(bits, True)
     zero = torch.zeros(OUT, dtype=torch.int32)
     expected = torch.fake_quantize_per_channel_affine(linear.weight.detach(), scale, zero, 0, lowest, highest)
     assert torch.equal(module.dequantized_weight(), expected)

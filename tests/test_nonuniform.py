@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels.onednn import machine_reason
-from optimum_regcache.modules import QuantLinear
-from optimum_regcache.nonuniform import activation_minimum, log_quantize, twin_signed, twin_unit, uniform_unit
+from optimum_regcache.layers.linear import QuantLinear
+from optimum_regcache.math import uniform
+from optimum_regcache.math.nonuniform import activation_minimum, log_quantize, twin_signed, twin_unit, uniform_unit
 
 fast = settings(max_examples=60, deadline=None)
 BITS = st.integers(2, 8)
@@ -92,7 +92,7 @@ def test_minima_of_the_activation_functions() -> None:
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_percentile_range_against_numpy(bits: int, symmetric: bool) -> None:
     rows = torch.randn(5, 4000, generator=torch.Generator().manual_seed(bits)) ** 3 + 0.3
-    low, high = numerics.percentile_mse_range(rows, bits, symmetric)
+    low, high = uniform.percentile_mse_range(rows, bits, symmetric)
     for row, a, b in zip(rows.double().numpy(), low.tolist(), high.tolist(), strict=True):
         errors = {}
         for p in (0.999, 0.9999, 0.99999):
@@ -126,7 +126,7 @@ def test_asymmetric_weights_on_every_backend(bits: int, observer: str, granulari
         assert layer.weight_zero_point is not None
         assert bool((layer.weight_zero_point != 0).any())
         if mode.mode == "static":
-            layer.set_input_qparams(*numerics.choose_qparams(x.amin(), x.amax(), 8, False))
+            layer.set_input_qparams(*uniform.choose_qparams(x.amin(), x.amax(), 8, False))
         exact = nn.functional.linear(layer.rounded_input(x).double(), layer.dequantized_weight().double())
         exact = (exact + linear.bias.double()).float()
         for backend in ["simulated", "reference", "int_mm"] + (["onednn"] if machine_reason() is None else []):
@@ -143,7 +143,7 @@ def test_16_bit_inputs_are_simulated_only() -> None:
     linear = nn.Linear(24, 8)
     layer = QuantLinear.from_float(linear, WeightsConfig(8), ActivationsConfig(bits=16))
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
-    layer.set_input_qparams(*numerics.choose_qparams(x.amin(), x.amax(), 16, True))
+    layer.set_input_qparams(*uniform.choose_qparams(x.amin(), x.amax(), 16, True))
     assert (layer.rounded_input(x) - x).abs().max() <= layer.input_scale / 2 * 1.01
     layer.backend = "reference"
     with pytest.raises(ValueError, match="16-bit inputs are simulated"):

@@ -9,10 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from optimum_regcache import numerics
-from optimum_regcache.config import ActivationsConfig, WeightsConfig
-from optimum_regcache.modules import QuantLinear
-from optimum_regcache.observers import (
+from optimum_regcache.calibration.observers import (
     OBSERVERS,
     MinMaxObserver,
     MovingAverageObserver,
@@ -22,6 +19,9 @@ from optimum_regcache.observers import (
     PercentileObserver,
     make_observer,
 )
+from optimum_regcache.config import ActivationsConfig, WeightsConfig
+from optimum_regcache.layers.linear import QuantLinear
+from optimum_regcache.math import uniform
 
 ORDER_FREE = ["minmax", "percentile", "mse"]
 BINS = 16384
@@ -84,7 +84,7 @@ def test_qparams_are_those_of_the_range(name: str, symmetric: bool) -> None:
     scale, zero = observer.qparams()
     assert low.shape == high.shape == scale.shape == zero.shape == ()
     assert (low.dtype, high.dtype, scale.dtype, zero.dtype) == (torch.float32,) * 3 + (torch.int32,)
-    assert (scale, zero) == numerics.choose_qparams(low, high, 6, symmetric)
+    assert (scale, zero) == uniform.choose_qparams(low, high, 6, symmetric)
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

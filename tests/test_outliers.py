@@ -7,12 +7,13 @@ import pytest
 import torch
 from models import MODELS, TOWERS
 
-from optimum_regcache import DeletionConfig, scenes
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.data import ImageInputs, object_boxes
+from optimum_regcache import DeletionConfig
+from optimum_regcache.data import scenes
+from optimum_regcache.data.images import ImageInputs, object_boxes
+from optimum_regcache.data.reference import planted
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import measure_outliers
 from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, cross_cosine, outside_box
-from optimum_regcache.reference import planted
 from optimum_regcache.registers import prepare_tower, set_deletion
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.kernels import onednn
-from optimum_regcache.modules import QuantLinear, QuantPatchEmbedding, set_backend, unfold_patches
+from optimum_regcache.layers.linear import QuantLinear, set_backend
+from optimum_regcache.layers.patch_embedding import QuantPatchEmbedding, unfold_patches
+from optimum_regcache.math import uniform
 
 IN, OUT = 37, 11
 STATIC, DYNAMIC = ActivationsConfig(), ActivationsConfig(mode="dynamic", granularity="per_token")
@@ -33,10 +34,10 @@ def fake_pixels(embed: QuantPatchEmbedding, x: torch.Tensor, kernel: tuple[int, 
     """The image after quantizing and dequantizing it; one scale per patch if activations are dynamic."""
     a, scale, zero = embed.linear.activations, embed.linear.input_scale, embed.linear.input_zero_point
     if scale is not None and zero is not None:
-        return numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric)
+        return uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
     patches = patches_of(x, kernel)
-    rebuilt = numerics.fake_quantize(
-        patches, *numerics.dynamic_qparams(patches, a.bits, a.symmetric, a.granularity), a.bits, a.symmetric
+    rebuilt = uniform.fake_quantize(
+        patches, *uniform.dynamic_qparams(patches, a.bits, a.symmetric, a.granularity), a.bits, a.symmetric
     )
     covered = (x.shape[2] // kernel[0] * kernel[0], x.shape[3] // kernel[1] * kernel[1])
     return F.fold(rebuilt.transpose(1, 2), covered, kernel, stride=kernel)
@@ -58,7 +59,7 @@ def test_patch_embedding_equals_the_convolution_on_fake_quantized_operands(
     x = sample(2, 3, *size)
     embed = QuantPatchEmbedding.from_float(conv, WeightsConfig(), activations)
     if activations.mode == "static":
-        qparams = numerics.choose_qparams(x.amin(), x.amax(), activations.bits, activations.symmetric)
+        qparams = uniform.choose_qparams(x.amin(), x.amax(), activations.bits, activations.symmetric)
         embed.linear.set_input_qparams(*qparams)
     set_backend(embed, backend)
     weight = embed.linear.dequantized_weight().reshape(conv.weight.shape)

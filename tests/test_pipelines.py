@@ -14,7 +14,8 @@ from transformers import pipeline
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from optimum_regcache import RegCacheConfig, RegisterCache, reference
+from optimum_regcache import RegCacheConfig, RegisterCache
+from optimum_regcache.data import reference
 from optimum_regcache.quantizer import build_quantized
 
 SIZES = {"size": {"shortest_edge": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}

@@ -7,10 +7,10 @@ import torch
 
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.data import ImageInputs
+from optimum_regcache.config.recipe import DataConfig, SearchConfig
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import AccuracyObjective, CosineObjective, encode, measure_token_norms
-from optimum_regcache.recipe import DataConfig, SearchConfig
-from optimum_regcache.reference import planted
 from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity
 
 BLOCK = planted.PLANTED_BLOCK

@@ -12,17 +12,17 @@ from models import MODELS, TOWERS
 from transformers import AutoModel, AutoModelForImageClassification
 
 from optimum_regcache import Recipe, RegCacheConfig, RegCacheQuantizer, SearchConfig
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.commands.sources import split_images
 from optimum_regcache.config import DeletionConfig, RegistersConfig
-from optimum_regcache.data import ImageInputs
-from optimum_regcache.fitting import resolve_config, split_inputs
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.config.recipe import DataConfig
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reference import planted
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.quantizer import build_quantized
-from optimum_regcache.recipe import DataConfig
-from optimum_regcache.reference import planted
 from optimum_regcache.registers import get_register_cache
 from optimum_regcache.search import Setup
-from optimum_regcache.sources import split_images
+from optimum_regcache.search.fit import resolve_config, split_inputs
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
 OFF = RegCacheConfig(registers={"mode": "none"})

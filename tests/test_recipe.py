@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_regcache.config import PRESETS, RegCacheConfig
-from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 
 
 def full_recipe() -> Recipe:

@@ -16,7 +16,6 @@ from models import BLOCKS, MODELS, PIXELS
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from optimum_regcache import reference
 from optimum_regcache.config import (
     ActivationsConfig,
     AttentionConfig,
@@ -26,10 +25,11 @@ from optimum_regcache.config import (
     RewritesConfig,
     WeightsConfig,
 )
-from optimum_regcache.fitting import FitResult
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.data import reference
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.quantizer import RegCacheQuantizer
-from optimum_regcache.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.search.fit import FitResult
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from optimum_regcache import DeletionConfig, RegCacheConfig, RegisterCache, reference
-from optimum_regcache.data import Batch, ImageInputs, class_names, object_boxes
+from optimum_regcache import DeletionConfig, RegCacheConfig, RegisterCache
+from optimum_regcache.data import reference
+from optimum_regcache.data.images import ImageInputs, class_names, object_boxes
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation import AccuracyObjective, CosineObjective, OutlierReport, measure_outliers
 from optimum_regcache.evaluation.objective import zero_shot_features
 from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity

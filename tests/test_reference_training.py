@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_regcache import DeletionConfig, RegisterCache, scenes
+from optimum_regcache import DeletionConfig, RegisterCache
+from optimum_regcache.data import scenes
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
 from reference_training.encoders import Gates, build_model, build_tokenizer, encode
 from reference_training.induction import OFF, Induction

@@ -14,7 +14,7 @@ from references import epilogue_attention
 from torch import nn
 
 from optimum_regcache import DeletionConfig, RegisterCache
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 
 every_model = pytest.mark.parametrize("tiny", MODELS.values(), ids=lambda t: t.name)

@@ -11,7 +11,7 @@ from models import BLOCKS, COMPOSITES, DINOV2_BACKBONE, HEADS, TOWERS, WIDTH, Ti
 from torch import nn
 
 from optimum_regcache import DeletionConfig
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 from optimum_regcache.rewrites import (
     block_hadamard,

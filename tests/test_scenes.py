@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Image
 
-from optimum_regcache.scenes import (
+from optimum_regcache.data.scenes import (
     BACKGROUNDS,
     CLASS_NAMES,
     COLOURS,

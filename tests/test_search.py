@@ -11,10 +11,10 @@ from models import TOWERS
 
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.recipe import DataConfig, SearchConfig
+from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import CosineObjective
-from optimum_regcache.recipe import DataConfig, SearchConfig
-from optimum_regcache.reference import planted
-from optimum_regcache.replay import record_block_inputs, replaying
+from optimum_regcache.registers.replay import record_block_inputs, replaying
 from optimum_regcache.search import RegisterSearch, Setup, Trial, Workbench, mine_tokens, scan_sensitivity
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.search import SearchRecord, _best
@@ -238,7 +238,7 @@ def test_scales_are_recalibrated_for_every_configuration():
 
 
 def _planted_batch():
-    from optimum_regcache.data import ImageInputs
+    from optimum_regcache.data.images import ImageInputs
 
     return next(ImageInputs(planted.load_dataset("calibration", 12), planted.build_processor()).batches(12))
 

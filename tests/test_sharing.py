@@ -13,13 +13,13 @@ from test_methods import PIPELINES, config, fitted, label
 from torch import nn
 
 from optimum_regcache import RegCacheConfig
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.sharing import own_tensors, replace_value, shared_copy
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import quantize_with
 from optimum_regcache.registers.neurons import zero_register_neurons
 from optimum_regcache.rewrites.norms import rescale_norm, store
 from optimum_regcache.rewrites.rotation import rotate_heads, rotate_residual
 from optimum_regcache.search.workbench import Workbench
-from optimum_regcache.sharing import own_tensors, replace_value, shared_copy
 
 CLIP, DINOV2, FULL_CLIP = TOWERS["clip"], TOWERS["dinov2"], COMPOSITES["clip_dual"]
 PLAIN = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})

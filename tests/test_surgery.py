@@ -10,17 +10,12 @@ from models import BLOCKS, COMPOSITES, MODELS, TOWERS, TinyModel, random_cache
 from torch import nn
 
 from optimum_regcache import DeletionConfig, RegCacheConfig
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.modules import QuantLinear, QuantPatchEmbedding, quant_linears
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.structure import check_complete, install_structure, validate_positions
+from optimum_regcache.layers.install import assign_input_qparams, config_sites, quantize_modules
+from optimum_regcache.layers.linear import QuantLinear, quant_linears
+from optimum_regcache.layers.patch_embedding import QuantPatchEmbedding
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_registers
-from optimum_regcache.surgery import (
-    assign_input_qparams,
-    check_complete,
-    config_sites,
-    install_structure,
-    quantize_modules,
-    validate_positions,
-)
 
 CLIP = TOWERS["clip"]
 ONE, ZERO = torch.tensor(0.1), torch.tensor(0)

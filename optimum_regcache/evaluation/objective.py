@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import FeatureEncoder, encode, image_features, move
-from optimum_regcache.validation import require
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, encode, image_features, move
+from optimum_regcache.encoders.tower import has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -107,11 +107,6 @@ def zero_shot_features(model: Any, processor: Any, names: list[str], template: s
     output = model.get_text_features(**move(dict(tokens), model))
     features = output if isinstance(output, torch.Tensor) else output.pooler_output
     return F.normalize(features.float().cpu(), dim=-1)
-
-
-def has_classifier(model: nn.Module) -> bool:
-    """Whether the model itself predicts classes."""
-    return type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher"))
 
 
 def make_objective(

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.norms import leading_tokens, visit_tokens
+from optimum_regcache.encoders.passes import Batch, leading_tokens, visit_tokens
+from optimum_regcache.encoders.tower import find_tower
 
 OUTLIER_RATIO = 20.0
 MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches

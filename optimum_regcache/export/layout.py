@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from optimum_regcache.files import write_json
+from optimum_regcache.config.files import write_json
 
 INFO = "export.json"
 NETWORKS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}

@@ -18,16 +18,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_regcache.architectures import Tower, find_tower
-from optimum_regcache.evaluation.objective import has_classifier
+from optimum_regcache.encoders.compat import EXPORT_ATTENTION
+from optimum_regcache.encoders.passes import unfused
+from optimum_regcache.encoders.tower import Tower, find_tower, has_classifier
 from optimum_regcache.export.layout import NETWORKS, need, versions, write_info
-from optimum_regcache.hf_private import EXPORT_ATTENTION
+from optimum_regcache.export.qdq import OPSET, QDQLinear
 from optimum_regcache.kernels.cpu import needs_vnni
-from optimum_regcache.kernels.qdq import OPSET, QDQLinear
-from optimum_regcache.modules import quant_linears, running_as
-from optimum_regcache.products import attention_products
+from optimum_regcache.layers.attention import attention_products
+from optimum_regcache.layers.linear import quant_linears, running_as
 from optimum_regcache.registers import prepare_tower
-from optimum_regcache.registers.runtime import unfused
 
 logger = logging.get_logger(__name__)
 

@@ -13,11 +13,10 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import FeatureEncoder
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder
 from optimum_regcache.export.layout import NETWORKS, need, read_info
+from optimum_regcache.hub.loading import load_processor
 from optimum_regcache.kernels.cpu import sums_saturate
-from optimum_regcache.loading import load_processor
 
 logger = logging.get_logger(__name__)
 

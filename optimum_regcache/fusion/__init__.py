@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.utils import logging
 
-from optimum_regcache.architectures import find_tower
+from optimum_regcache.encoders.passes import is_fused, unfuse, unfused
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.fusion.block import FusedBlock, FusionSettings
 from optimum_regcache.fusion.gemm import UnfusableError
 from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.kernels.onednn import kernel_reason
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.registers import prepare_tower
-from optimum_regcache.registers.runtime import is_fused, unfuse, unfused
 
 __all__ = ["FusionReport", "UnfusableError", "fuse", "is_fused", "unfuse", "unfused"]
 

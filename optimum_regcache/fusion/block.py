@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from optimum_regcache.architectures import EncoderFamily
+from optimum_regcache.encoders.compat import attention_weights_wanted
+from optimum_regcache.encoders.families import EncoderFamily
 from optimum_regcache.fusion.gemm import Activation, PackedGemm, UnfusableError, fused_activation, input_codes
-from optimum_regcache.hf_private import attention_weights_wanted
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native as native_ops
-from optimum_regcache.modules import QuantLinear
+from optimum_regcache.layers.linear import QuantLinear
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.registers.attention import widen_mask
 from optimum_regcache.registers.cache import RegisterLayer
 from optimum_regcache.registers.neurons import RegisterNeuronActivation
-from optimum_regcache.registers.runtime import widen_mask
 
 logger = logging.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 
 from optimum_regcache.kernels import onednn
 from optimum_regcache.kernels.fused_ops import Codes
-from optimum_regcache.modules import QuantLinear
+from optimum_regcache.layers.linear import QuantLinear
 
 
 class UnfusableError(ValueError):

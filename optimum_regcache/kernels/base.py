@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from optimum_regcache import numerics
 from optimum_regcache.config import ActivationsConfig
+from optimum_regcache.math import uniform
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class LinearState:
             if a.outlier_tokens == "clip":
                 return self.input_scale, self.input_zero_point
             return torch.maximum(token_scale(x, a.bits), self.input_scale), self.input_zero_point
-        return numerics.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
+        return uniform.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
 
     def input_codes(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Whole-number float32 codes of ``x``."""
-        return numerics.quantize(x, scale, zero_point, self.activations.bits, self.activations.symmetric)
+        return uniform.quantize(x, scale, zero_point, self.activations.bits, self.activations.symmetric)
 
 
 def token_scale(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from optimum_regcache import numerics
 from optimum_regcache.kernels.base import LinearBackend, LinearState
-from optimum_regcache.nonuniform import twin_signed
+from optimum_regcache.math import uniform
+from optimum_regcache.math.nonuniform import twin_signed
 
 
 class SimulatedLinear(LinearBackend):
@@ -24,5 +24,5 @@ class SimulatedLinear(LinearBackend):
         if self.state.input_negative_scale is not None:
             rebuilt = twin_signed(x, scale, self.state.input_negative_scale, self.state.activations.bits)
             return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)
-        rebuilt = numerics.dequantize(self.state.input_codes(x, scale, zero), scale, zero)
+        rebuilt = uniform.dequantize(self.state.input_codes(x, scale, zero), scale, zero)
         return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)

@@ -11,13 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_regcache.architectures import Site, Tower, find_tower
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.data import Batch
-from optimum_regcache.modules import QuantLinear
-from optimum_regcache.replay import Recorded, capture_inputs, walk_blocks
-from optimum_regcache.surgery import config_sites, site_activations
-from optimum_regcache.validation import check_types
+from optimum_regcache.config.validation import check_types
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.sites import Site
+from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.layers.install import config_sites, site_activations
+from optimum_regcache.layers.linear import QuantLinear
+from optimum_regcache.registers.replay import Recorded, capture_inputs, walk_blocks
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from optimum_regcache.layers.linear import shift_bias
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.modules import shift_bias
 
 
 @dataclass(frozen=True)

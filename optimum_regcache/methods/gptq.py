@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from optimum_regcache.config.validation import require
+from optimum_regcache.math.uniform import code_range
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.numerics import code_range
-from optimum_regcache.validation import require
 
 
 @dataclass(frozen=True)

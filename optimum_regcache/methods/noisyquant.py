@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from optimum_regcache.architectures import find_tower
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.layers.linear import QuantLinear, shift_bias
 from optimum_regcache.methods.base import Fit, Group, Method
 from optimum_regcache.methods.output_mse import search_input_scales
-from optimum_regcache.modules import QuantLinear, shift_bias
 from optimum_regcache.rewrites.norms import map_registers
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.methods._search.scale import SearchSpace, search_group
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.methods.scale_search import SearchSpace, search_group
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 | stage | what happens | who takes part |
 |---|---|---|
 | configure | structure of the checkpoint, before any data is seen | all |
-| search | sensitive block, registers, tau, k~, with round to nearest (`optimum_regcache.fitting`) | |
+| search | sensitive block, registers, tau, k~, with round to nearest (`optimum_regcache.search.fit`) | |
 | install | registers and deletion into a float copy | |
 | select | layers or units are chosen | sixteen_bit, test_time_registers |
 | rewrite | rotations, neurons silenced; function preserved, registers transformed along | rotation, test_time_registers |
@@ -13,7 +13,7 @@
 | round | weight codes chosen, with activations quantized | gptq |
 | noise | offsets before rounding | noisyquant |
 | correct | biases | bias_correction |
-| retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.fitting`) | |
+| retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.search.fit`) | |
 
 Search comes before smoothing and rounding: outlier tokens are a property of the float network, and what is fitted without
 the registers wastes capacity on tokens that will be gone. Scales come before weight codes, unlike in the table of I.2: the
@@ -29,17 +29,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_regcache.architectures import find_tower
-from optimum_regcache.calibration import calibrate
+from optimum_regcache.calibration.calibrate import calibrate
 from optimum_regcache.config import RegCacheConfig, RewritesConfig
-from optimum_regcache.data import Batch
-from optimum_regcache.hf_integration import attach_quantizer
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.sharing import own_tensors, shared_copy
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.hf_quantizer import attach_quantizer
+from optimum_regcache.hub.structure import validate_positions
+from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
 from optimum_regcache.methods.base import Fit, Method
 from optimum_regcache.methods.registry import build_methods
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
-from optimum_regcache.sharing import own_tensors, shared_copy
-from optimum_regcache.surgery import assign_input_qparams, quantize_modules, validate_positions
-from optimum_regcache.validation import require
 
 STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct")
 
@@ -124,7 +125,7 @@ def quantize_with(
 
     Float weights are not copied: the copy uses those of ``model`` until a method changes them. In the result the encoder has
     tensors of its own; what lies outside of it and is not quantized (a text tower) is shared with ``model``, see
-    `optimum_regcache.sharing`.
+    `optimum_regcache.encoders.sharing`.
 
     Args:
         model: float model, unchanged.

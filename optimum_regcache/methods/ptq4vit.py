@@ -9,12 +9,12 @@ from typing import ClassVar
 from tqdm.auto import tqdm
 
 from optimum_regcache.config import AttentionConfig, RegCacheConfig
-from optimum_regcache.data import Batch
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.layers.attention import attention_products, install_products
+from optimum_regcache.methods._search.gradients import squared_gradients
+from optimum_regcache.methods._search.product import search_products
+from optimum_regcache.methods._search.scale import SearchSpace, search_group
 from optimum_regcache.methods.base import Fit, Method, linear_groups
-from optimum_regcache.methods.gradients import squared_gradients
-from optimum_regcache.methods.product_search import search_products
-from optimum_regcache.methods.scale_search import SearchSpace, search_group
-from optimum_regcache.products import attention_products, install_products
 
 
 @dataclass(frozen=True)

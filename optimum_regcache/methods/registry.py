@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.validation import build_part, require
 from optimum_regcache.methods.base import Method
 from optimum_regcache.methods.bias_correction import BiasCorrection
 from optimum_regcache.methods.dynamic import Dynamic
@@ -21,7 +22,6 @@ from optimum_regcache.methods.rtn import RTN
 from optimum_regcache.methods.sixteen_bit import SixteenBit
 from optimum_regcache.methods.smoothquant import SmoothQuant
 from optimum_regcache.methods.test_time_registers import TestTimeRegisters
-from optimum_regcache.validation import build_part, require
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls

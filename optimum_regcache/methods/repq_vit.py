@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.math.uniform import percentile_mse_range
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.numerics import percentile_mse_range
 from optimum_regcache.rewrites import rescale_norm
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from optimum_regcache.calibration import calibrate
+from optimum_regcache.calibration.calibrate import calibrate
+from optimum_regcache.calibration.quantized_inputs import quantized_inputs
 from optimum_regcache.config import ModulesConfig, RegCacheConfig
+from optimum_regcache.config.validation import require
 from optimum_regcache.evaluation.objective import CosineObjective
+from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.search.sensitivity import quantized_inputs
-from optimum_regcache.surgery import config_sites
-from optimum_regcache.validation import require
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.math.uniform import choose_qparams, dynamic_qparams, fake_quantize, weight_qparams
 from optimum_regcache.methods.base import Fit, Group, Method
-from optimum_regcache.numerics import choose_qparams, dynamic_qparams, fake_quantize, weight_qparams
 from optimum_regcache.rewrites import rescale_norm, rescale_values
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.validation import one_of, require
 from optimum_regcache.methods.base import Fit, Method
 from optimum_regcache.registers import get_register_cache, set_deletion, set_registers
 from optimum_regcache.registers.neurons import (
@@ -14,7 +15,6 @@ from optimum_regcache.registers.neurons import (
     set_register_neurons,
     zero_register_neurons,
 )
-from optimum_regcache.validation import one_of, require
 
 
 @dataclass(frozen=True)

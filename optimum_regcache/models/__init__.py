@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.compat import share_checkpoint_conversion
 from optimum_regcache.fusion import FusionReport, fuse, unfuse
-from optimum_regcache.hf_private import share_checkpoint_conversion
 from optimum_regcache.registers import RegisterCache, get_register_cache, prepare_tower, set_deletion, set_registers
 
 

@@ -18,15 +18,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_regcache.architectures import Tower, find_tower
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import move
-from optimum_regcache.evaluation.norms import PaddingMask, visit_tokens
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch, PaddingMask, move, visit_tokens
+from optimum_regcache.encoders.sharing import replace_value, shared_copy
+from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers.cache import RegisterCache
-from optimum_regcache.registers.runtime import prepare_tower, set_deletion, set_registers
-from optimum_regcache.sharing import replace_value, shared_copy
-from optimum_regcache.validation import require
+from optimum_regcache.registers.install import prepare_tower, set_deletion, set_registers
 
 OUTLIER_RATIO = 3.0  # l2 norm of an outlier token over the median token, at least
 UNIT_RATIO = 3.0  # activation of a register neuron on outlier tokens over that on the other patches, at least

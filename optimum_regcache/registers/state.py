@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from optimum_regcache.architectures import Tower
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.tower import Tower
 from optimum_regcache.registers import deletion as D
 
 

@@ -1,6 +1,6 @@
 """Changes of the float weights that leave the function as it is and make it easier to quantize."""
 
-from optimum_regcache.rewrites.hadamard import (
+from optimum_regcache.math.hadamard import (
     block_hadamard,
     block_order,
     hadamard_matrix,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.encoders.sharing import replace_value
+from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers import RegisterCache, get_register_cache, set_registers
-from optimum_regcache.sharing import replace_value
 
 
 def rescale_norm(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_regcache.architectures import Tower, find_tower
+from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.math.hadamard import orthogonal_matrix, rotation_matrix
 from optimum_regcache.registers import prepare_tower
-from optimum_regcache.rewrites.hadamard import orthogonal_matrix, rotation_matrix
 from optimum_regcache.rewrites.norms import (
     add_to_bias,
     affine_norm,
@@ -64,7 +64,7 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> None:
 
     The affine part of the norms and LayerScale are folded first. Then every layer that writes to the stream (output
     projection, MLP output) gets W' = R^T W, bias' = R^T bias, and every layer that reads it through a LayerNorm W' = W R.
-    R (:func:`~optimum_regcache.rewrites.hadamard.rotation_matrix`) commutes with LayerNorm, so the stream needs no centring.
+    R (:func:`~optimum_regcache.math.hadamard.rotation_matrix`) commutes with LayerNorm, so the stream needs no centring.
     The first block multiplies its input by the buffer ``rotation``, the last one its output by the transpose. Registers stay
     as they are: keys and values do not change (I.1).
 

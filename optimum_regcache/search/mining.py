@@ -10,13 +10,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_regcache.architectures import Tower, find_tower
-from optimum_regcache.data import Batch
-from optimum_regcache.evaluation.features import move
-from optimum_regcache.evaluation.norms import PaddingMask
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch, PaddingMask, move
+from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.evaluation.outliers import cross_cosine
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.validation import require
 
 
 @dataclass

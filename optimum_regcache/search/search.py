@@ -13,9 +13,9 @@ import torch
 from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.files import write_text
+from optimum_regcache.config.recipe import SearchConfig
 from optimum_regcache.evaluation.objective import Objective
-from optimum_regcache.files import write_text
-from optimum_regcache.recipe import SearchConfig
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
 from optimum_regcache.search.workbench import Workbench

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_regcache import numerics
-from optimum_regcache.calibration import calibrate
+from optimum_regcache.calibration.calibrate import calibrate
+from optimum_regcache.calibration.quantized_inputs import quantized_inputs
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.data import Batch
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.objective import Objective
-from optimum_regcache.replay import record_block_inputs, replaying
-from optimum_regcache.surgery import config_sites
+from optimum_regcache.layers.install import config_sites
+from optimum_regcache.registers.replay import record_block_inputs, replaying
 
 
 @dataclass(frozen=True)
@@ -57,29 +54,6 @@ class SensitivityReport:
             "drops": self.drops,
             "per_block": {str(k): v for k, v in self.per_block().items()},
         }
-
-
-@contextmanager
-def quantized_inputs(
-    model: nn.Module, names: list[str], qparams: dict[str, tuple[torch.Tensor, torch.Tensor]], config: RegCacheConfig
-) -> Iterator[None]:
-    """Fake-quantize the inputs of the named modules of a float model, weights untouched."""
-    a = config.activations
-
-    def hook(name: str) -> Any:
-        def quantize(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            x = args[0]
-            scale, zero = qparams.get(name) or numerics.dynamic_qparams(x, a.bits, a.symmetric, a.granularity)
-            return (numerics.fake_quantize(x, scale, zero, a.bits, a.symmetric).to(x.dtype), *args[1:])
-
-        return quantize
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def scan_sensitivity(

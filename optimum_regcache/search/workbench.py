@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_regcache.calibration import calibrate
+from optimum_regcache.calibration.calibrate import calibrate
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
-from optimum_regcache.data import Batch
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.sharing import shared_copy
 from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
-from optimum_regcache.sharing import shared_copy
-from optimum_regcache.surgery import assign_input_qparams, quantize_modules
 
 
 class Workbench:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from optimum_regcache import scenes
+from optimum_regcache.data import scenes
 from reference_training.recipes import TrainingRecipe
 
 PATCH = 8

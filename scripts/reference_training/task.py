@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from optimum_regcache import scenes
+from optimum_regcache.data import scenes
 from reference_training.encoders import TEXT_TOKENS, Gates, build_processor, build_tokenizer, encode, text_features
 from reference_training.recipes import TrainingRecipe
 

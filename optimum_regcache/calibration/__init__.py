@@ -1,0 +1,1 @@
+"""Forward passes that feed the observers of static scales."""

@@ -1,0 +1,129 @@
+"""Calibration: forward passes of the float model that feed the observers of the static activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_regcache.calibration.observers import ProbabilityObserver, make_observer
+from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
+from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, move
+from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.layers.attention import attention_products, install_products
+from optimum_regcache.layers.install import config_sites, site_activations
+from optimum_regcache.math.hadamard import block_hadamard, block_order
+
+
+class _Tap:
+    """Feeds the observer of one linear layer from a forward pre-hook."""
+
+    def __init__(self, activations: ActivationsConfig, padding: PaddingMask) -> None:
+        self.config, self.padding = activations, padding
+        self.observer = make_observer(activations)
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, a = args[0], self.config
+        if a.outlier_tokens == "per_token" and x.ndim == 3:
+            x = _normal_tokens(x, a.outlier_ratio, self.padding.valid(x.shape[0], x.shape[1], x.device))
+        else:
+            x = self.padding.content(x)
+        if a.mlp_out_hadamard:
+            x = block_hadamard(x, block_order(x.shape[-1]))
+        self.observer.update(x.clamp(min=0) if a.post_activation == "twin" else x)
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.observer.qparams()
+
+
+class _OperandTap:
+    """The same for an operand [B, H, N, *] of an attention product, with an observer for all heads or one for each."""
+
+    def __init__(self, role: str, config: AttentionConfig, heads: int, padding: PaddingMask) -> None:
+        self.padding, self.per_head = padding, config.granularity == "per_head" and role != "probabilities"
+        if role == "probabilities":
+            self.observers: list[Any] = [ProbabilityObserver(config)]
+        else:
+            observer = ActivationsConfig(bits=config.bits, symmetric=config.symmetric, observer=config.observer)
+            self.observers = [make_observer(observer) for _ in range(heads if self.per_head else 1)]
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = self.padding.content(args[0].transpose(1, 2))  # tokens first, then heads
+        if not self.per_head:
+            return self.observers[0].update(x)
+        for head, observer in enumerate(self.observers):
+            observer.update(x.select(-2, head))
+        return None
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = [observer.qparams() for observer in self.observers]
+        if not self.per_head:
+            return found[0]
+        return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
+
+
+def _normal_tokens(x: torch.Tensor, ratio: float, valid: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` [B, N, D] where ``valid`` [B, N] whose l_inf norm is at most ``ratio`` times the median of the valid
+    tokens of their image, [rows, D]."""
+    norms = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)
+    return x[norms <= ratio * norms.nanmedian(1, keepdim=True).values]
+
+
+@torch.inference_mode()
+def calibrate(
+    float_model: nn.Module, config: RegCacheConfig, batches: Iterable[Batch]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Static scales of every module, and of every attention operand, that ``config`` quantizes.
+
+    The float model runs with whatever registers and deletion are installed in it: prefix rows never pass through a linear
+    layer, so they cannot enter the statistics (A.13-3); padding rows are left out.
+
+    Args:
+        float_model: unquantized model with its `prepare_tower` wiring.
+        config: activations, attention and modules.
+        batches: calibration images.
+
+    Returns:
+        module name -> (scale, zero_point); 0-dim, or [H] for operands with a scale per head. Empty if everything is dynamic.
+
+    Raises:
+        ValueError: no batch was given.
+    """
+    taps: dict[str, _Tap | _OperandTap] = {}
+    padding, handles = PaddingMask(), []
+
+    def watch(name: str, tap: _Tap | _OperandTap) -> None:
+        taps[name] = tap
+        handles.append(float_model.get_submodule(name).register_forward_pre_hook(tap))
+
+    for site in config_sites(float_model, config):
+        activations = site_activations(config, site)
+        if activations.mode == "static":
+            watch(site.name, _Tap(activations, padding))
+    if config.attention.quantize:
+        install_products(float_model, config.attention, bypass=True)
+        heads = find_tower(float_model).config.num_attention_heads
+        for name, products in attention_products(float_model):
+            for role, _ in products.operands():
+                watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))
+    try:
+        if taps:
+            for batch in batches:
+                padding.start(batch)
+                run_heads(float_model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        if config.attention.quantize:
+            install_products(float_model, AttentionConfig())
+    return {name: tap.qparams() for name, tap in taps.items()}  # type: ignore[misc]
+
+
+def run_heads(model: Any, batch: Batch) -> None:
+    """Run everything that may be quantized: the classifier if there is one, else the features."""
+    if has_classifier(model):
+        model(**move(batch, model))
+    else:
+        image_features(model, batch)

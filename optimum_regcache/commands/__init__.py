@@ -1,0 +1,1 @@
+"""The jobs behind the command line, and what they show."""

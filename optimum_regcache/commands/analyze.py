@@ -1,0 +1,84 @@
+"""The job behind `optimum-cli regcache analyze`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from optimum_regcache.commands.pictures import _draw_outliers, plot_analysis
+from optimum_regcache.commands.quantize import _plain_rows
+from optimum_regcache.commands.report import Reporter, environment
+from optimum_regcache.commands.sources import Source, accuracy_data
+from optimum_regcache.config.files import write_json
+from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.data.images import ImageInputs, object_boxes
+from optimum_regcache.evaluation.norms import measure_token_norms
+from optimum_regcache.evaluation.objective import make_objective
+from optimum_regcache.evaluation.outliers import measure_outliers
+from optimum_regcache.search.fit import split_inputs
+from optimum_regcache.search.mining import mine_tokens
+from optimum_regcache.search.sensitivity import scan_sensitivity
+from optimum_regcache.search.workbench import Workbench
+
+
+def analyze_job(
+    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``.
+
+    Sensitivity and mined tokens come from the reference images, outlier tokens and the loss by naive quantization from
+    the report images.
+    """
+    path = Path(output)
+    path.mkdir(parents=True, exist_ok=True)
+    inputs = ImageInputs(source.search_images, source.processor)
+    parts = split_inputs(inputs, recipe.data, recipe.search.seed)
+    calibration = list(parts.calibration.batches(recipe.data.batch_size))
+    parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
+    images = list(parts.selection.batches(recipe.data.batch_size))
+    bench = Workbench(source.model, recipe.quantization, calibration)
+    labels, text = accuracy_data(source, parts.selection, source.search_images)
+    objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
+    scan = scan_sensitivity(
+        bench.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
+    )
+    norms = measure_token_norms(bench.float_model, images)
+    site = recipe.search.score_site
+    mined = mine_tokens(bench.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
+    tokens = mined[scan.sensitive_block]
+    report = ImageInputs(source.report_images, source.processor)
+    unseen = list(report.batches(recipe.data.batch_size))
+    outliers = measure_outliers(bench.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
+    rows = _plain_rows(
+        Reporter(bench, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
+    )
+    results: dict[str, Any] = {
+        "model": source.name,
+        "dataset": source.dataset_name,
+        "note": source.note,
+        "quantization": recipe.quantization.label,
+        "images": len(parts.selection),
+        "report_images": len(report),
+        "sensitivity": scan.to_dict(),
+        "norms": norms.to_dict(),
+        "outlier_cosine": tokens.outlier_cosine(),
+        "normal_cosine": tokens.normal_cosine(),
+        "outliers": outliers.to_dict(),
+        "rows": [row.to_dict() for row in rows],
+        "environment": environment(),
+    }
+    write_json(path / "analysis.json", results)
+    plot_analysis(path / "analysis.png", scan.per_block(), {"float": norms}, source.name, objective.name)
+    _draw_outliers(source, outliers.block, path / "outliers.png")
+    lines = [f"{source.name}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
+    lines += [f"  {name}: drop {drop:.4f}" for name, drop in scan.top()]
+    for block, per in enumerate(zip(norms.max_block_input, norms.median_block_input, norms.max_fc2_input, strict=True)):
+        lines.append(f"  block {block}: input max {per[0]:.2f}, median {per[1]:.2f}; fc2 input max {per[2]:.2f}")
+    lines += [f"on {len(report)} unseen images:", *(f"  {line}" for line in outliers.describe())]
+    for row in rows:
+        accuracy = "" if row.accuracy is None else f"top-1 {100 * row.accuracy:.2f} %, "
+        lines.append(f"  {row.name}: {accuracy}feature cosine {row.cosine:.4f}")
+    if source.note:
+        lines.append(source.note)
+    return results, "\n".join([*lines, f"written: {path}/analysis.json, analysis.png, outliers.png"])

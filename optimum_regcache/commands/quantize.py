@@ -1,0 +1,192 @@
+"""The three jobs behind the command line: quantize, analyze, evaluate. Each returns what it wrote."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_regcache.commands.card import write_model_card
+from optimum_regcache.commands.pictures import _draw_outliers, plot_analysis
+from optimum_regcache.commands.report import NOTHING, Reporter, Row, environment, render_table
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data
+from optimum_regcache.config import DeletionConfig, RegCacheConfig
+from optimum_regcache.config.files import write_json
+from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.hub.loading import load_model
+from optimum_regcache.methods import configured, quantize_with
+from optimum_regcache.quantizer import RegCacheQuantizer
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.fit import FitResult, resolve_config, search_config, split_inputs
+from optimum_regcache.search.search import Setup
+from optimum_regcache.search.workbench import Workbench
+
+
+def quantize_job(
+    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Search, quantize, save, open again, report.
+
+    Returns:
+        (results as written to ``results.json``, summary table as text).
+    """
+    begun = time.perf_counter()
+    path = Path(output)
+    path.mkdir(parents=True, exist_ok=True)
+    quantizer = RegCacheQuantizer(source.model, source.processor)
+    config, fit = configured(recipe.quantization), None
+    data = replace(recipe.data, num_samples=min(recipe.data.num_samples, len(source.search_images)))
+    inputs = ImageInputs(source.search_images, source.processor)
+    calibration = list(split_inputs(inputs, data, recipe.search.seed).calibration.batches(data.batch_size))
+    if config.registers.mode == "search":
+        fit = quantizer.fit(
+            source.search_images,
+            config,
+            recipe.search,
+            data,
+            template=source.template,
+            work_dir=path / "search",
+            progress=progress,
+        )
+        config, cache = fit.config, fit.cache
+    else:
+        cache = quantizer.fixed_cache(config, inputs, data.batch_size) if config.registers.mode == "fixed" else None
+    quantized = quantize_with(source.model, config, cache, calibration, progress)
+    config = quantized.config
+    given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
+    recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
+    quantizer.save(quantized.model, path, recipe=recipe)
+    rows, notes = _report(source, recipe, fit, path, calibration, quantized.float_model, progress)
+    results: dict[str, Any] = {
+        "model": source.name,
+        "dataset": source.dataset_name,
+        "note": source.note,
+        "quantization": config.label,
+        "protocol": config.protocol,
+        "methods": [dict(entry) for entry in config.methods],
+        "simulated": config.simulated_reason,
+        "measured": quantized.measured,
+        "stage_seconds": quantized.seconds,
+        "report_images": len(source.report_images),
+        "rows": [row.to_dict() for row in rows],
+        "fit": fit.to_dict() if fit else None,
+        "recipe": recipe.to_dict(),
+        "environment": environment(),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    write_json(path / "results.json", results)
+    title = (
+        f"{source.name} {config.label.upper()} on {len(source.report_images)} unseen images of {source.dataset_name}"
+    )
+    write_model_card(path, source.name, config.label, source.dataset_name, rows, notes, _pipeline_tag(source.model))
+    return results, render_table(rows, title, notes)
+
+
+def _report(
+    source: Source,
+    recipe: Recipe,
+    fit: FitResult | None,
+    path: Path,
+    calibration: list[Batch],
+    float_twin: PreTrainedModel,
+    progress: bool,
+) -> tuple[list[Row], list[str]]:
+    report = ImageInputs(source.report_images, source.processor)
+    labels, text = accuracy_data(source, report, source.report_images)
+    config = recipe.quantization
+    bench = Workbench(source.model, search_config(config), calibration)
+    sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
+    reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
+    rows = _plain_rows(reporter)
+    notes = [source.note] if source.note else []
+    if fit is not None:
+        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
+        for kind, (cache, deletion) in fit.variants.items():
+            trial = best[kind]
+            rows.append(reporter.row(kind, cache, deletion, trial.setup.describe() if trial else ""))
+        top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
+        notes += [
+            f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
+            f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}",
+            "prefix only / delete only: the best of their kind in the search, whether installed or not",
+        ]
+    if any(row.name == "per token" for row in rows):
+        notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
+    if config.methods:
+        rows += _method_rows(source, config, fit, reporter, calibration, progress)
+        notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
+    opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
+    opened = opened.to(source.model.device)
+    name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
+    installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
+    rows.append(reporter.model_row(name, opened, float_twin, installed))
+    notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
+    if fit is not None:
+        _pictures(source, recipe, fit, reporter, path, notes)
+    notes.append("norms: patch tokens, float model with the same registers, deletion and rewrites")
+    notes.append(f"quantized: {config.protocol}")
+    if config.simulated_reason:
+        notes.append(f"simulated, not run in integers: {config.simulated_reason}")
+    return rows, notes
+
+
+def method_label(config: RegCacheConfig) -> str:
+    """The methods of a config in one word, for tables."""
+    return " + ".join(entry["name"] for entry in config.methods) or "rtn"
+
+
+def _method_rows(
+    source: Source,
+    config: RegCacheConfig,
+    fit: FitResult | None,
+    reporter: Reporter,
+    calibration: list[Batch],
+    progress: bool,
+) -> list[Row]:
+    """The methods without registers, and under the best prefix and the best deletion of the search."""
+    setups: list[tuple[str, Setup, RegisterCache | None, DeletionConfig]] = []
+    if config.registers.mode == "fixed" or config.deletion.active or fit is not None:
+        setups.append(("alone", Setup(), None, replace(config.deletion, block=None, count=0)))
+    if fit is not None:
+        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
+        for kind, (cache, deletion) in fit.variants.items():
+            trial = best[kind]
+            if trial is not None:
+                setups.append((kind, trial.setup, cache, deletion))
+    rows = []
+    for kind, setup, cache, deletion in setups:
+        resolved = resolve_config(config, setup, cache, deletion, config.registers.kv_mode)
+        result = quantize_with(source.model, resolved, cache, calibration, progress)
+        name = f"{method_label(config)}, {kind}"
+        rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
+    return rows
+
+
+def _plain_rows(reporter: Reporter) -> list[Row]:
+    """Float, and quantized with nothing installed."""
+    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
+    static = reporter.bench.config.activations.mode == "static"
+    return [*rows, reporter.dynamic_row("per token")] if static else rows
+
+
+def _pictures(source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
+    try:
+        norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
+        per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
+        plot_analysis(path / "analysis.png", per_block, norms, source.name, reporter.cosine.name)
+        peak = int((norms["naive"].max_block_input / norms["naive"].median_block_input).argmax())
+        _draw_outliers(source, peak, path / "outliers.png")
+    except ImportError as error:
+        notes.append(f"no pictures: {error}")
+
+
+def _pipeline_tag(model: PreTrainedModel) -> str:
+    if hasattr(model, "get_text_features"):
+        return "zero-shot-image-classification"
+    return "image-classification" if has_classifier(model) else "image-feature-extraction"

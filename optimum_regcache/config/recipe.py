@@ -1,0 +1,235 @@
+"""A recipe: quantization config, search settings and data amounts in one YAML file, with a measured result beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optimum_regcache.config import PRESETS, RegCacheConfig
+from optimum_regcache.config.files import write_text
+from optimum_regcache.config.validation import build_part, check_types, require
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How registers and deletion are searched (RegCache A.4 to A.8).
+
+    Attributes:
+        strategy: ``v4`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of each start
+            block, then tau again for the best pair) or ``v2`` (single tokens of the sensitive block in place of start blocks).
+        objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
+        sensitivity: ``linear`` (one linear layer quantized at a time) or ``block`` (all linears of a block).
+        sensitivity_images: at most this many selection images are used by the scan.
+        sensitive_block: skip the scan and take this block as l_q.
+        score_site: tokens are ranked by l_inf at the ``block_input`` or at the ``fc2_input`` of the block.
+        blocks_before: how many blocks before l_q may be the start block (v4).
+        scopes: ``onwards`` (prefix from the start block to the last block) and/or ``single`` (the start block only).
+        num_copies: tau grid. The paper scans 1 to 15; the default is the same range on a coarser, roughly geometric grid,
+            because tau enters as ln(tau).
+        max_delete: largest k~ tried, at most a quarter of the patches.
+        top_tokens: tokens averaged per start block (v4), at most one per reference image on average.
+        num_candidates: single tokens tried (v2), at most one per reference image on average.
+        kv_mode: ``in_context`` or ``isolated``.
+        min_gain: smallest mean gain of the objective worth installing anything for.
+        noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
+        retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
+            decision; each costs one run of all methods.
+        seed: order of images and sampling of normal tokens.
+    """
+
+    strategy: str = "v4"
+    objective: str = "cosine"
+    sensitivity: str = "linear"
+    sensitivity_images: int = 64
+    sensitive_block: int | None = None
+    score_site: str = "block_input"
+    blocks_before: int = 3
+    scopes: tuple[str, ...] = ("onwards",)
+    num_copies: tuple[float, ...] = (1, 2, 4, 8, 15)
+    max_delete: int = 10
+    top_tokens: int = 100
+    num_candidates: int = 20
+    kv_mode: str = "in_context"
+    min_gain: float = 0.001
+    noise_sigmas: float = 2.0
+    retune: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "search")
+        object.__setattr__(self, "num_copies", tuple(float(c) for c in self.num_copies))
+        for name, allowed in (
+            ("strategy", ("v2", "v4")),
+            ("objective", ("cosine", "accuracy")),
+            ("sensitivity", ("linear", "block")),
+            ("score_site", ("block_input", "fc2_input")),
+            ("kv_mode", ("in_context", "isolated")),
+        ):
+            value = getattr(self, name)
+            require(value in allowed, f"search.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        require(
+            bool(self.scopes) and set(self.scopes) <= {"onwards", "single"},
+            f"search.scopes must hold 'onwards' and/or 'single', got {list(self.scopes)}.",
+        )
+        require(
+            bool(self.num_copies) and all(0 < c < math.inf for c in self.num_copies),
+            f"search.num_copies must be a non-empty list of numbers > 0, got {list(self.num_copies)}.",
+        )
+        for name in ("blocks_before", "max_delete", "min_gain", "noise_sigmas"):
+            require(getattr(self, name) >= 0, f"search.{name} must be >= 0, got {getattr(self, name)}.")
+        for name in ("top_tokens", "num_candidates", "sensitivity_images"):
+            require(getattr(self, name) >= 1, f"search.{name} must be at least 1, got {getattr(self, name)}.")
+        require(
+            self.sensitive_block is None or self.sensitive_block >= 0,
+            f"search.sensitive_block must be >= 0, got {self.sensitive_block}.",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How much data each step sees. The three parts never share an image.
+
+    Attributes:
+        num_samples: reference images for calibration and search together.
+        calibration_fraction: share of them for the activation scales (at least 1, at most 128 images).
+        confirm_fraction: share of the remaining images held back from the ranking of configurations; the best ones have to
+            beat "install nothing" on these.
+        num_report: images of the report, from another split.
+        batch_size: images per forward pass.
+    """
+
+    num_samples: int = 256
+    calibration_fraction: float = 0.25
+    confirm_fraction: float = 0.33
+    num_report: int = 512
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        require(self.num_samples >= 4, f"data.num_samples must be at least 4, got {self.num_samples}.")
+        require(self.num_report >= 1, f"data.num_report must be at least 1, got {self.num_report}.")
+        require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}.")
+        for name in ("calibration_fraction", "confirm_fraction"):
+            value = getattr(self, name)
+            require(0.0 < value < 1.0, f"data.{name} must lie between 0 and 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a quantized model, given a float model and a data set.
+
+    Attributes:
+        quantization: what the result is made of.
+        search: how registers and deletion are found.
+        data: how many images.
+        model, dataset: suggested Hub ids or paths; the command line may override them.
+        notes: free text: what was measured with this recipe, or that it was not measured yet.
+    """
+
+    quantization: RegCacheConfig = field(default_factory=RegCacheConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str | None = None
+    dataset: str | None = None
+    notes: str = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Build a recipe from a nested mapping; ``preset`` may stand in for (part of) ``quantization``.
+
+        Raises:
+            ValueError: unknown keys or bad values, named.
+        """
+        values = dict(values)
+        preset = values.pop("preset", None)
+        base = RegCacheConfig.from_preset(preset) if preset is not None else RegCacheConfig()
+        quantization = values.pop("quantization", None)
+        if isinstance(quantization, RegCacheConfig):
+            require(preset is None, "A recipe has either 'preset' or a complete RegCacheConfig, not both.")
+            base = quantization
+        elif quantization is not None:
+            if not isinstance(quantization, dict):
+                raise TypeError(f"quantization must be a mapping, got {type(quantization).__name__}.")
+            parts = {k: v for k, v in quantization.items() if k not in ("quant_method", "version")}
+            RegCacheConfig(**{k: v for k, v in quantization.items() if k in ("quant_method", "version")})
+            base = base.replace(**parts)
+        known = {f.name for f in fields(cls)} | {"preset"}
+        unknown = sorted(map(str, set(values) - known))
+        require(
+            not unknown,
+            f"Unknown key{'s' if len(unknown) > 1 else ''} in the recipe: {', '.join(unknown)}. "
+            f"Known keys: {', '.join(sorted(known))}.",
+        )
+        return cls(
+            quantization=base,
+            search=build_part(SearchConfig, values.get("search"), "search"),
+            data=build_part(DataConfig, values.get("data"), "data"),
+            model=values.get("model"),
+            dataset=values.get("dataset"),
+            notes=values.get("notes", ""),
+        )
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """A preset name or a YAML file.
+
+        Raises:
+            FileNotFoundError: neither a preset nor an existing file.
+            ValueError: not a recipe.
+        """
+        if str(source) in PRESETS:
+            return cls(quantization=RegCacheConfig.from_preset(str(source)))
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No recipe {str(source)!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file."
+            )
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        require(isinstance(data, dict), f"{path} is not a recipe: expected a mapping with keys such as 'quantization'.")
+        return cls.from_dict(data)
+
+    def override(self, assignments: list[str]) -> Recipe:
+        """Apply ``section.field=value`` strings, for example ``search.max_delete=4`` or
+        ``quantization.activations.observer=mse``; values are YAML.
+
+        Raises:
+            ValueError: a string without '=', or an unknown field.
+        """
+        data = self.to_dict()
+        for text in assignments:
+            path, equals, value = text.partition("=")
+            require(bool(equals), f"Expected section.field=value, got {text!r}.")
+            *parents, leaf = path.split(".")
+            node: Any = data
+            for part in parents:
+                require(isinstance(node, dict) and part in node, f"Unknown recipe field {path!r}.")
+                node = node[part]
+            require(isinstance(node, dict) and leaf in node, f"Unknown recipe field {path!r}.")
+            node[leaf] = yaml.safe_load(value)
+        return Recipe.from_dict(data)
+
+    def with_quantization(self, config: RegCacheConfig) -> Recipe:
+        """The same recipe with another quantization config."""
+        return replace(self, quantization=config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested mapping that :meth:`from_dict` reads."""
+        plain = {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(getattr(self, name)).items()}
+            for name in ("search", "data")
+        }
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "notes": self.notes,
+            "quantization": self.quantization.to_dict(),
+            **plain,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe as YAML."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))

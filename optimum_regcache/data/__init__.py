@@ -1,0 +1,1 @@
+"""Images: data sets, procedural scenes, embedded encoders."""

@@ -1,0 +1,325 @@
+"""Image data: any Hub id, folder or parquet file through `datasets`, turned into model inputs by the model's processor."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# what the vision models take; other columns of a data set stay behind
+MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+def load_splits(name: str, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
+    """All splits of an image data set.
+
+    Args:
+        name: Hub id, directory of images (``imagefolder``), directory of parquet (splits by
+            file or folder name) or one parquet file (split ``train``).
+        config_name: configuration of a Hub data set.
+        token: Hub token.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no image column.
+    """
+    from datasets import load_dataset
+
+    path = Path(name).expanduser()
+    if path.exists():
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        if files:
+            named = {"train": [str(files[0])]} if len(files) == 1 else _parquet_splits(files)
+            loaded = load_dataset("parquet", data_files=named)
+        else:
+            loaded = load_dataset("imagefolder", data_dir=str(path))
+    elif name.startswith((".", "/", "~")) or name.endswith(".parquet"):
+        raise FileNotFoundError(f"No such data set file or directory: {name}")
+    else:
+        loaded = load_dataset(name, config_name, token=token)
+    splits = {str(k): v for k, v in loaded.items()}  # type: ignore[union-attr]
+    image_column(next(iter(splits.values())))
+    return splits
+
+
+def _parquet_splits(files: list[Path]) -> dict[str, list[str]]:
+    """Split name -> files: ``train.parquet``, ``train-00000-of-00002.parquet`` and ``train/0000.parquet`` are ``train``."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        stem = re.sub(r"(-\d+-of-\d+|[-_]\d+)$", "", file.stem)
+        stem = file.parent.name if stem.isdigit() else stem
+        splits.setdefault(re.sub(r"\W", "_", stem), []).append(str(file))
+    return splits
+
+
+def choose_split(splits: dict[str, Dataset], split: str | None, name: str) -> Dataset:
+    """The named split; by default ``train`` if there is one, else the first.
+
+    Raises:
+        ValueError: no such split.
+    """
+    chosen = split or ("train" if "train" in splits else next(iter(splits)))
+    require(chosen in splits, f"{name} has no split {chosen!r}; it has {', '.join(splits)}.")
+    return splits[chosen]
+
+
+def reference_and_report(splits: dict[str, Dataset], name: str) -> tuple[Dataset, Dataset]:
+    """(images for search and calibration, images for reports); they share none.
+
+    Reports use the validation or test split. Where there is none, a third of the only split is set aside. Which third
+    depends on nothing but the data set, so that a later report with other numbers or another seed cannot meet an image of
+    the search.
+
+    Raises:
+        ValueError: fewer than 8 images.
+    """
+    images = choose_split(splits, None, name)
+    for split in ("validation", "valid", "val", "test"):
+        if split in splits and splits[split] is not images:
+            return images, splits[split]
+    count = len(images)
+    require(count >= 8, f"{name} has {count} images; at least 8 are needed to keep search and report apart.")
+    images = images.shuffle(seed=0)
+    return images.select(range(count // 3, count)), images.select(range(count // 3))
+
+
+def load_images(
+    name: str,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    token: str | None = None,
+) -> Dataset:
+    """Load one split and take a seeded random subset.
+
+    Args:
+        name, config_name, token: see :func:`load_splits`.
+        split: default ``train`` if it exists, else the first.
+        num_samples: rows to keep, all if None.
+        seed: of the subset.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: unknown split, or no image column.
+    """
+    loaded = choose_split(load_splits(name, config_name=config_name, token=token), split, name)
+    return subsample(loaded, num_samples, seed)
+
+
+def subsample(dataset: Dataset, num_samples: int | None, seed: int) -> Dataset:
+    """A seeded random subset of at most ``num_samples`` rows."""
+    if num_samples is None or num_samples >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(num_samples))
+
+
+def image_column(dataset: Dataset) -> str:
+    """Name of the image column.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from datasets import Image
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            return name
+    raise ValueError(
+        f"The data set has no image column; its columns are {', '.join(dataset.column_names)}. "
+        "Cast one with dataset.cast_column(name, datasets.Image())."
+    )
+
+
+def label_column(dataset: Dataset) -> str | None:
+    """Name of the class-label column, None if there is none."""
+    from datasets import ClassLabel
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, ClassLabel):
+            return name
+    return "label" if "label" in dataset.column_names else None
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """Names of the classes, None if the data set does not know them."""
+    column = label_column(dataset)
+    names = getattr(dataset.features[column], "names", None) if column else None
+    return list(names) if names else None
+
+
+def object_boxes(dataset: Any) -> list[list[float]] | None:
+    """Column ``box`` of `scenes.load_dataset`: left, top, right, bottom of the object as fractions of the image.
+
+    None for any other data set; a column ``box`` of another type or in pixels is not taken for one of ours.
+    """
+    feature = (getattr(dataset, "features", None) or {}).get("box")
+    if getattr(feature, "length", None) != 4 or getattr(getattr(feature, "feature", None), "dtype", "") != "float32":
+        return None
+    boxes = list(dataset["box"])
+    return boxes if all(0.0 <= v <= 1.0 for box in boxes for v in box) else None
+
+
+class ImageInputs(Sequence[Batch]):
+    """Model inputs of a data set, one image each, computed when asked for.
+
+    Accepts a `datasets.Dataset` of images (with a processor) or any sequence of mappings that already hold
+    ``pixel_values``: one image ([C, H, W]; SigLIP2 [patches, values]) or a batch of them.
+
+    Args:
+        source: the images.
+        processor: image processor or processor of the model; needed for a `datasets.Dataset`.
+        data_collator: turns a list of such mappings into a batch, instead of stacking.
+
+    Raises:
+        ValueError: no images, or a data set without processor.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        processor: Any = None,
+        data_collator: Callable[[list[Any]], Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        from datasets import Dataset as DatasetClass
+
+        self.source, self.processor, self.data_collator = source, processor, data_collator
+        self._image: str | None = None
+        self._label: str | None = None
+        self._rows: list[tuple[int, int | None]] | None = None  # (item, image within a batched item)
+        if isinstance(source, DatasetClass):
+            if "pixel_values" in source.column_names:
+                self.source = source.with_format("torch")
+            else:
+                self._image, self._label = image_column(source), label_column(source)
+                require(
+                    processor is not None,
+                    "A data set of images needs the model's processor. Save the processor beside the model, pass "
+                    "RegCacheQuantizer.from_pretrained(model, processor=...), or give ready {'pixel_values': ...} items.",
+                )
+        if self._image is None:
+            self._rows = [row for i in range(len(source)) for row in self._images_of(i)]
+        count = len(source) if self._rows is None else len(self._rows)
+        self.indices = list(range(count))
+        require(len(self.indices) > 0, "The data set is empty.")
+
+    def _images_of(self, item: int) -> list[tuple[int, int | None]]:
+        row = self.source[item]
+        if not isinstance(row, Mapping) or "pixel_values" not in row:
+            raise ValueError(
+                f"Item {item} of the data is a {type(row).__name__} without 'pixel_values'. Give a datasets.Dataset of "
+                "images, or mappings such as {'pixel_values': tensor}."
+            )
+        pixels = torch.as_tensor(row["pixel_values"])
+        single = 2 if "spatial_shapes" in row else 3
+        require(
+            pixels.ndim in (single, single + 1),
+            f"Item {item} has pixel_values of shape {tuple(pixels.shape)}; expected {single} axes, or {single + 1} for a "
+            "batch.",
+        )
+        return [(item, None)] if pixels.ndim == single else [(item, k) for k in range(pixels.shape[0])]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
+        if self._rows is not None:
+            item, position = self._rows[self.indices[index]]
+            keep = (*MODEL_INPUTS, "labels", "label")
+            row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in keep}
+            return row if position is None else {k: v[position] for k, v in row.items()}
+        row = self.source[self.indices[index]]
+        processor = getattr(self.processor, "image_processor", self.processor)
+        inputs = processor(images=row[self._image].convert("RGB"), return_tensors="pt")
+        return {k: v[0] for k, v in inputs.items()}
+
+    def subset(self, positions: Sequence[int]) -> ImageInputs:
+        """The given positions, in that order; the data is not read again."""
+        part = copy.copy(self)
+        part.indices = [self.indices[p] for p in positions]
+        require(len(part.indices) > 0, "The data set is empty.")
+        return part
+
+    def labels(self) -> torch.Tensor | None:
+        """int64 [n]; None without labels, or if they are not class numbers. Images are not decoded."""
+        if self._image is not None:
+            if self._label is None:
+                return None
+            column = self.source[self._label]
+            values = [column[i] for i in self.indices]
+            return torch.tensor(values) if all(isinstance(v, int) and v >= 0 for v in values) else None
+        items = [self[i] for i in range(len(self))]
+        values = [item.get("labels", item.get("label")) for item in items]
+        return None if any(v is None for v in values) else torch.tensor([int(v) for v in values])
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches of model inputs, without labels, in order."""
+        for start in range(0, len(self), batch_size):
+            items = [self[i] for i in range(start, min(start + batch_size, len(self)))]
+            batch = collate(items) if self.data_collator is None else dict(self.data_collator(items))
+            yield {k: v for k, v in batch.items() if k not in ("labels", "label")}
+
+    def fingerprint(self) -> str:
+        """Hash of the first inputs and of the number of rows, to recognise the data when a search is resumed."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for i in sorted({0, len(self) // 2, len(self) - 1}):
+            digest.update(torch.as_tensor(self[i]["pixel_values"]).float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def collate(items: list[Mapping[str, Any]]) -> Batch:
+    """Stack mappings of tensors of one image each.
+
+    Raises:
+        ValueError: images of different shapes.
+    """
+    batch: Batch = {}
+    for key in items[0]:
+        values = [torch.as_tensor(item[key]) for item in items]
+        shapes = {tuple(v.shape) for v in values}
+        require(
+            len(shapes) == 1,
+            f"Items of one batch have different shapes of {key!r}: {sorted(shapes)}. Use a processor that resizes, or "
+            "batch_size=1, or a data_collator.",
+        )
+        batch[key] = torch.stack(values)
+    return batch
+
+
+def split_reference(
+    count: int, calibration_fraction: float, confirm_fraction: float, seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Disjoint, seeded positions for (calibration, selection, confirmation). Calibration takes at most 128 images.
+
+    Raises:
+        ValueError: fewer than 4 images.
+    """
+    require(
+        count >= 4,
+        f"{count} reference images are too few to keep calibration, selection and confirmation apart; give at least 4 "
+        "(64 or more for a sound result).",
+    )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    calibration = min(128, count - 2, max(1, round(count * calibration_fraction)))
+    rest = count - calibration
+    confirm = max(1, min(rest - 1, round(rest * confirm_fraction)))
+    return (
+        sorted(order[:calibration]),
+        sorted(order[calibration : count - confirm]),
+        sorted(order[count - confirm :]),
+    )

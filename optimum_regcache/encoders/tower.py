@@ -1,0 +1,111 @@
+"""A vision tower found in a model, with its row of the family table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from optimum_regcache.encoders.families import FAMILIES, EncoderFamily, supported_encoders
+
+
+def _get(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower found in a model, with its table row.
+
+    Attributes:
+        module: the tower (for example a `CLIPVisionModel`).
+        name: its name within the model, "" if it is the model.
+        family: the table row.
+    """
+
+    module: nn.Module
+    name: str
+    family: EncoderFamily
+
+    @property
+    def config(self) -> Any:
+        """The tower's transformers config."""
+        return self.module.config
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order."""
+        return list(self.module.get_submodule(self.family.blocks).children())
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Leading tokens that are not patches."""
+        return self.family.num_prefix_tokens(self.config)
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether every hidden state is reshaped to a grid (``*Backbone`` classes)."""
+        return any(c.__name__.endswith("Backbone") for c in type(self.module).__mro__)
+
+    def attention(self, block: int) -> nn.Module:
+        """Attention module of a block."""
+        return self.blocks[block].get_submodule(self.family.attention)
+
+    def block_linears(self, block: int) -> dict[str, nn.Module]:
+        """Linear layers of a block by their name relative to the block, in module order."""
+        return {name: m for name, m in self.blocks[block].named_modules() if hasattr(m, "in_features")}
+
+    def norm(self, block: int, number: int) -> nn.LayerNorm:
+        """The LayerNorm before attention (0) or before the MLP (1)."""
+        return self.blocks[block].get_submodule(self.family.norms[number])  # type: ignore[return-value]
+
+    def norm_consumers(self, block: int, number: int) -> list[nn.Linear]:
+        """The linear layers that read the output of :meth:`norm`, all of them: query, key, value, or the MLP inputs."""
+        f = self.family
+        if number == 0:
+            return [self.attention(block).get_submodule(name) for name in (f.query, f.key, f.value)]  # type: ignore[misc]
+        found = [_get(self.blocks[block], path) for path in f.mlp_in]
+        return [m for m in found if m is not None]  # type: ignore[misc]
+
+    def mlp_out_name(self, block: int) -> str:
+        """Name, relative to the block, of the MLP output projection (fc2)."""
+        for path in self.family.mlp_out:
+            if _get(self.blocks[block], path) is not None:
+                return path
+        raise ValueError(f"Block {block} of {type(self.module).__name__} has none of {', '.join(self.family.mlp_out)}.")
+
+    def mlp_out(self, block: int) -> nn.Module:
+        """MLP output projection (fc2) of a block."""
+        return self.blocks[block].get_submodule(self.mlp_out_name(block))
+
+    def block_name(self, block: int) -> str:
+        """Name of a block relative to the tower."""
+        return f"{self.family.blocks}.{block}"
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """The vision tower of ``model``, which may be the tower itself or contain it (`CLIPModel`, `...ForImageClassification`).
+
+    Raises:
+        ValueError: no supported tower; the message lists the supported encoders.
+    """
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if not cls.__module__.startswith("transformers."):
+                continue
+            for family in FAMILIES:
+                if cls.__name__ in family.towers:
+                    return Tower(module, name, family)
+    raise ValueError(
+        f"{type(model).__name__} contains no supported vision encoder. Supported: {supported_encoders()}. "
+        "They may also be the vision tower of a larger model."
+    )
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Whether the model itself predicts classes."""
+    return type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher"))

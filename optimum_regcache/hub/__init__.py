@@ -1,0 +1,1 @@
+"""Checkpoints: the transformers quantization method, the structure it rebuilds, opening by name."""

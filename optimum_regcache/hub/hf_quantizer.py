@@ -1,0 +1,131 @@
+"""Registration as a transformers quantization method: `from_pretrained` and `save_pretrained` of quantized models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
+from optimum_regcache.encoders.compat import loaded_key_names, mark_quantized
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.structure import check_complete, install_structure
+from optimum_regcache.layers.install import quantize_modules
+
+_OWN_STATE = (
+    "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
+    "register_key", "register_value", "rotation", "scale", "zero_point",
+)  # fmt: skip
+
+
+class RegCacheHfQuantizer(HfQuantizer):
+    """Rebuilds the quantized module tree before the weights are loaded and checks it afterwards."""
+
+    requires_calibration = True
+    quantization_config: RegCacheConfig
+
+    def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                "RegCache needs calibration images, so a float model cannot be quantized by from_pretrained("
+                "quantization_config=RegCacheConfig(...)). Use RegCacheQuantizer.from_pretrained(model).quantize("
+                "calibration_dataset=...), or `optimum-cli regcache quantize`."
+            )
+        super().__init__(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        quantize_modules(model, self.quantization_config, empty=True)
+        install_structure(model, self.quantization_config)
+        _check_files(kwargs.get("checkpoint_files"), model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_complete(model)
+        model.requires_grad_(False)
+        _share_with_vision_config(model, self.quantization_config)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_files(files: Any, model: Any) -> None:
+    """Compare the names in the checkpoint with those that the config promises, after transformers' own renaming.
+
+    Transformers would only warn about a missing tensor and initialise it at random.
+
+    Raises:
+        ValueError: a tensor of the encoder is missing, or one of ours is stored that the config does not describe.
+    """
+    from safetensors import safe_open
+
+    paths = [Path(f) for f in files or () if str(f).endswith(".safetensors")]
+    if not paths:
+        return
+    names: list[str] = []
+    for path in paths:
+        with safe_open(path, framework="pt") as handle:
+            names += list(handle.keys())
+    stored, expected = loaded_key_names(model, names), set(model.state_dict())
+    modules = dict(model.named_modules())
+    for kind in _OWN_STATE:
+        wanted = {n for n in expected if n.rpartition(".")[2] == kind}
+        missing = sorted(wanted - stored)
+        extra = sorted(
+            n
+            for n in stored - wanted
+            if n.endswith(f".{kind}") and (n.rpartition(".")[0] in modules or ".products." in n)
+        )
+        if missing or extra:
+            found = sum(n.rpartition(".")[2] == kind for n in names)
+            example = f"{missing[0]} is missing" if missing else f"{extra[0]} is not described"
+            raise ValueError(
+                f"The checkpoint holds {found} '{kind}' tensors, its quantization config needs {len(wanted)} (for example "
+                f"{example}). The model would be wrong. Download it again, or quantize the model again."
+            )
+    tower = find_tower(model)
+    prefix = f"{tower.name}." if tower.name else ""
+    optional = tuple(f"{prefix}{part}." for part in ("pooler", "head"))  # a head that the checkpoint never had
+    missing = sorted(n for n in expected - stored if n.startswith(prefix) and not n.startswith(optional))
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(
+            f"The checkpoint is incomplete: {', '.join(missing[:8])}{more} missing. Download it again, or quantize the model "
+            "again."
+        )
+
+
+def _share_with_vision_config(model: Any, config: RegCacheConfig) -> None:
+    """`CLIPVisionModel.from_pretrained(full_clip)` reads only ``vision_config``: it must know about the quantization."""
+    vision_config = getattr(model.config, "vision_config", None)
+    if vision_config is not None:
+        vision_config.quantization_config = config.to_dict()
+
+
+def attach_quantizer(model: PreTrainedModel, config: RegCacheConfig) -> None:
+    """Make a model quantized in memory equal to a loaded one, for `save_pretrained` and `push_to_hub`."""
+    model.config.quantization_config = config
+    mark_quantized(model, RegCacheHfQuantizer(config))
+    _share_with_vision_config(model, config)
+
+
+def register() -> None:
+    """Register with transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(RegCacheConfig)
+        register_quantizer(QUANT_METHOD)(RegCacheHfQuantizer)

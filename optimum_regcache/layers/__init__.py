@@ -1,0 +1,1 @@
+"""Quantized replacements of float modules, and their installation."""

@@ -1,0 +1,1 @@
+"""Numbers of quantization as pure functions: tensors in, tensors out."""

@@ -1,0 +1,162 @@
+"""Run part of an encoder: record what arrives at a block once, start later passes there, and watch the inputs of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_regcache.encoders.passes import Batch, PaddingMask, move
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.registers import prepare_tower
+from optimum_regcache.registers.state import BlockInput, Replay
+
+
+class _StopPass(Exception):  # noqa: N818 (no error)
+    """Ends a pass whose rest nobody needs."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What arrives at ``block``, one state per batch."""
+
+    block: int
+    states: list[BlockInput]
+
+
+@torch.inference_mode()
+def record_block_inputs(
+    model: nn.Module, batches: Sequence[Batch], block: int, known: Recorded | None = None
+) -> list[BlockInput]:
+    """What arrives at ``block``, one per batch; earlier blocks are skipped as far as ``known`` goes."""
+    runtime, states = prepare_tower(model), []
+
+    def keep(module: nn.Module, args: Any) -> None:
+        states.append(BlockInput(args[0], runtime.current.selection, runtime.current.valid))
+        raise _StopPass
+
+    _run(model, batches, known, [(find_tower(model).blocks[block], keep)])
+    return states
+
+
+def walk_blocks(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Recorded]:
+    """The blocks in order, each with its inputs in the model as it is when the block is asked for, so that a loop may change
+    one block after the other."""
+    known: Recorded | None = None
+    for block in range(len(find_tower(model).blocks)):
+        known = Recorded(block, record_block_inputs(model, batches, block, known))
+        yield known
+
+
+class TokenSample:
+    """Which tokens of the calibration images a fit looks at: the leading tokens of every image (a class token may be all
+    that counts in the last block) and patches at equal steps, shifted from image to image.
+
+    Args:
+        model: model or tower, prepared.
+        batches: images.
+        limit: largest number of tokens in all; None for all tokens.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None) -> None:
+        self.lead = prepare_tower(model).num_prefix_tokens
+        images = sum(len(batch["pixel_values"]) for batch in batches)
+        self.per_image = None if limit is None else max(limit // images, self.lead + 1)
+        self.padding, self._first = PaddingMask(), 0
+
+    def start(self, batch: Batch, first: int) -> None:
+        """The batch about to run, and the number of its first image."""
+        self.padding.start(batch)
+        self._first = first
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens of ``x`` [B, N, D] without padding, [rows, D]; other shapes are flattened to rows."""
+        if x.ndim != 3:
+            return x.flatten(0, -2)
+        batch, tokens, _ = x.shape
+        patches, number = tokens - self.lead, tokens if self.per_image is None else self.per_image
+        chosen = torch.ones(batch, tokens, dtype=torch.bool, device=x.device)
+        if number < tokens:
+            steps = torch.arange(number - self.lead) * patches // (number - self.lead)
+            image = torch.arange(self._first, self._first + batch)[:, None]
+            chosen[:, self.lead :] = False
+            chosen.scatter_(1, (self.lead + (steps + 7 * image) % patches).to(x.device), True)
+        return x[chosen & self.padding.valid(batch, tokens, x.device)]
+
+
+@torch.inference_mode()
+def capture_inputs(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], known: Recorded, limit: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Inputs of layers of one block, padding left out.
+
+    Args:
+        model: model or tower.
+        names: layers of block ``known.block``, by their names in ``model``.
+        batches: images.
+        known: inputs of the block for these batches.
+        limit: largest number of tokens to keep (`TokenSample`).
+
+    Returns:
+        name -> float32 [tokens, in].
+    """
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    sample = TokenSample(model, batches, limit)
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found[name].append(sample.rows(args[0]).float())
+
+        return hook
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise _StopPass
+
+    hooks = [(model.get_submodule(name), keep(name)) for name in names]
+    blocks = find_tower(model).blocks
+    if known.block + 1 < len(blocks):
+        hooks.append((blocks[known.block + 1], stop))
+    _run(model, batches, known, hooks, sample)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _run(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    known: Recorded | None,
+    hooks: list[tuple[nn.Module, Any]],
+    sample: TokenSample | None = None,
+) -> None:
+    tower = find_tower(model)
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    start = nullcontext() if known is None else replaying(model, known.block, known.states)
+    try:
+        with start:
+            first = 0
+            for batch in batches:
+                if sample is not None:
+                    sample.start(batch, first)
+                first += len(batch["pixel_values"])
+                with suppress(_StopPass):
+                    tower.module(**move(batch, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaying(model: nn.Module, block: int, states: Sequence[BlockInput]) -> Iterator[None]:
+    """Within the context, the next ``len(states)`` forward passes start at ``block``; earlier blocks are skipped.
+
+    The passes must see the batches that were recorded, in the same order.
+    """
+    runtime = prepare_tower(model)
+    runtime.replay = Replay(block, states)
+    try:
+        yield
+    finally:
+        runtime.replay = None
