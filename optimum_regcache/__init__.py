@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RegCacheDeiTModel,
         RegCacheDinov2Model,
         RegCacheDinov2WithRegistersModel,
+        RegCacheDINOv3ViTModel,
         RegCacheSiglip2VisionModel,
         RegCacheSiglipVisionModel,
         RegCacheViTModel,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "RegCacheCLIPVisionModel": "models",
+    "RegCacheDINOv3ViTModel": "models",
     "RegCacheDeiTModel": "models",
     "RegCacheDinov2Model": "models",
     "RegCacheDinov2WithRegistersModel": "models",
@@ -59,6 +61,7 @@ __all__ = [
     "Recipe",
     "RegCacheCLIPVisionModel",
     "RegCacheConfig",
+    "RegCacheDINOv3ViTModel",
     "RegCacheDeiTModel",
     "RegCacheDinov2Model",
     "RegCacheDinov2WithRegistersModel",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
+from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
 
 from optimum_regcache import RegCacheConfig, RegisterCache
 from optimum_regcache.quantizer import build_quantized
@@ -75,8 +77,11 @@ class TinyModel:
 
     def run(self, model: Any, inputs: Inputs | None = None, **kwargs: Any) -> torch.Tensor:
         """The tensor to compare, without gradients."""
+        inputs = inputs or self.inputs()
+        if "image_grid_thw" in inputs:
+            inputs = {"hidden_states": inputs["pixel_values"], "grid_thw": inputs["image_grid_thw"]}
         with torch.no_grad():
-            return getattr(model(**(inputs or self.inputs()), **kwargs), self.output)
+            return getattr(model(**inputs, **kwargs), self.output)
 
     def tower_of(self, model: Any) -> Any:
         """The vision tower in ``model``."""
@@ -173,6 +178,13 @@ TOWERS: dict[str, TinyModel] = {
             image_inputs,
             lead=5,
         ),
+        TinyModel(
+            "dinov3",
+            _config(hf.DINOv3ViTConfig, **_VISION, num_register_tokens=4),
+            hf.DINOv3ViTModel,
+            image_inputs,
+            lead=5,
+        ),
         TinyModel("vit", _config(hf.ViTConfig, **_VISION), hf.ViTModel, image_inputs),
         TinyModel("deit", _config(hf.DeiTConfig, **_VISION), hf.DeiTModel, image_inputs, lead=2),
     )
@@ -198,6 +210,55 @@ COMPOSITES: dict[str, TinyModel] = {
             image_inputs,
             "vit",
             output="logits",
+        ),
+    )
+}
+
+# towers that pack the patches of all images into one sequence; no token of them can be deleted
+_QWEN = {"depth": BLOCKS, "hidden_size": WIDTH, "intermediate_size": 128, "num_heads": HEADS, "patch_size": PATCH}
+QWEN_GRIDS = ((1, 4, 4), (1, 4, 6), (1, 2, 4))  # frames, rows, columns of the images of a batch, repeated
+
+
+def packed_inputs(seed: int, batch: int) -> Inputs:
+    """Patches of images of several grids in one sequence [N, 3 * 2 * PATCH * PATCH], each pixel in two equal frames."""
+    grids = torch.tensor([QWEN_GRIDS[i % len(QWEN_GRIDS)] for i in range(batch)])
+    patches = [
+        torch.rand(int(g.prod()), 3 * 2 * PATCH**2, generator=torch.Generator().manual_seed(100 * seed + i)) * 2 - 1
+        for i, g in enumerate(grids)
+    ]
+    return {"pixel_values": torch.cat(patches), "image_grid_thw": grids}
+
+
+PACKED: dict[str, TinyModel] = {
+    m.name: m
+    for m in (
+        TinyModel(
+            "qwen2_5_vl",
+            _config(
+                configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig,
+                **_QWEN,
+                out_hidden_size=48,
+                window_size=32,
+                fullatt_block_indexes=[1, 3],
+            ),
+            modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel,
+            packed_inputs,
+            lead=0,
+            output="pooler_output",
+        ),
+        TinyModel(
+            "qwen3_vl",
+            _config(
+                configuration_qwen3_vl.Qwen3VLVisionConfig,
+                **_QWEN,
+                out_hidden_size=48,
+                num_position_embeddings=16,
+                deepstack_visual_indexes=[1],
+            ),
+            modeling_qwen3_vl.Qwen3VLVisionModel,
+            packed_inputs,
+            lead=0,
+            output="pooler_output",
         ),
     )
 }

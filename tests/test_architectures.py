@@ -6,7 +6,7 @@ import re
 
 import pytest
 import transformers as hf
-from models import BLOCKS, CLIP_CLASSIFIER, COMPOSITES, DINOV2_BACKBONE, HEAD_DIM, MODELS, TOWERS, TinyModel
+from models import BLOCKS, CLIP_CLASSIFIER, COMPOSITES, DINOV2_BACKBONE, HEAD_DIM, HEADS, MODELS, TOWERS, TinyModel
 from torch import nn
 
 from optimum_regcache.encoders.families import FAMILIES, supported_encoders
@@ -25,6 +25,7 @@ FAMILY_NAMES = {
     "dinov2": "DINOv2",
     "dinov2_swiglu": "DINOv2",
     "dinov2_registers": "DINOv2 with registers",
+    "dinov3": "DINOv3",
     "vit": "ViT",
     "deit": "DeiT",
 }
@@ -63,10 +64,9 @@ def test_family_row_points_at_the_right_modules(tiny: TinyModel) -> None:
     assert type(tower.module).__name__ in family.towers
     for index in range(BLOCKS):
         attention = tower.attention(index)
-        for name in (family.query, family.key, family.value, family.out):
+        for name in (*family.projections, family.out):
             assert isinstance(getattr(attention, name), nn.Linear)
-        assert getattr(attention, family.scaling) == HEAD_DIM**-0.5
-        assert getattr(attention, family.dropout) == 0.0
+        assert (tower.num_heads, tower.head_dim) == (HEADS, HEAD_DIM)
         # fc2 is the layer whose output has the width of the stream and whose input has not
         out = tower.mlp_out(index)
         assert out.out_features == tower.config.hidden_size != out.in_features

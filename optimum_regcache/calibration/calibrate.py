@@ -104,7 +104,7 @@ def calibrate(
             watch(site.name, _Tap(activations, padding))
     if config.attention.quantize:
         install_products(float_model, config.attention, bypass=True)
-        heads = find_tower(float_model).config.num_attention_heads
+        heads = find_tower(float_model).num_heads
         for name, products in attention_products(float_model):
             for role, _ in products.operands():
                 watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))

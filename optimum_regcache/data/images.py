@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # what the vision models take; other columns of a data set stay behind
-MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw")
 
 
 def load_splits(name: str, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
@@ -177,7 +177,8 @@ class ImageInputs(Sequence[Batch]):
     """Model inputs of a data set, one image each, computed when asked for.
 
     Accepts a `datasets.Dataset` of images (with a processor) or any sequence of mappings that already hold
-    ``pixel_values``: one image ([C, H, W]; SigLIP2 [patches, values]) or a batch of them.
+    ``pixel_values``: one image ([C, H, W]; SigLIP2 [patches, values]; Qwen-VL likewise, with its ``image_grid_thw``) or a
+    batch of them.
 
     Args:
         source: the images.
@@ -224,7 +225,13 @@ class ImageInputs(Sequence[Batch]):
                 "images, or mappings such as {'pixel_values': tensor}."
             )
         pixels = torch.as_tensor(row["pixel_values"])
-        single = 2 if "spatial_shapes" in row else 3
+        single = 2 if "spatial_shapes" in row or "image_grid_thw" in row else 3
+        grids = torch.as_tensor(row.get("image_grid_thw", (1, 1, 1)))
+        require(
+            grids.numel() == 3,
+            f"Item {item} packs several images into one sequence (image_grid_thw of shape {tuple(grids.shape)}); give one "
+            "image per item.",
+        )
         require(
             pixels.ndim in (single, single + 1),
             f"Item {item} has pixel_values of shape {tuple(pixels.shape)}; expected {single} axes, or {single + 1} for a "
@@ -242,11 +249,14 @@ class ImageInputs(Sequence[Batch]):
             item, position = self._rows[self.indices[index]]
             keep = (*MODEL_INPUTS, "labels", "label")
             row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in keep}
+            if "image_grid_thw" in row:
+                return {**row, "image_grid_thw": row["image_grid_thw"].reshape(3)}
             return row if position is None else {k: v[position] for k, v in row.items()}
         row = self.source[self.indices[index]]
         processor = getattr(self.processor, "image_processor", self.processor)
         inputs = processor(images=row[self._image].convert("RGB"), return_tensors="pt")
-        return {k: v[0] for k, v in inputs.items()}
+        packed = ("pixel_values",) if "image_grid_thw" in inputs else ()  # no axis of images
+        return {k: v if k in packed else v[0] for k, v in inputs.items()}
 
     def subset(self, positions: Sequence[int]) -> ImageInputs:
         """The given positions, in that order; the data is not read again."""
@@ -283,7 +293,7 @@ class ImageInputs(Sequence[Batch]):
 
 
 def collate(items: list[Mapping[str, Any]]) -> Batch:
-    """Stack mappings of tensors of one image each.
+    """Stack mappings of tensors of one image each; patches that come with ``image_grid_thw`` are packed into one sequence.
 
     Raises:
         ValueError: images of different shapes.
@@ -291,6 +301,9 @@ def collate(items: list[Mapping[str, Any]]) -> Batch:
     batch: Batch = {}
     for key in items[0]:
         values = [torch.as_tensor(item[key]) for item in items]
+        if key == "pixel_values" and "image_grid_thw" in items[0]:
+            batch[key] = torch.cat(values)
+            continue
         shapes = {tuple(v.shape) for v in values}
         require(
             len(shapes) == 1,

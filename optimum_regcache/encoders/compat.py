@@ -16,21 +16,33 @@ SUPPORTED_ATTENTION = ("eager", "sdpa")
 EXPORT_ATTENTION = "regcache_export"  # registered by export/onnx.py, in use while a model is traced
 
 
-def attention_interface(module: nn.Module, native_class: type) -> Callable[..., Any]:
-    """The attention function that ``module`` (an attention module of class ``native_class``) would call itself.
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Let attention modules find ``function`` under ``name``."""
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+
+
+def base_attention(config: Any, module_class: type) -> Callable[..., Any]:
+    """The attention function that ``config`` names, for a module of ``module_class``.
 
     Raises:
         ValueError: an implementation without additive masks, which a logit bias needs.
     """
-    config: Any = module.config
     name = config._attn_implementation
     if name not in (*SUPPORTED_ATTENTION, EXPORT_ATTENTION):
         raise ValueError(
             f"Register injection supports attn_implementation {' and '.join(SUPPORTED_ATTENTION)}, got {name!r}. "
             "Call model.set_attn_implementation('sdpa')."
         )
-    eager = sys.modules[native_class.__module__].eager_attention_forward
+    eager = sys.modules[module_class.__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def attention_caller(attention: nn.Module) -> nn.Module:
+    """The module that calls the attention interface and reads its name from ``config``: ``attention``, or its inner part."""
+    for module in attention.modules():
+        if hasattr(module, "config"):
+            return module
+    raise ValueError(f"{type(attention).__name__} has no config that names its attention function.")
 
 
 def share_checkpoint_conversion(new_class: str, native_class: str) -> None:

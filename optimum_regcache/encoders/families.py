@@ -8,24 +8,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class EncoderFamily:
     """Where things are in one family. Names of block parts are relative to a block, others to the tower.
 
+    A family whose layout differs between releases of transformers has one row for each layout; the row whose names exist in
+    the model at hand is taken.
+
     Attributes:
         name: family name shown to users.
         towers: class names of the vision towers.
         blocks: the list of blocks.
-        attention, query, key, value, out: the attention module, and its four projections relative to it.
-        scaling, dropout: attribute names on the attention module.
-        mlp_in, mlp_out: MLP projections, those that exist ("fc1"/"fc2", SwiGLU names).
+        attention: the attention module. Registers need nothing but this: they are injected where it calls transformers'
+            attention interface (`optimum_regcache.registers.attention`).
+        out: output projection of attention, relative to it.
         embeddings, patch_embedding: embedding module and the patch projection in it.
+        projections: query, key and value projection relative to the attention module, or the one that computes all three.
+        mlp_in, mlp_out: MLP projections, those that exist ("fc1"/"fc2", SwiGLU names).
         head: linear layers of the pooling head on the tower.
-        norms: the LayerNorm before attention and the one before the MLP.
+        norms: the norm before attention and the one before the MLP.
         layer_scales: the LayerScale behind each of the two branches; empty if the family has none.
         cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
+        rotary: query and key of patches are rotated by their position before the attention interface is called.
+        packed: the patches of all images of a batch stand in one sequence [N, D], their grids in ``image_grid_thw``.
     """
 
     name: str
@@ -33,13 +42,9 @@ class EncoderFamily:
     blocks: str
     attention: str
     out: str
-    scaling: str
-    dropout: str
     embeddings: str = "embeddings"
     patch_embedding: str = "embeddings.patch_embedding"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     mlp_in: tuple[str, ...] = ("mlp.fc1",)
     mlp_out: tuple[str, ...] = ("mlp.fc2",)
     head: tuple[str, ...] = ()
@@ -47,50 +52,93 @@ class EncoderFamily:
     layer_scales: tuple[str, ...] = ()
     cls_tokens: int = 1
     always_mask: bool = False
+    rotary: bool = False
+    packed: bool = False
 
     def num_prefix_tokens(self, config: Any) -> int:
         """CLS plus trained registers: never deleted, never a register candidate."""
         return self.cls_tokens + int(getattr(config, "num_register_tokens", 0) or 0)
 
+    @property
+    def fused_projections(self) -> bool:
+        """Whether one linear layer computes query, key and value."""
+        return len(self.projections) == 1
+
+    def fits(self, tower: nn.Module) -> bool:
+        """Whether the names of this row exist in ``tower``."""
+        blocks = submodule(tower, self.blocks)
+        first = next(iter(blocks.children()), None) if blocks is not None else None
+        if first is None:
+            return False
+        attention = submodule(first, self.attention)
+        names = (*self.projections, self.out)
+        return attention is not None and all(submodule(attention, name) is not None for name in names)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module called ``path`` in ``module``, None if there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
 
 _MAP_HEAD = ("head.mlp.fc1", "head.mlp.fc2")
 _DINO_MLP_IN = ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.weights_in")
 _DINO_SCALES = ("layer_scale1", "layer_scale2")
-_VIT_NORMS = ("layernorm_before", "layernorm_after")
 _DINO_MLP_OUT = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
+_DINOV2: dict[str, Any] = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "mlp_in": _DINO_MLP_IN,
+    "mlp_out": _DINO_MLP_OUT,
+    "norms": ("norm1", "norm2"),
+    "layer_scales": _DINO_SCALES,
+}
+_VIT: dict[str, Any] = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "head": ("pooler.dense",),
+    "norms": ("layernorm_before", "layernorm_after"),
+}
+_QWEN: dict[str, Any] = {
+    "projections": ("qkv",),
+    "embeddings": "patch_embed",
+    "patch_embedding": "patch_embed.proj",
+    "norms": ("norm1", "norm2"),
+    "cls_tokens": 0,
+    "rotary": True,
+    "packed": True,
+}
 
 FAMILIES: tuple[EncoderFamily, ...] = (
+    EncoderFamily("CLIP", ("CLIPVisionModel",), "encoder.layers", "self_attn", "out_proj"),
     EncoderFamily(
-        "CLIP", ("CLIPVisionModel",), "encoder.layers", "self_attn", "out_proj", "scale", "dropout"
+        "SigLIP", ("SiglipVisionModel",), "encoder.layers", "self_attn", "out_proj", head=_MAP_HEAD, cls_tokens=0
     ),
     EncoderFamily(
-        "SigLIP", ("SiglipVisionModel",), "encoder.layers", "self_attn", "out_proj", "scale", "dropout",
-        head=_MAP_HEAD, cls_tokens=0,
+        "SigLIP2", ("Siglip2VisionModel",), "encoder.layers", "self_attn", "out_proj", head=_MAP_HEAD, cls_tokens=0,
+        always_mask=True,
     ),
     EncoderFamily(
-        "SigLIP2", ("Siglip2VisionModel",), "encoder.layers", "self_attn", "out_proj", "scale", "dropout",
-        head=_MAP_HEAD, cls_tokens=0, always_mask=True,
-    ),
-    EncoderFamily(
-        "DINOv2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "attention", "o_proj", "scaling",
-        "attention_dropout", patch_embedding="embeddings.patch_embeddings.projection",
-        mlp_in=_DINO_MLP_IN, mlp_out=_DINO_MLP_OUT, norms=("norm1", "norm2"), layer_scales=_DINO_SCALES,
+        "DINOv2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "attention", "o_proj", **_DINOV2
     ),
     EncoderFamily(
         "DINOv2 with registers", ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), "encoder.layer",
-        "attention", "o_proj", "scaling", "attention_dropout",
-        patch_embedding="embeddings.patch_embeddings.projection", mlp_in=_DINO_MLP_IN, mlp_out=_DINO_MLP_OUT,
-        norms=("norm1", "norm2"), layer_scales=_DINO_SCALES,
+        "attention", "o_proj", **_DINOV2,
     ),
     EncoderFamily(
-        "ViT", ("ViTModel",), "layers", "attention", "o_proj", "scaling", "attention_dropout",
-        patch_embedding="embeddings.patch_embeddings.projection", head=("pooler.dense",),
-        norms=_VIT_NORMS,
+        "DINOv3", ("DINOv3ViTModel", "DINOv3ViTBackbone"), "model.layer", "attention", "o_proj", rotary=True,
+        patch_embedding="embeddings.patch_embeddings", mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out=("mlp.down_proj",), norms=("norm1", "norm2"), layer_scales=_DINO_SCALES,
+    ),
+    EncoderFamily("ViT", ("ViTModel",), "layers", "attention", "o_proj", **_VIT),
+    EncoderFamily("DeiT", ("DeiTModel",), "layers", "attention", "o_proj", **_VIT, cls_tokens=2),
+    EncoderFamily(
+        "Qwen2.5-VL", ("Qwen2_5_VisionTransformerPretrainedModel",), "blocks", "attn", "proj", **_QWEN,
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"), mlp_out=("mlp.down_proj",), head=("merger.mlp.0", "merger.mlp.2"),
     ),
     EncoderFamily(
-        "DeiT", ("DeiTModel",), "layers", "attention", "o_proj", "scaling", "attention_dropout",
-        patch_embedding="embeddings.patch_embeddings.projection", head=("pooler.dense",),
-        norms=_VIT_NORMS, cls_tokens=2,
+        "Qwen3-VL", ("Qwen3VLVisionModel",), "blocks", "attn", "proj", **_QWEN,
+        mlp_in=("mlp.linear_fc1",), mlp_out=("mlp.linear_fc2",), head=("merger.linear_fc1", "merger.linear_fc2"),
     ),
 )  # fmt: skip
 

@@ -1,20 +1,18 @@
-"""Final features of an encoder: what quantization is meant to preserve."""
+"""Running an encoder: batches, final features, and hooks that watch its tokens."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from optimum_regcache.encoders.tower import Tower, find_tower
 
-if TYPE_CHECKING:
-    pass
-
-from abc import ABC, abstractmethod
+Batch = dict[str, torch.Tensor]
 
 
 class FeatureEncoder(ABC):
@@ -36,6 +34,37 @@ def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
     }
 
 
+def num_images(batch: Batch) -> int:
+    """Images in a batch; where their patches are packed into one sequence, ``image_grid_thw`` has a row for each."""
+    return len(batch["image_grid_thw"] if "image_grid_thw" in batch else batch["pixel_values"])
+
+
+def run_tower(tower: Tower, batch: Batch) -> Any:
+    """The tower's output for a batch, which is moved to its device and dtype first."""
+    inputs = move(batch, tower.module)
+    if tower.family.packed:
+        return tower.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    return tower.module(**inputs)
+
+
+def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``state`` [D] as the only token of a sequence that a block can be called with: no CLS, no position.
+
+    Returns:
+        (states [1, 1, D], or [1, D] where sequences are packed; keyword arguments of the blocks).
+    """
+    state = state.to(next(p for p in tower.module.parameters() if p.is_floating_point()))
+    width = tower.head_dim
+    if tower.family.packed:
+        angles = (state.new_ones(1, width), state.new_zeros(1, width))
+        lengths = torch.tensor([0, 1], dtype=torch.int32, device=state.device)
+        return state.reshape(1, -1), {"cu_seqlens": lengths, "position_embeddings": angles}
+    hidden = state.reshape(1, 1, -1)
+    if tower.family.rotary:  # no patches: the token is a leading one, which is not rotated
+        return hidden, {"attention_mask": None, "position_embeddings": (state.new_empty(0, width),) * 2}
+    return hidden, {"attention_mask": None}
+
+
 def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """Pooled features [B, D], float32.
 
@@ -49,7 +78,11 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         output = model.get_image_features(**inputs)
         return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
     tower = find_tower(model)
-    output = tower.module(**inputs)
+    output = run_tower(tower, inputs)
+    if tower.family.packed:  # the tokens that the language model reads, averaged over each image
+        merged = output if isinstance(output, torch.Tensor) else output.pooler_output
+        lengths = inputs["image_grid_thw"].prod(1) // tower.config.spatial_merge_size**2
+        return torch.stack([part.mean(0) for part in merged.split(lengths.tolist())]).float()
     if getattr(output, "image_embeds", None) is not None:
         return output.image_embeds.float()
     if getattr(output, "pooler_output", None) is not None:
@@ -92,15 +125,31 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 class PaddingMask:
-    """Hands the current batch's padding mask to hooks, which only see one module's input."""
+    """Hands the current batch's padding mask to hooks, which only see one module's input.
+
+    Where images are packed into one sequence, :meth:`unpack` makes rows of equal length of it, and the mask is that of
+    these rows.
+    """
 
     def __init__(self) -> None:
         self.mask: torch.Tensor | None = None
+        self.lengths: list[int] | None = None
 
     def start(self, batch: Batch) -> None:
         """Note the mask of the batch about to run."""
-        mask = batch.get("pixel_attention_mask")
+        mask, grids = batch.get("pixel_attention_mask"), batch.get("image_grid_thw")
         self.mask = None if mask is None else mask.bool()
+        self.lengths = None
+        if grids is not None:
+            lengths = grids.prod(1)
+            self.lengths = lengths.tolist()
+            self.mask = torch.arange(int(lengths.max()), device=grids.device)[None] < lengths[:, None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """Packed tokens [sum of N, ...] as [B, largest N, ...], zero at padding; other tensors as they are."""
+        if self.lengths is None or x.shape[0] != sum(self.lengths):
+            return x
+        return nn.utils.rnn.pad_sequence(list(x.split(self.lengths)), batch_first=True)
 
     def valid(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
         """bool [B, N]; all true where no mask of this length is known."""
@@ -139,7 +188,7 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
 
     def hook(site: str, block: int) -> Any:
         def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
+            x = padding.unpack(args[0])
             visit(site, block, x, padding.valid(x.shape[0], x.shape[1], x.device).clone())
 
         return seen
@@ -152,10 +201,7 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
         with unfused(tower.module):
             for batch in batches:
                 padding.start(batch)
-                tower.module(**move(batch, model))
+                run_tower(tower, batch)
     finally:
         for handle in handles:
             handle.remove()
-
-
-Batch = dict[str, torch.Tensor]

@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 
 from torch import nn
 
-from optimum_regcache.encoders.families import OUTER_HEADS, EncoderFamily
-from optimum_regcache.encoders.tower import _get, find_tower
+from optimum_regcache.encoders.families import OUTER_HEADS, EncoderFamily, submodule
+from optimum_regcache.encoders.tower import find_tower
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ def quantization_sites(
         prefix = tower.block_name(index)
         candidates += [(f"{prefix}.{name}", "linear", index) for name in tower.block_linears(index)]
     if head:
-        candidates += [(path, "linear", None) for path in tower.family.head if _get(tower.module, path) is not None]
-        outer = [path for path in OUTER_HEADS if tower.name and hasattr(_get(model, path), "in_features")]
+        candidates += [
+            (path, "linear", None) for path in tower.family.head if submodule(tower.module, path) is not None
+        ]
+        outer = [path for path in OUTER_HEADS if tower.name and hasattr(submodule(model, path), "in_features")]
     unused = [
         p
         for p in ignore
@@ -84,7 +86,7 @@ def _role(family: EncoderFamily, path: str) -> str:
     """The `Site.role` of a linear layer of a block."""
     attention = f"{family.attention}."
     roles = {attention + family.out: "attention"}
-    roles |= dict.fromkeys((attention + n for n in (family.query, family.key, family.value)), "norm1")
+    roles |= dict.fromkeys((attention + name for name in family.projections), "norm1")
     roles |= dict.fromkeys(family.mlp_out, "activation")
     return next((role for name, role in roles.items() if path.endswith(f".{name}")), "norm2")
 

@@ -7,14 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from optimum_regcache.encoders.families import FAMILIES, EncoderFamily, supported_encoders
-
-
-def _get(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
+from optimum_regcache.encoders.families import FAMILIES, EncoderFamily, submodule, supported_encoders
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,37 @@ class Tower:
         """Attention module of a block."""
         return self.blocks[block].get_submodule(self.family.attention)
 
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of every block."""
+        config = self.config
+        return int(config.num_attention_heads if hasattr(config, "num_attention_heads") else config.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        projection: Any = self.projections(0)[0]
+        return projection.out_features // (self.num_heads * (3 if self.family.fused_projections else 1))
+
+    def projections(self, block: int) -> list[nn.Module]:
+        """Query, key and value projection of a block, or the one layer that computes all three."""
+        attention = self.attention(block)
+        return [attention.get_submodule(name) for name in self.family.projections]
+
+    def key_value(self, block: int) -> tuple[tuple[nn.Module, slice], tuple[nn.Module, slice]]:
+        """For key and for value: the layer that computes them, and their columns in its output."""
+        found = self.projections(block)
+        if len(found) == 3:
+            return (found[1], slice(None)), (found[2], slice(None))
+        width = self.num_heads * self.head_dim
+        return (found[0], slice(width, 2 * width)), (found[0], slice(2 * width, None))
+
+    def is_gated(self, block: int) -> bool:
+        """Whether the MLP multiplies two branches (SwiGLU)."""
+        first: Any = self.norm_consumers(block, 1)
+        last: Any = self.mlp_out(block)
+        return len(first) > 1 or first[0].out_features != last.in_features
+
     def block_linears(self, block: int) -> dict[str, nn.Module]:
         """Linear layers of a block by their name relative to the block, in module order."""
         return {name: m for name, m in self.blocks[block].named_modules() if hasattr(m, "in_features")}
@@ -65,16 +89,15 @@ class Tower:
 
     def norm_consumers(self, block: int, number: int) -> list[nn.Linear]:
         """The linear layers that read the output of :meth:`norm`, all of them: query, key, value, or the MLP inputs."""
-        f = self.family
         if number == 0:
-            return [self.attention(block).get_submodule(name) for name in (f.query, f.key, f.value)]  # type: ignore[misc]
-        found = [_get(self.blocks[block], path) for path in f.mlp_in]
+            return self.projections(block)  # type: ignore[return-value]
+        found = [submodule(self.blocks[block], path) for path in self.family.mlp_in]
         return [m for m in found if m is not None]  # type: ignore[misc]
 
     def mlp_out_name(self, block: int) -> str:
         """Name, relative to the block, of the MLP output projection (fc2)."""
         for path in self.family.mlp_out:
-            if _get(self.blocks[block], path) is not None:
+            if submodule(self.blocks[block], path) is not None:
                 return path
         raise ValueError(f"Block {block} of {type(self.module).__name__} has none of {', '.join(self.family.mlp_out)}.")
 
@@ -98,7 +121,7 @@ def find_tower(model: nn.Module) -> Tower:
             if not cls.__module__.startswith("transformers."):
                 continue
             for family in FAMILIES:
-                if cls.__name__ in family.towers:
+                if cls.__name__ in family.towers and family.fits(module):
                     return Tower(module, name, family)
     raise ValueError(
         f"{type(model).__name__} contains no supported vision encoder. Supported: {supported_encoders()}. "

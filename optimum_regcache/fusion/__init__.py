@@ -87,7 +87,7 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
     if attention == "int8" and reason is not None:
         raise ValueError(f"attention='int8' needs the C++ operators: {reason} Use attention='auto'.")
     used = {"auto": "float32" if reason else "int8", "simulated": "simulated int8"}.get(attention, attention)
-    settings = FusionSettings(tower.config.hidden_act, used, native=reason is None)
+    settings = FusionSettings(tower.config.hidden_act, tower.num_heads, used, native=reason is None)
     prepare_tower(model)
     fused, skipped = [], {}
     for index, block in enumerate(tower.blocks):

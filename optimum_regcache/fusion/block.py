@@ -22,8 +22,7 @@ from optimum_regcache.fusion.gemm import Activation, PackedGemm, UnfusableError,
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.layers.linear import QuantLinear
-from optimum_regcache.registers import RegisterCache
-from optimum_regcache.registers.attention import widen_mask
+from optimum_regcache.registers.attention import active_registers, widen_mask
 from optimum_regcache.registers.cache import RegisterLayer
 from optimum_regcache.registers.neurons import RegisterNeuronActivation
 
@@ -38,11 +37,13 @@ class FusionSettings:
 
     Attributes:
         activation: transformers' name of the MLP's activation function.
+        heads: of attention.
         attention: "int8" where the input allows it, "float32", or "simulated int8" by its plain form in float32.
         native: use the C++ operators of this machine; int8 attention needs them.
     """
 
     activation: str
+    heads: int
     attention: str
     native: bool
 
@@ -68,19 +69,21 @@ class _Parts:
     """Everything derived from the state of a block."""
 
     def __init__(self, block: Any, family: EncoderFamily, settings: FusionSettings) -> None:
+        if family.rotary or family.fused_projections:
+            raise UnfusableError("rotary positions and packed sequences have no fused attention.")
         attention = block.get_submodule(family.attention)
         if attention.products is not None:
             raise UnfusableError("the attention products are simulated (attention.quantize).")
-        query, key, value, out, self.scaling_name, _ = attention.tower_names
-        self.attention, self.native = attention, settings.native
-        linears = [_linear(attention, name) for name in (query, key, value)]
-        self.heads = linears[0].out_features // attention.head_dim
-        self.int8_attention = settings.attention == "int8" and attention.head_dim <= MAX_HEAD_DIM
+        self.attention, self.native, self.heads = attention, settings.native, settings.heads
+        linears = [_linear(attention, name) for name in family.projections]
+        head_dim = linears[0].out_features // self.heads
+        self.scaling = head_dim**-0.5
+        self.int8_attention = settings.attention == "int8" and head_dim <= MAX_HEAD_DIM
         self.simulated_attention = settings.attention == "simulated int8"
         norms = [block.get_submodule(name) for name in family.norms]
         self.qkv = _Projections(norms[0], linears, self.native)
         scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
-        out_linear = _linear(attention, out)
+        out_linear = _linear(attention, family.out)
         self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
         self.mlp = _Mlp(block, family, norms[1], scales[1], settings)
         whole = self.native and self.int8_attention and native_ops.blocks_reason() is None
@@ -167,13 +170,11 @@ class FusedBlock:
                 logger.warning(f"Block {block.block_index} does not run fused any more: {error}")
         return self._parts is not None
 
-    def __call__(
-        self, block: Any, hidden: torch.Tensor, mask: torch.Tensor | None, past_key_values: RegisterCache | None
-    ) -> torch.Tensor:
+    def __call__(self, block: Any, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Block input [B, N, D] float32 -> output of the same shape."""
         parts: Any = self._parts
-        layer, copies = parts.attention.registers(past_key_values) or (RegisterLayer(), 1.0)
-        scaling = getattr(parts.attention, parts.scaling_name)
+        layer, copies = active_registers(parts.attention)
+        scaling = parts.scaling
         int8_attention = parts.int8_attention and mask is None and layer.get_seq_length() <= MAX_REGISTERS
         rows = (layer.keys, layer.values)
         if int8_attention and parts.whole is not None:
@@ -199,8 +200,7 @@ def _float_attention(
     if layer.get_seq_length():
         mask = widen_mask(mask, layer.get_seq_length(), copies, q)
         k, v = layer.update(k, v)
-    scaling = getattr(parts.attention, parts.scaling_name)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=parts.scaling).transpose(1, 2).flatten(2)
 
 
 def _whole(parts: _Parts, norms: Sequence[nn.LayerNorm]) -> tuple[Any, ...] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -45,10 +43,8 @@ def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
     r = config.registers
     if r.mode == "fixed":
         tower = find_tower(model)
-        heads = tower.config.num_attention_heads
-        width: Any = tower.attention(0).head_dim
-        like = next(tower.module.parameters())
-        rows = {b: like.new_full((heads, r.num_registers, width), float("nan")) for b in r.blocks}
+        like = tower.norm(0, 0).weight
+        rows = {b: like.new_full((tower.num_heads, r.num_registers, tower.head_dim), float("nan")) for b in r.blocks}
         set_registers(model, RegisterCache(rows, rows, len(tower.blocks), r.num_copies))
     else:
         set_registers(model, None)

@@ -138,7 +138,7 @@ def install_products(model: nn.Module, config: AttentionConfig, *, bypass: bool 
         products = None
         if config.quantize:
             device = next(tower.blocks[index].parameters()).device
-            products = AttentionProducts(tower.config.num_attention_heads, config, device)
+            products = AttentionProducts(tower.num_heads, config, device)
             for _, operand in products.operands():
                 operand.bypass = bypass
         attention.register_module("products", products)

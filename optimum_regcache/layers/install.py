@@ -43,7 +43,7 @@ def negative_scale(model: nn.Module, bits: int) -> torch.Tensor:
         ValueError: the MLP multiplies two branches (SwiGLU), or its activation function has no negative minimum.
     """
     tower = find_tower(model)
-    if not tower.mlp_out_name(0).endswith("fc2"):
+    if tower.is_gated(0):
         raise ValueError(
             "activations.post_activation='twin' needs an MLP whose output projection reads the activation function; this "
             "encoder multiplies it by a second branch (SwiGLU). Use post_activation='uniform'."

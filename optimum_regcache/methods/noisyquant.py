@@ -13,7 +13,7 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.layers.linear import QuantLinear, shift_bias
 from optimum_regcache.methods.base import Fit, Group, Method
 from optimum_regcache.methods.output_mse import search_input_scales
-from optimum_regcache.rewrites.norms import map_registers
+from optimum_regcache.rewrites.norms import map_registers, separate_projections
 
 
 def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> torch.Tensor:
@@ -139,7 +139,7 @@ class _OutputError:
 
 def _value_projection(fit: Fit, block: int) -> Any:
     tower = find_tower(fit.result)
-    return tower.attention(block).get_submodule(tower.family.value)
+    return tower.attention(block).get_submodule(separate_projections(tower)[2])
 
 
 def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:

@@ -1,7 +1,8 @@
 """Vision encoders with register injection: thin subclasses of the transformers models.
 
 They behave like their parents until registers or a deletion are installed (bit-identical outputs). ``forward`` takes the
-parent's arguments and ``past_key_values``, a `RegisterCache` that overrides the stored registers for that call.
+parent's arguments and ``register_cache`` (or ``past_key_values``, ``cache``), a `RegisterCache` that overrides the stored
+registers for that call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import (
     DeiTModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     Siglip2VisionModel,
     SiglipVisionModel,
     ViTModel,
@@ -24,6 +26,7 @@ from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import share_checkpoint_conversion
 from optimum_regcache.fusion import FusionReport, fuse, unfuse
 from optimum_regcache.registers import RegisterCache, get_register_cache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.registers.block import CACHE_NAMES, take_cache
 
 
 class RegCacheMixin:
@@ -82,26 +85,36 @@ class RegCacheMixin:
             )
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    def forward(self, *args: Any, past_key_values: RegisterCache | None = None, **kwargs: Any) -> Any:
-        """The parent's forward; ``past_key_values`` overrides the stored registers.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward. A `RegisterCache` passed as ``past_key_values``, ``cache`` or ``register_cache`` overrides the
+        stored registers for this call.
 
         Raises:
-            TypeError: ``past_key_values`` is not a `RegisterCache`.
-            ValueError: it was made for another number of blocks.
+            TypeError: one of these is not a `RegisterCache`.
+            ValueError: it was made for another number of blocks, or several were passed.
         """
-        if past_key_values is not None:
-            if not isinstance(past_key_values, RegisterCache):
+        for name in CACHE_NAMES:
+            if not isinstance(kwargs.get(name), RegisterCache | None):
                 raise TypeError(
-                    f"past_key_values must be a RegisterCache, got {type(past_key_values).__name__}. Build one with "
+                    f"{name} must be a RegisterCache, got {type(kwargs[name]).__name__}. Build one with "
                     "RegisterCache(keys, values, num_blocks)."
                 )
-            blocks = prepare_tower(self._module).num_blocks
-            if len(past_key_values.layers) != blocks:
-                raise ValueError(
-                    f"past_key_values is a cache for {len(past_key_values.layers)} blocks; this model has {blocks}."
-                )
-            kwargs["past_key_values"] = past_key_values
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        cache = take_cache(kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
+        if cache is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        runtime = prepare_tower(self._module)
+        if len(cache.layers) != runtime.num_blocks:
+            raise ValueError(
+                f"The register cache is for {len(cache.layers)} blocks; this model has {runtime.num_blocks}."
+            )
+        state = runtime.current
+        state.cache = cache
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.cache = None
 
 
 class RegCacheCLIPVisionModel(RegCacheMixin, CLIPVisionModel):
@@ -122,6 +135,10 @@ class RegCacheDinov2Model(RegCacheMixin, Dinov2Model):
 
 class RegCacheDinov2WithRegistersModel(RegCacheMixin, Dinov2WithRegistersModel):
     """`Dinov2WithRegistersModel` with a register cache beside its trained registers."""
+
+
+class RegCacheDINOv3ViTModel(RegCacheMixin, DINOv3ViTModel):
+    """`DINOv3ViTModel` with a register cache beside its trained registers; its rows carry no rotary position, like CLS."""
 
 
 class RegCacheViTModel(RegCacheMixin, ViTModel):

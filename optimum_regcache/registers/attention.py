@@ -1,4 +1,11 @@
-"""Injection of register rows into attention (RegCache A.7)."""
+"""Injection of register rows where an attention module calls transformers' attention interface (docs/method.md).
+
+The module keeps its class and its forward. Only its ``config`` is replaced by a view that names another attention function
+while there is something to inject; that function puts the rows before keys and values, widens the mask and delegates to the
+implementation that the model's config names at that moment. So every later ``set_attn_implementation`` is followed, nothing
+in the config changes, and what a forward does with its projections (rotary positions, norms of query and key, one product
+for all three) does not matter.
+"""
 
 from __future__ import annotations
 
@@ -8,60 +15,109 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.compat import attention_interface
-from optimum_regcache.registers.cache import RegisterCache, RegisterLayer
-from optimum_regcache.registers.swap import _Swapped
+from optimum_regcache.encoders.compat import base_attention, register_attention
+from optimum_regcache.registers.cache import RegisterLayer
+from optimum_regcache.registers.state import TowerRuntime
+
+INTERFACE = "regcache"
 
 
-class AttentionMixin(_Swapped):
-    """Self-attention whose keys and values start with register rows (RegCache A.7).
+class AttentionConfigView:
+    """The config of an attention module as the module sees it; all but the name of the attention function is the native one.
 
-    Buffers ``register_key`` and ``register_value`` [H, n, d] hold the stored registers; None where the block has none.
-    A `RegisterCache` passed as ``past_key_values`` takes their place. ``products`` computes the attention if it is there
-    (`optimum_regcache.layers.attention`: quantized operands).
+    Args:
+        owner: the attention module that holds the registers (buffers ``register_key`` and ``register_value`` [H, n, d], None
+            where the block has none) and ``products``, its quantized attention products, if there are any.
+        native: the config itself.
     """
 
-    block_index: int
-    products: nn.Module | None
-    tower_names: tuple[str, str, str, str, str, str]
-    register_key: torch.Tensor | None
-    register_value: torch.Tensor | None
+    def __init__(self, owner: nn.Module, native: Any) -> None:
+        self.owner, self.native = owner, native
 
-    def registers(self, past_key_values: RegisterCache | None) -> tuple[RegisterLayer, float] | None:
-        """The rows for this call and tau, or None."""
-        if past_key_values is not None:
-            layer = past_key_values.layers[self.block_index]
-            return (layer, past_key_values.num_copies) if layer.get_seq_length() else None
-        if self.register_key is None:
-            return None
-        return RegisterLayer(self.register_key, self.register_value), self.regcache.num_copies
+    @property
+    def _attn_implementation(self) -> str:
+        return INTERFACE if _is_active(self.owner) else self.native._attn_implementation
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: RegisterCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        registers = self.registers(past_key_values)
-        if registers is None and self.products is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        layer, copies = registers or (RegisterLayer(), 1.0)
-        module: Any = self
-        query, key, value, out, scaling, dropout = self.tower_names
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        q, k, v = (getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in (query, key, value))
-        mask, factor = widen_mask(attention_mask, layer.get_seq_length(), copies, q), getattr(module, scaling)
-        if self.products is not None:
-            rows = None if layer.keys is None else (layer.keys, layer.values)
-            output, weights = self.products(q, k, v, rows, mask, factor)
-        else:
-            k, v = layer.update(k, v)
-            attention = attention_interface(module, self._native)
-            rate = getattr(module, dropout) if module.training else 0.0
-            output, weights = attention(module, q, k, v, mask, scaling=factor, dropout=rate, **kwargs)
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return getattr(module, out)(output), weights
+    def __getattr__(self, name: str) -> Any:
+        if name in ("owner", "native") or name.startswith("__"):  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.native, name)
+
+
+def attach(attention: Any, caller: Any, runtime: TowerRuntime, block_index: int) -> None:
+    """Make ``attention`` ready for registers, in place.
+
+    Args:
+        attention: the attention module of a block; holds the buffers, so that checkpoint names do not depend on ``caller``.
+        caller: the module that calls the attention interface: ``attention`` itself, or its inner part.
+        runtime: of the tower.
+        block_index: 0-based.
+    """
+    attention.regcache, attention.block_index = runtime, block_index
+    attention.register_buffer("register_key", None)
+    attention.register_buffer("register_value", None)
+    attention.register_module("products", None)
+    caller.config = AttentionConfigView(attention, caller.config)
+
+
+def active_registers(attention: Any) -> tuple[RegisterLayer, float]:
+    """The rows for the pass under way and tau: those of the cache that was passed, else the stored ones; an empty layer if
+    there are none."""
+    cache = attention.regcache.current.cache
+    if cache is not None:
+        layer, copies = cache.layers[attention.block_index], cache.num_copies
+    else:
+        layer = RegisterLayer(attention.register_key, attention.register_value)
+        copies = attention.regcache.num_copies
+    return layer, copies if layer.keys is not None else 1.0
+
+
+def _is_active(attention: Any) -> bool:
+    state = attention.regcache.current
+    if attention.products is not None or state.mask is not None:
+        return True
+    if state.cache is not None:
+        return state.cache.layers[attention.block_index].keys is not None
+    return attention.register_key is not None
+
+
+def attention_with_registers(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention whose keys and values start with register rows (arXiv 2510.04547).
+
+    Args:
+        module: calls; its config is an `AttentionConfigView`.
+        query, key, value: [B, H, N, d], as the base implementation would get them.
+        attention_mask: None, bool, or additive float, [B or 1, 1, N or 1, N].
+        scaling: of the logits.
+        dropout: probability.
+        kwargs: passed on.
+
+    Returns:
+        (output [B, N, H, d], probabilities [B, H, N, n + N] or None).
+
+    Raises:
+        ValueError: the base implementation takes no additive masks, which a logit bias needs.
+    """
+    attention = module.config.owner
+    state = attention.regcache.current
+    layer, copies = active_registers(attention)
+    mask = state.mask if attention_mask is None else attention_mask
+    mask = widen_mask(mask, layer.get_seq_length(), copies, query)
+    if attention.products is not None:
+        rows = None if layer.keys is None else (layer.keys, layer.values)
+        return attention.products(query, key, value, rows, mask, scaling)
+    base = base_attention(module.config.native, type(module))
+    key, value = layer.update(key, value)
+    return base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def widen_mask(
@@ -85,3 +141,6 @@ def widen_mask(
     attention_mask = attention_mask.to(query.dtype)
     column = attention_mask.new_full((*attention_mask.shape[:-1], rows), bias)
     return torch.cat((column, attention_mask), -1).expand(-1, -1, tokens, -1)
+
+
+register_attention(INTERFACE, attention_with_registers)

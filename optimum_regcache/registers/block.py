@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from optimum_regcache.registers import deletion as D
-from optimum_regcache.registers.swap import _Swapped
+from optimum_regcache.registers.cache import RegisterCache
+from optimum_regcache.registers.swap import Swapped
 
 
-class EmbeddingsMixin(_Swapped):
+class EmbeddingsMixin(Swapped):
     """Notes the patch grid at the start of each pass."""
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -21,23 +22,24 @@ class EmbeddingsMixin(_Swapped):
         return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
 
-class BlockMixin(_Swapped):
+class BlockMixin(Swapped):
     """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block.
 
-    ``fused`` computes the block itself if it is there (`optimum_regcache.fusion`).
+    ``fused`` computes the block itself if it is there (`optimum_regcache.fusion`). ``takes_mask``: the native forward has an
+    argument ``attention_mask``; where it has none, the attention function takes the mask from the pass under way.
     Buffer ``rotation`` [D, D] of the first and last block: orthogonal, the residual stream between them is ``x @ rotation``.
     """
 
     block_index: int
+    takes_mask: bool
     rotation: torch.Tensor | None
     fused: Any = None
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        runtime = self.regcache
+        runtime, state = self.regcache, self.regcache.current
         if runtime.replay is not None and self.block_index <= runtime.replay.block:
             if self.block_index < runtime.replay.block:
                 return hidden_states
-            state = runtime.current
             if state.replayed is not None:
                 hidden_states = state.replayed.hidden
                 state.selection, state.valid = state.replayed.selection, state.replayed.valid
@@ -49,13 +51,38 @@ class BlockMixin(_Swapped):
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
             first: Any = runtime.first_block
             hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation, native)
-        selection = runtime.current.selection
-        if selection is not None:
-            attention_mask = D.narrow_mask(attention_mask, selection, hidden_states.dtype)
-        if fused is not None:
-            output = fused(self, hidden_states, attention_mask, kwargs.get("past_key_values"))
-        else:
-            output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        if state.selection is not None:
+            attention_mask = D.narrow_mask(attention_mask, state.selection, hidden_states.dtype)
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = D.narrow_positions(kwargs["position_embeddings"], state.selection)
+        cache = take_cache(kwargs)
+        before, state.cache = state.cache, state.cache if cache is None else cache
+        try:
+            if fused is not None:
+                output = fused(self, hidden_states, attention_mask)
+            elif self.takes_mask:
+                output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+            else:
+                state.mask = attention_mask
+                output = super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        finally:
+            state.cache, state.mask = before, None
         if self.block_index != runtime.num_blocks - 1:
             return output
         return runtime.leave(runtime.finish(output, native), self.rotation)
+
+
+CACHE_NAMES = ("past_key_values", "cache", "register_cache")
+
+
+def take_cache(kwargs: dict[str, Any]) -> RegisterCache | None:
+    """Remove the `RegisterCache` from the arguments of a forward and return it; transformers renamed the argument from
+    ``past_key_values`` to ``cache``, and ``register_cache`` is a name of our own.
+
+    Raises:
+        ValueError: more than one.
+    """
+    found = [name for name in CACHE_NAMES if isinstance(kwargs.get(name), RegisterCache)]
+    if len(found) > 1:
+        raise ValueError(f"A register cache was passed as {' and as '.join(found)}; give one of them.")
+    return kwargs.pop(found[0]) if found else None

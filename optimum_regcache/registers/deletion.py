@@ -121,6 +121,23 @@ def narrow_mask(attention_mask: torch.Tensor | None, selection: Selection, dtype
     return attention_mask.gather(3, kept[:, None, None, :].expand(-1, heads, attention_mask.shape[2], -1))
 
 
+def narrow_positions(positions: tuple[torch.Tensor, ...], selection: Selection) -> tuple[torch.Tensor, ...]:
+    """Rotary angles of the patches that were kept.
+
+    Args:
+        positions: cosine and sine, each [patches, d]; leading tokens have none.
+        selection: what was deleted.
+
+    Returns:
+        Each [B, 1, kept patches, d]; the same as ``positions`` where tokens stay in place.
+    """
+    if selection.kept is None:
+        return positions
+    lead = selection.num_prefix_tokens
+    patches = selection.kept[:, lead:] - lead
+    return tuple(angles[patches].unsqueeze(1) for angles in positions)
+
+
 def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Put the mean of the kept 8-neighbours on the patch grid into every deleted position.
 

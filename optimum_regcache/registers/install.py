@@ -1,4 +1,5 @@
-"""Wiring of registers and deletion into a vision tower, by class swap of its blocks, attention modules and embeddings.
+"""Wiring of registers and deletion into a vision tower: class swap of its blocks and embeddings, and a config view in its
+attention modules.
 
 The transformers forward functions stay as they are. Every swapped class is a subclass of the native one (hooks,
 ``isinstance`` checks and state-dict names keep working); with nothing installed it calls the native code, so outputs are
@@ -7,21 +8,22 @@ bit-identical.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.compat import attention_caller
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.registers.attention import AttentionMixin
+from optimum_regcache.registers.attention import attach
 from optimum_regcache.registers.block import BlockMixin, EmbeddingsMixin
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.state import TowerRuntime
-from optimum_regcache.registers.swap import _swap
+from optimum_regcache.registers.swap import swap
 
 
-def prepare_tower(model: nn.Module) -> TowerRuntime:
+def prepare_tower(model: torch.nn.Module) -> TowerRuntime:
     """Make the vision tower of ``model`` ready for registers and deletion, in place. Repeated calls change nothing.
 
     Raises:
@@ -33,21 +35,18 @@ def prepare_tower(model: nn.Module) -> TowerRuntime:
         return embeddings.regcache
     runtime = TowerRuntime(tower)
     runtime.first_block = tower.blocks[0]
-    _swap(embeddings, EmbeddingsMixin, runtime)
-    family = tower.family
+    swap(embeddings, EmbeddingsMixin, runtime)
     for index, block in enumerate(tower.blocks):
-        _swap(block, BlockMixin, runtime).block_index = index
-        block.register_buffer("rotation", None)
-        attention = _swap(tower.attention(index), AttentionMixin, runtime)
-        attention.block_index = index
-        attention.tower_names = (family.query, family.key, family.value, family.out, family.scaling, family.dropout)
-        attention.register_buffer("register_key", None)
-        attention.register_buffer("register_value", None)
-        attention.register_module("products", None)
+        takes_mask = "attention_mask" in inspect.signature(block.forward).parameters
+        swapped = swap(block, BlockMixin, runtime)
+        swapped.block_index, swapped.takes_mask = index, takes_mask
+        swapped.register_buffer("rotation", None)
+        attention = tower.attention(index)
+        attach(attention, attention_caller(attention), runtime, index)
     return runtime
 
 
-def set_registers(model: nn.Module, cache: RegisterCache | None) -> None:
+def set_registers(model: torch.nn.Module, cache: RegisterCache | None) -> None:
     """Store ``cache`` in the tower as ordinary buffers (None removes the registers), in the tower's dtype and device.
 
     Raises:
@@ -58,35 +57,27 @@ def set_registers(model: nn.Module, cache: RegisterCache | None) -> None:
         raise ValueError(
             f"The register cache is for {len(cache.layers)} blocks, {type(tower.module).__name__} has {len(tower.blocks)}."
         )
-    heads = tower.config.num_attention_heads
+    heads, width = tower.num_heads, tower.head_dim
     for index in cache.blocks if cache is not None else ():
-        keys, width = cache.rows(index)[0], tower.attention(index).head_dim  # type: ignore[union-attr]
+        keys = cache.rows(index)[0]  # type: ignore[union-attr]
         if keys.shape[0] != heads or keys.shape[2] != width:
             raise ValueError(
                 f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
                 f"[{heads}, registers, {width}]."
             )
-    for index, block in enumerate(tower.blocks):
+    for index in range(len(tower.blocks)):
         attention: Any = tower.attention(index)
         if cache is None or index not in cache.blocks:
             attention.register_key = attention.register_value = None
             continue
-        like = block.get_parameter(_norm_name(block))
+        like = tower.norm(index, 0).weight  # never quantized
         attention.register_key, attention.register_value = (
             rows.detach().to(like, copy=True).contiguous() for rows in cache.rows(index)
         )
     runtime.num_copies = 1.0 if cache is None else cache.num_copies
 
 
-def _norm_name(block: nn.Module) -> str:
-    """Name of a parameter that is never quantized: the first norm weight of the block."""
-    for name, module in block.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            return f"{name}.weight"
-    raise ValueError(f"{type(block).__name__} has no LayerNorm.")
-
-
-def get_register_cache(model: nn.Module) -> RegisterCache | None:
+def get_register_cache(model: torch.nn.Module) -> RegisterCache | None:
     """The registers stored in the tower, None if there are none."""
     runtime, tower = prepare_tower(model), find_tower(model)
     keys: dict[int, torch.Tensor] = {}
@@ -98,7 +89,7 @@ def get_register_cache(model: nn.Module) -> RegisterCache | None:
     return RegisterCache(keys, values, len(tower.blocks), runtime.num_copies) if keys else None
 
 
-def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
+def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
     """Choose which tokens the tower deletes.
 
     Raises:
@@ -107,6 +98,11 @@ def set_deletion(model: nn.Module, config: DeletionConfig) -> None:
     runtime, tower = prepare_tower(model), find_tower(model)
     if config.block is not None and config.block >= len(tower.blocks):
         raise ValueError(f"deletion.block={config.block}, but the encoder has blocks 0 to {len(tower.blocks) - 1}.")
+    if config.active and tower.family.packed:
+        raise ValueError(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence and merges neighbours after "
+            "its last block; no token of it can be deleted. Use registers alone (deletion.count=0, search.max_delete=0)."
+        )
     needs_grid = tower.family.always_mask or tower.is_backbone or type(model).__name__.endswith("MaskedImageModeling")
     if config.active and config.fill == "none" and needs_grid:
         raise ValueError(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, PaddingMask, move, visit_tokens
+from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower, visit_tokens
 from optimum_regcache.encoders.sharing import replace_value, shared_copy
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers.cache import RegisterCache
@@ -223,7 +223,7 @@ def _run(tower: Tower, batches: Iterable[Batch], handles: list[Any], padding: Pa
     try:
         for batch in batches:
             padding.start(batch)
-            tower.module(**move(batch, tower.module))
+            run_tower(tower, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -333,26 +333,24 @@ def register_cache_from_neurons(
         f"All register neurons are in block {depth - 1}, the last one: no attention follows that could read a register cache. "
         "zero_register_neurons alone takes their outliers away.",
     )
-    sums: dict[str, dict[int, torch.Tensor]] = {tower.family.key: {}, tower.family.value: {}}
+    sums: tuple[dict[int, torch.Tensor], ...] = ({}, {})  # keys, values
 
-    def hook(store: dict[int, torch.Tensor], block: int) -> Any:
+    def hook(store: dict[int, torch.Tensor], block: int, columns: slice) -> Any:
         def seen(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            row = output[:, tower.num_prefix_tokens].double().sum(0).cpu()
+            row = output[:, tower.num_prefix_tokens, columns].double().sum(0).cpu()
             store[block] = store[block] + row if block in store else row
 
         return seen
 
     handles = [
-        tower.attention(block).get_submodule(name).register_forward_hook(hook(store, block))
+        projection.register_forward_hook(hook(store, block, columns))
         for block in range(first, depth)
-        for name, store in sums.items()
+        for (projection, columns), store in zip(tower.key_value(block), sums, strict=True)
     ]
     _run(tower, tqdm(batches, desc="register cache", disable=not progress), handles, PaddingMask())
     images = sum(len(next(iter(batch.values()))) for batch in batches)
-    heads = tower.config.num_attention_heads
-    keys, values = (
-        {b: (s / images).float().reshape(heads, 1, -1) for b, s in store.items()} for store in sums.values()
-    )
+    heads = tower.num_heads
+    keys, values = ({b: (s / images).float().reshape(heads, 1, -1) for b, s in store.items()} for store in sums)
     return RegisterCache(keys, values, depth)
 
 
@@ -368,7 +366,7 @@ def _activation(tower: Tower, block: int) -> tuple[nn.Module, str]:
 
 def _check_plain_mlp(tower: Tower) -> None:
     require(
-        tower.mlp_out_name(0).endswith("fc2"),
+        not tower.is_gated(0),
         f"{type(tower.module).__name__} has an MLP that multiplies two branches (SwiGLU); register neurons are defined for "
         "fc2(act(fc1(x))) only. Use RegCache's own registers (registers.mode='search').",
     )
@@ -380,6 +378,11 @@ def _check_token(tower: Tower) -> None:
         not tower.is_backbone,
         f"{name} reshapes every hidden state to the patch grid, where a test-time register token has no place. Use the model "
         "class instead of the backbone, or zero_register_neurons (variant 'kv').",
+    )
+    require(
+        not tower.family.packed,
+        f"{name} packs the patches of all images into one sequence, where a test-time register token has no place. Use "
+        "zero_register_neurons (variant 'kv').",
     )
     require(
         not tower.family.always_mask,

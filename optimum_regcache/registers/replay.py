@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.passes import Batch, PaddingMask, move
+from optimum_regcache.encoders.passes import Batch, PaddingMask, num_images, run_tower
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.registers.state import BlockInput, Replay
@@ -64,7 +64,7 @@ class TokenSample:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None) -> None:
         self.lead = prepare_tower(model).num_prefix_tokens
-        images = sum(len(batch["pixel_values"]) for batch in batches)
+        images = sum(map(num_images, batches))
         self.per_image = None if limit is None else max(limit // images, self.lead + 1)
         self.padding, self._first = PaddingMask(), 0
 
@@ -140,9 +140,9 @@ def _run(
             for batch in batches:
                 if sample is not None:
                     sample.start(batch, first)
-                first += len(batch["pixel_values"])
+                first += num_images(batch)
                 with suppress(_StopPass):
-                    tower.module(**move(batch, model))
+                    run_tower(tower, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ import torch
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.tower import Tower
 from optimum_regcache.registers import deletion as D
+from optimum_regcache.registers.cache import RegisterCache
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class _Pass:
     selection: D.Selection | None = None
     valid: torch.Tensor | None = None
     replayed: BlockInput | None = None
+    cache: RegisterCache | None = None  # takes the place of the stored registers
+    mask: torch.Tensor | None = None  # of a block whose native forward takes none
 
 
 class _ThreadPass(_Pass, threading.local):

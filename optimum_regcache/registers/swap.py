@@ -9,8 +9,8 @@ from torch import nn
 from optimum_regcache.registers.state import TowerRuntime
 
 
-class _Swapped:
-    """Base of the mixins below; makes the dynamic classes copyable and picklable."""
+class Swapped:
+    """Base of the mixins; makes the dynamic classes copyable and picklable."""
 
     _native: type
     regcache: TowerRuntime
@@ -21,24 +21,24 @@ class _Swapped:
 
 
 def _rebuild(mixin: type, native: type) -> Any:
-    cls: Any = _swapped_class(mixin, native)
+    cls: Any = _class_of(mixin, native)
     return cls.__new__(cls)
 
 
-_SWAPPED: dict[tuple[type, type], type] = {}
+_CLASSES: dict[tuple[type, type], type] = {}
 
 
-def _swapped_class(mixin: type, native: type) -> type:
+def _class_of(mixin: type, native: type) -> type:
     key = (mixin, native)
-    if key not in _SWAPPED:
+    if key not in _CLASSES:
         # the native name is kept: repr, no-split rules and output recorders go by it
-        _SWAPPED[key] = type(native.__name__, (mixin, native), {"_native": native, "__module__": native.__module__})
-    return _SWAPPED[key]
+        _CLASSES[key] = type(native.__name__, (mixin, native), {"_native": native, "__module__": native.__module__})
+    return _CLASSES[key]
 
 
-def _swap(module: nn.Module, mixin: type, runtime: TowerRuntime) -> Any:
+def swap(module: nn.Module, mixin: type, runtime: TowerRuntime) -> Any:
     if not isinstance(module, mixin):
-        module.__class__ = _swapped_class(mixin, type(module))
+        module.__class__ = _class_of(mixin, type(module))
     target: Any = module
     target.regcache = runtime
     return target

@@ -65,7 +65,7 @@ def rescale_values(model: nn.Module, block: int, factor: torch.Tensor) -> None:
         ValueError: as :func:`rescale_norm`.
     """
     tower = find_tower(model)
-    value, out = attention_linears(tower, block, tower.family.value, tower.family.out)
+    value, out = attention_linears(tower, block, *separate_projections(tower)[2:], tower.family.out)
     factor = _positive(factor, value.weight)
     store(value.weight, exact(value.weight) / factor[:, None])
     if value.bias is not None:
@@ -146,6 +146,20 @@ def float_linear(module: nn.Module) -> nn.Linear:
             f"Rewrites change float linear layers, got {type(module).__name__}. Rewrite the model before it is quantized."
         )
     return module
+
+
+def separate_projections(tower: Tower) -> tuple[str, ...]:
+    """Names of query, key and value projection.
+
+    Raises:
+        ValueError: one layer computes all three.
+    """
+    if tower.family.fused_projections:
+        raise ValueError(
+            f"{tower.family.name} computes query, key and value in one layer; this rewrite needs them apart. Use a method "
+            "that does not change attention values."
+        )
+    return tower.family.projections
 
 
 def attention_linears(tower: Tower, block: int, *names: str) -> list[nn.Linear]:

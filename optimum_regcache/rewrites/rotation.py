@@ -18,6 +18,7 @@ from optimum_regcache.rewrites.norms import (
     exact,
     float_linear,
     map_registers,
+    separate_projections,
     store,
 )
 
@@ -126,11 +127,16 @@ def rotate_heads(model: nn.Module, seed: int = 0) -> None:
     Raises:
         ValueError: a quantized layer.
     """
-    tower, f = find_tower(model), find_tower(model).family
-    width = int(tower.attention(0).head_dim)  # type: ignore[arg-type]
+    tower = find_tower(model)
+    if tower.family.rotary:
+        raise ValueError(
+            f"{tower.family.name} rotates query and key by their position, and this rotation does not commute with one of the "
+            "heads. Use heads=false."
+        )
+    names, width = (*separate_projections(tower), tower.family.out), tower.head_dim
     matrix = orthogonal_matrix(width, seed)
     for block in range(len(tower.blocks)):
-        query, key, value, out = attention_linears(tower, block, f.query, f.key, f.value, f.out)
+        query, key, value, out = attention_linears(tower, block, *names)
         for linear in (query, key, value):
             h = matrix.to(linear.weight.device)
             store(linear.weight, (h.T @ exact(linear.weight).unflatten(0, (-1, width))).flatten(0, 1))

@@ -266,6 +266,8 @@ def smallest_patch_count(bench: Workbench, batch: Batch) -> int:
     if mask is not None:
         return int(mask.sum(1).min())
     tower = find_tower(bench.float_model)
+    if tower.family.packed:  # nothing can be deleted
+        return 0
     seen: list[int] = []
     handle = tower.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     try:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, PaddingMask, move
+from optimum_regcache.encoders.passes import Batch, PaddingMask, lone_token, run_tower
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.evaluation.outliers import cross_cosine
 from optimum_regcache.registers import RegisterCache
@@ -75,43 +75,43 @@ class MinedTokens:
 
 
 class _Recorder:
-    """Hooks that keep, for the batch under way, block inputs, fc2 input norms and projected K and V."""
+    """Hooks that keep, for the batch under way, block inputs, fc2 input norms and projected K and V.
+
+    Where query and key are rotated by their position, K is kept as it is before: a register has no position, like CLS.
+    """
 
     def __init__(self, tower: Tower, blocks: list[int], need_fc2: bool) -> None:
+        self.padding = PaddingMask()
         self.inputs: dict[int, torch.Tensor] = {}
         self.fc2: dict[int, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.handles: list[Any] = []
         for index in range(min(blocks), len(tower.blocks)):
-            attention = tower.attention(index)
-            width: int = attention.head_dim  # type: ignore[assignment]
-            for name, store in ((tower.family.key, self.keys), (tower.family.value, self.values)):
-                projection = attention.get_submodule(name)
-                self.handles.append(projection.register_forward_hook(self._projected(store, index, width)))
+            for (projection, columns), store in zip(tower.key_value(index), (self.keys, self.values), strict=True):
+                hook = self._projected(store, index, columns, tower.head_dim)
+                self.handles.append(projection.register_forward_hook(hook))
             if index in blocks:
                 self.handles.append(tower.blocks[index].register_forward_pre_hook(self._input(self.inputs, index)))
                 if need_fc2:
                     self.handles.append(tower.mlp_out(index).register_forward_pre_hook(self._norms(self.fc2, index)))
 
-    @staticmethod
-    def _projected(store: dict[int, torch.Tensor], index: int, width: int) -> Any:
+    def _projected(self, store: dict[int, torch.Tensor], index: int, columns: slice, width: int) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            store[index] = output.detach().reshape(*output.shape[:-1], -1, width)  # [B, N, H, d]
+            rows = self.padding.unpack(output.detach()[..., columns])
+            store[index] = rows.reshape(*rows.shape[:-1], -1, width)  # [B, N, H, d]
 
         return hook
 
-    @staticmethod
-    def _input(store: dict[int, torch.Tensor], index: int) -> Any:
+    def _input(self, store: dict[int, torch.Tensor], index: int) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            store[index] = args[0].detach()
+            store[index] = self.padding.unpack(args[0].detach())
 
         return hook
 
-    @staticmethod
-    def _norms(store: dict[int, torch.Tensor], index: int) -> Any:
+    def _norms(self, store: dict[int, torch.Tensor], index: int) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            store[index] = args[0].detach().abs().amax(-1).float()
+            store[index] = self.padding.unpack(args[0].detach().abs().amax(-1).float())
 
         return hook
 
@@ -153,15 +153,16 @@ def mine_tokens(
         ValueError: no images, or an unknown ``score_site``.
     """
     require(score_site in ("block_input", "fc2_input"), f"Unknown score_site {score_site!r}.")
-    tower, padding = find_tower(float_model), PaddingMask()
+    tower = find_tower(float_model)
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(tower, blocks, score_site == "fc2_input")
+    padding = recorder.padding
     best: dict[int, MinedTokens] = {}
     seen = 0
     try:
         for batch in tqdm(batches, desc="mining tokens", disable=not progress):
             padding.start(batch)
-            tower.module(**move(batch, float_model))
+            run_tower(tower, batch)
             for block in blocks:
                 state = recorder.inputs[block]
                 valid = padding.valid(state.shape[0], state.shape[1], state.device).clone()
@@ -237,15 +238,15 @@ def isolated_cache(
     tower = find_tower(float_model)
     recorder = _Recorder(tower, [start_block], False)
     try:
-        hidden = state.reshape(1, 1, -1).to(next(tower.module.parameters()))
+        hidden, arguments = lone_token(tower, state)
         for block in tower.blocks[start_block:]:
-            output = block(hidden, None)
+            output = block(hidden, **arguments)
             hidden = output[0] if isinstance(output, tuple) else output
     finally:
         recorder.remove()
 
     def row(store: dict[int, torch.Tensor], block: int) -> torch.Tensor:
-        return store[block][0, 0].float().cpu().unsqueeze(1)  # [H, 1, d]
+        return store[block].flatten(0, -3)[0].float().cpu().unsqueeze(1)  # [H, 1, d]
 
     return RegisterCache(
         {b: row(recorder.keys, b) for b in blocks}, {b: row(recorder.values, b) for b in blocks}, len(tower.blocks)
