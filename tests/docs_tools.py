@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FENCE = re.compile(r"(?:<!-- test: skip (?P<skip>[^\n]+?) -->\n)?^(?P<fence>```+)(?P<kind>\w*)\n(?P<text>.*?)^(?P=fence)$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:<!-- test: skip (?P<skip>[^\n]+?) -->\n)?^(?P<fence>```+)(?P<kind>\w*)\n(?P<text>.*?)^(?P=fence)$", re.M | re.S
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

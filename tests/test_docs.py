@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 from docs_tools import LINK, ROOT, anchors, blocks, commands, pages, prose, tracked
+from optimum.commands.register.register_regcache import RegCacheCommand
 
 import optimum_regcache
-from optimum.commands.register.register_regcache import RegCacheCommand
 from optimum_regcache.methods.registry import METHODS
 
+# sections of notes that are not in the repository: a capital letter, a point and a number, or "methods" and such a section
+DANGLING = re.compile(
+    r"(?<![\w.])[A-L]\.\d+(?:-\d+)?(?![\w.]*\()\b|\b[Mm]ethods?(?:\.md)?,? (?:section )?[A-L0]\b[.)]|\b[Mm]ethod\s+notes\b"
+)
 REFERENCE = ROOT / "docs" / "reference"
 COMMON = ("quantize", "analyze", "evaluate")
 
@@ -124,3 +128,28 @@ def test_code_cites_sections_that_exist() -> None:
     for path in tracked("*.py", "*.md", "*.cpp", "*.h"):
         cited |= set(re.findall(r"docs/method\.md (\d+(?:\.\d+)?)", path.read_text(encoding="utf-8")))
     assert cited <= numbers, f"no such section of docs/method.md: {sorted(cited - numbers)}"
+
+
+@pytest.mark.parametrize(
+    "text", ["(A.8)", "A.7-2, J.6", "(RegCache A.4 to A.8)", "methods I.2", "(methods 0.3)", "H.10:"]
+)
+def test_a_dangling_reference_is_recognised(text: str) -> None:
+    assert DANGLING.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["docs/method.md 11.4", "arXiv 2106.08295, 3.1", "D.Selection", "methods A and B", "W.T @ x"]
+)
+def test_other_texts_are_no_dangling_reference(text: str) -> None:
+    assert not DANGLING.search(text)
+
+
+def test_nothing_cites_what_is_not_in_the_repository() -> None:
+    found = []
+    for path in tracked("*.py", "*.md", "*.cpp", "*.h", "*.yaml", "*.yml", "*.cfg", "*.toml", "Makefile", ".ci/*"):
+        if path == Path(__file__).resolve():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if DANGLING.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "Cite docs/method.md, or a paper with its equation:\n" + "\n".join(found)

@@ -98,7 +98,9 @@ def test_no_entry_is_left_over() -> None:
 
 
 def test_an_entry_says_cause_and_cure() -> None:
-    rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = [
+        line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
     bad = [row for row in rows if len(row) != 3 or not all(cell.strip() for cell in row)]
     assert len(rows) > 100
     assert not bad

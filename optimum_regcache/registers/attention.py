@@ -1,4 +1,4 @@
-"""Injection of register rows into attention (RegCache A.7)."""
+"""Injection of register rows into attention (docs/method.md 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum_regcache.registers.swap import _Swapped
 
 
 class AttentionMixin(_Swapped):
-    """Self-attention whose keys and values start with register rows (RegCache A.7).
+    """Self-attention whose keys and values start with register rows (docs/method.md 4).
 
     Buffers ``register_key`` and ``register_value`` [H, n, d] hold the stored registers; None where the block has none.
     A `RegisterCache` passed as ``past_key_values`` takes their place. ``products`` computes the attention if it is there
