@@ -12,6 +12,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from markdown.extensions.toc import slugify
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         parts += [LINK.sub(rewritten, markdown[last:start]), markdown[start:end]]
         last = end
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Make "docs/method.md 4", as docstrings cite the algorithm, a link to that section."""
+    headings = re.findall(r"^#{2,3} ((\d+(?:\.\d+)?)\.? .+)$", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M)
+    sections = {number: slugify(heading, "-") for heading, number in headings}
+    method = posixpath.relpath("method.html", posixpath.dirname(page.file.dest_uri) or ".")
+
+    def linked(match: re.Match[str]) -> str:
+        if match[1] not in sections:
+            return match[0]
+        return f'<a href="{method}#{sections[match[1]]}">method {match[1]}</a>'
+
+    return re.sub(r"docs/method\.md (\d+(?:\.\d+)?)", linked, html)
 
 
 def _in_repository(page: str, link: str) -> str | None:
