@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OUT ?= regcache-out
+# the extra "docs" of setup.cfg, without the package and its requirements
+DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo test slow lint types bench bench-profile bench-methods clean
+.PHONY: demo test slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -24,6 +26,11 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# the site, from docs/ and the docstrings, into site/; every warning is an error. In an environment of its own: it reads the
+# package and imports nothing of it
+docs: $(VENV)-docs/ready
+	$(VENV)-docs/bin/mkdocs build --strict
 
 # CPU time and memory against other runtimes; most of an hour on two idle cores
 bench: $(VENV)/ready
@@ -45,5 +52,10 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
+$(VENV)-docs/ready: setup.cfg
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-docs site $(OUT) build dist *.egg-info

@@ -239,7 +239,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Methods alone and under registers",
         "",
-        "Written by `make bench-methods`; see docs/methods.md for how to read it.",
+        "Written by `make bench-methods`; see methods-discussion.md for how to read it.",
         "",
     ]
     for run, head in results["runs"].items():

@@ -1,4 +1,4 @@
-"""Markdown tables of one or several runs of `bench_cpu_int8.py`, as they stand in docs/performance.md.
+"""Markdown tables of one or several runs of `bench_cpu_int8.py`, as they stand in docs/results/performance.md.
 
 python benchmarks/cpu_report.py benchmarks/results/cpu_int8_fused_run1.json benchmarks/results/cpu_int8_fused_run2.json
 """

@@ -136,7 +136,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         work_dir: str | Path | None = None,
         progress: bool = True,
     ) -> FitResult:
-        """Find the sensitive block, the register, its place, tau and k~ (A.4 to A.8).
+        """Find the sensitive block, the register, its place, tau and k~ (docs/method.md 2 to 9).
 
         Args:
             dataset: reference images: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``. They are divided
@@ -150,7 +150,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             progress: show progress bars.
 
         Returns:
-            The result, also kept for :meth:`quantize`.
+            The result, also kept for `quantize`.
 
         Raises:
             ValueError: settings that do not fit the model or the data.
@@ -183,7 +183,7 @@ class RegCacheQuantizer(OptimumQuantizer):
     ) -> PreTrainedModel:
         """Quantize a copy of the model.
 
-        Registers are taken from an earlier :meth:`fit` with the same bits. Without one, ``registers.mode="search"`` (the
+        Registers are taken from an earlier `fit` with the same bits. Without one, ``registers.mode="search"`` (the
         presets) runs the search on ``calibration_dataset``; ``"fixed"`` mines the registers for the given blocks;
         ``"none"`` is plain quantization.
 

@@ -17,7 +17,7 @@ def epilogue_attention(
     tau: float,
     token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention with tau copies of one register in form 2 of A.7: ``o' = (1 - p) o + p v`` behind ordinary attention.
+    """Attention with tau copies of one register behind ordinary attention (docs/method.md 5): ``o' = (1 - p) o + p v``.
 
     Args:
         attention: the module whose projections are used.

@@ -1,4 +1,4 @@
-"""Token deletion in the models: which tokens go, what the others compute, what fills the gaps (RegCache A.7, step D)."""
+"""Token deletion in the models: which tokens go, what the others compute, what fills the gaps (docs/method.md 6 and 7)."""
 
 from __future__ import annotations
 

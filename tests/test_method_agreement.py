@@ -1,5 +1,6 @@
 """The published methods against plain loops in float64 written from the papers' formulas; the loops use nothing of the
-package. Stored values are in `test_method_golden.py`, the comparison with the authors' code in docs/method-agreement.md."""
+package. Stored values are in `test_method_golden.py`, the comparison with the authors' code in
+docs/results/method-agreement.md."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def gelu_twin(value: float, step: float, negative_step: float, bits: int) -> flo
 
 
 def softmax_twin(value: float, split: float, bits: int) -> float:
-    """B.5: R1 = [0, 2^(k-1) D1) with step D1, else R2 with step D2 = 1 / 2^(k-1)."""
+    """docs/method.md 11.4: R1 = [0, 2^(k-1) D1) with step D1, else R2 with step D2 = 1 / 2^(k-1)."""
     levels = 2 ** (bits - 1)
     fine, coarse = split / levels, 1 / levels
     step = fine if value < levels * fine else coarse
@@ -51,7 +52,7 @@ def softmax_twin(value: float, split: float, bits: int) -> float:
 
 
 def logarithmic(value: float, scale: float, bits: int, base: float) -> float:
-    """C.4: s base^-q; what needs more than 2^b codes, and zero, become 0."""
+    """docs/method.md 11.5: s base^-q; what needs more than 2^b codes, and zero, become 0."""
     if value == 0:
         return 0.0
     code = round(-math.log(value / scale) / math.log(base))
@@ -110,7 +111,7 @@ def test_logarithmic_codes_follow_the_formula(bits: int, half_steps: bool) -> No
 
 
 def percentile_qparams(values: Array, bits: int) -> tuple[float, float]:
-    """C.2: step and zero point of the best of three percentile ranges."""
+    """docs/method.md 11.5: step and zero point of the best of three percentile ranges."""
     best = (math.inf, 0.0, 0.0)
     for p in (0.999, 0.9999, 0.99999):
         low, high = np.quantile(values, 1 - p), np.quantile(values, p)

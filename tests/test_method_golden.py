@@ -1,5 +1,5 @@
 """The methods' searches against stored values: the package's own, from a state that agreed with the authors' code
-(docs/method-agreement.md). A deliberate change of a method rewrites them with
+(docs/results/method-agreement.md). A deliberate change of a method rewrites them with
 
     python tests/test_method_golden.py
 """

@@ -1,4 +1,4 @@
-"""Property tests of the twin and logarithmic quantizers, asymmetric weights and the percentile range (methods K)."""
+"""Property tests of the twin and logarithmic quantizers, asymmetric weights and the percentile range."""
 
 from __future__ import annotations
 

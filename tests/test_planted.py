@@ -141,7 +141,7 @@ def test_norms_before_and_after(fitted, bench, report):
 
 
 def test_float_output_is_kept_with_the_prefix(fitted, bench, report):
-    """A.6: with the correct cache the cosine of the float model to itself stays above 0.9."""
+    """docs/method.md 4: with the correct cache the cosine of the float model to itself stays above 0.9."""
     _, fit = fitted
     batches, _ = report
     reference = encode(bench.float_model, batches)

@@ -130,7 +130,7 @@ def test_it_follows_the_paper_and_says_what_was_measured(name: str) -> None:
     assert recipe.model
     assert (recipe.dataset is None) == (recipe.model in reference.names())  # reference encoders render their own images
     if name in OFFLINE:
-        assert "docs/results.md" in recipe.notes
+        assert "docs/results/accuracy.md" in recipe.notes
     else:
         assert recipe.notes.startswith("Not measured by this project: the weights need the Hub. Target in the paper")
     zero_shot = ARCHITECTURES.get(str(recipe.model), "").endswith("_dual")

@@ -1,5 +1,5 @@
-"""The shipped encoders have the disease they are shipped for (methods.md A.2), on scenes that training never saw; the control
-has not. Figures are those of docs/reference-encoders.md, with room for other machines."""
+"""The shipped encoders have the disease they are shipped for (docs/method.md 1), on scenes that training never saw; the control
+has not. Figures are those of docs/results/reference-encoders.md, with room for other machines."""
 
 from __future__ import annotations
 

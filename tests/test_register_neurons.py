@@ -79,7 +79,7 @@ def activations(tiny: TinyModel, model: Any, block: int, inputs: Any = None) -> 
 
 
 def moved_slowly(raw: torch.Tensor, units: list[int], lead: int) -> torch.Tensor:
-    """G.3, one number at a time."""
+    """docs/method.md 11.12, one number at a time."""
     z = raw.clone()
     for image in range(z.shape[0]):
         for unit in units:

@@ -1,4 +1,4 @@
-"""Registers at run time: exact equivalences, independence, bookkeeping (RegCache A.7, acceptance tests K)."""
+"""Registers at run time: exact equivalences, independence, bookkeeping (docs/method.md 4 and 5)."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_the_same_seed_gives_the_same_search():
 
 
 def test_isolated_copies_give_the_same_rows_as_one():
-    """A.6 b: tau identical tokens attending only to each other have the K and V of a single one."""
+    """docs/method.md 4: tau identical tokens attending only to each other have the K and V of a single one."""
     model = tiny()
     state = torch.randn(64, generator=torch.Generator().manual_seed(2))
     cache = isolated_cache(model, state, 1, (1, 2, 3))

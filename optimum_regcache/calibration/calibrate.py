@@ -78,7 +78,7 @@ def calibrate(
     """Static scales of every module, and of every attention operand, that ``config`` quantizes.
 
     The float model runs with whatever registers and deletion are installed in it: prefix rows never pass through a linear
-    layer, so they cannot enter the statistics (A.13-3); padding rows are left out.
+    layer, so they cannot enter the statistics (docs/method.md 4); padding rows are left out.
 
     Args:
         float_model: unquantized model with its `prepare_tower` wiring.

@@ -48,7 +48,7 @@ def _nothing_observed() -> ValueError:
 
 
 class MinMaxObserver(Observer):
-    """Running minimum and maximum (H.1). Independent of batch order."""
+    """Running minimum and maximum (docs/method.md 11.1). Independent of batch order."""
 
     def __init__(self, config: ActivationsConfig) -> None:
         super().__init__(config)
@@ -140,7 +140,7 @@ class _HistogramObserver(Observer):
 
 
 class PercentileObserver(_HistogramObserver):
-    """Range that leaves ``100 - percentile`` percent of the values outside (H.2).
+    """Range that leaves ``100 - percentile`` percent of the values outside (docs/method.md 11.1).
 
     Symmetric: percentile of |x|; otherwise that share is cut from each tail separately.
     """
@@ -155,7 +155,7 @@ def _quantile_bin(counts: torch.Tensor, keep: float) -> int:
 
 
 class MSEObserver(_HistogramObserver):
-    """Range that minimises the squared quantization error over 100 shrink factors of the full range (H.3)."""
+    """Range that minimises the squared quantization error over 100 shrink factors of the full range (docs/method.md 11.1)."""
 
     def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         centres = self._centres().float()
@@ -170,7 +170,7 @@ class MSEObserver(_HistogramObserver):
 
 
 class PercentileMSEObserver(_HistogramObserver):
-    """The range among a few percentiles that minimises the squared quantization error (RepQ-ViT, C.2), to a bin's width."""
+    """The range of least squared error among a few percentiles, to a bin's width (docs/method.md 11.5)."""
 
     def _histogram_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         used = self._counts > 0
@@ -199,8 +199,8 @@ class ProbabilityObserver:
     """Parameter of a probability quantizer from a sample of the probabilities.
 
     ``uniform``: the upper end by ``config.observer``; ``log2``, ``log_sqrt2``: the scale among a few upper percentiles with
-    the smallest squared error (RepQ-ViT, C.4); ``twin``: the split 2^-i, i = 0 .. 19, with the smallest squared error
-    (PTQ4ViT, B.5; the method searches it again by the error of AV).
+    the smallest squared error (docs/method.md 11.5); ``twin``: the split 2^-i, i = 0 .. 19, with the smallest squared error
+    (docs/method.md 11.4; the method searches it again by the error of AV).
     """
 
     LIMIT = 2**20

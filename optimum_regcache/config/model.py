@@ -126,7 +126,7 @@ class RegCacheConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str) -> RegCacheConfig:
-        """One of :data:`PRESETS`: ``w8a8``, ``w6a6``, ``w4a4`` (static per tensor), ``w8a8-dynamic`` (per token).
+        """One of `PRESETS`: ``w8a8``, ``w6a6``, ``w4a4`` (static per tensor), ``w8a8-dynamic`` (per token).
 
         Raises:
             ValueError: unknown preset.
@@ -163,7 +163,7 @@ class RegCacheConfig(QuantizationConfigMixin):
 
     @property
     def protocol(self) -> str:
-        """Which matrix products are quantized; numbers under different protocols are not comparable (methods 0.3)."""
+        """Which matrix products are quantized; numbers under different protocols are not comparable (docs/method.md 1)."""
         return "linear layers and attention products" if self.attention.quantize else "linear layers"
 
     @property
@@ -205,7 +205,7 @@ class RegCacheConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> RegCacheConfig:
-        """Read a config written by :meth:`to_yaml`; ``source`` is a file.
+        """Read a config written by `to_yaml`; ``source`` is a file.
 
         Raises:
             ValueError: not a mapping, or not a valid config.

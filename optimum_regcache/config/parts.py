@@ -12,13 +12,13 @@ ACTIVATION_OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "percen
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Weight quantization of the linear layers (methods: s = max|w| / (2^(b-1) - 1)).
+    """Weight quantization of the linear layers, s = max|w| / (2^(b-1) - 1) (docs/method.md 1).
 
     Attributes:
         bits: 2 to 8.
         granularity: ``per_channel`` (one scale per output row, shape [out]) or ``per_tensor`` (shape [1]).
         observer: ``minmax``, ``mse`` (scale that minimises the squared weight error) or ``percentile_mse`` (the range with
-            the smallest squared error among a few percentiles: RepQ-ViT, C.2).
+            the smallest squared error among a few percentiles: docs/method.md 11.5).
         symmetric: zero point fixed at 0, otherwise free (one per scale).
     """
 
@@ -46,18 +46,18 @@ class ActivationsConfig:
         granularity: ``per_tensor``; ``per_token`` (one scale per row, shape [..., 1]) needs ``mode="dynamic"``.
         symmetric: zero point fixed at 0, otherwise free.
         observer: static only: ``minmax``, ``moving_average``, ``percentile``, ``mse`` or ``percentile_mse`` (the range with the
-            smallest squared error among a few percentiles: RepQ-ViT, C.2).
+            smallest squared error among a few percentiles: docs/method.md 11.5).
         percentile: upper percentile in percent kept by ``observer="percentile"``.
         momentum: weight of the past in ``observer="moving_average"``.
         outlier_tokens: ``clip`` (they are quantized like all others), or ``per_token``: static, symmetric only. The static
             scale is that of the normal tokens, and a token beyond its range gets a scale of its own at run time
-            (the paper's oracle as a method, A.12, J.9).
+            (the paper's oracle as a method: docs/method.md 11.3).
         outlier_ratio: with ``per_token``: tokens of more than this many times the median l_inf norm of their image do not
             take part in the calibration.
         post_activation: quantizer of the MLP output projection's input: ``uniform``, or ``twin`` (two scales, negative and
-            positive values: PTQ4ViT, B.6; static, symmetric only).
-        mlp_out_offset: the MLP output projection adds a stored vector to its input before quantizing it (NoisyQuant, D.1).
-        mlp_out_hadamard: the MLP output projection transforms its input by a block Hadamard matrix (H.6).
+            positive values: docs/method.md 11.4; static, symmetric only).
+        mlp_out_offset: the MLP output projection adds a stored vector to its input before quantizing it (docs/method.md 11.6).
+        mlp_out_hadamard: the MLP output projection transforms its input by a block Hadamard matrix (docs/method.md 11.9).
     """
 
     bits: int = 8
@@ -107,14 +107,14 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class RegistersConfig:
-    """The prefixed register cache (RegCache A.6, A.7).
+    """The prefixed register cache (docs/method.md 4).
 
     Attributes:
         mode: ``search`` (to be found by `RegCacheQuantizer.fit`), ``fixed`` (positions below are final), ``none``
             (not "off", which YAML reads as false).
         blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
         num_registers: distinct rows of K and V per block.
-        num_copies: tau; copies of a row are one row with logit bias ln(tau) (A.7-1, exact), so it need not be an integer.
+        num_copies: tau; copies of a row are one row with logit bias ln(tau) (docs/method.md 5), so it need not be an integer.
         kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone).
     """
 
@@ -150,7 +150,7 @@ class RegistersConfig:
 
 @dataclass(frozen=True)
 class DeletionConfig:
-    """Deletion of the outlier tokens that still appear (RegCache A.7, step D).
+    """Deletion of the outlier tokens that still appear (docs/method.md 6).
 
     Attributes:
         block: 0-based block at whose input tokens are ranked by norm; None when nothing is deleted.
@@ -222,9 +222,9 @@ class ModulesConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Quantization of the two attention products, QK^T and AV (methods 0.3). Simulated on every machine.
+    """Quantization of the two attention products, QK^T and AV (docs/method.md 1). Simulated on every machine.
 
-    Register rows and the probabilities that fall on them stay float (A.13-3).
+    Register rows and the probabilities that fall on them stay float (docs/method.md 4).
 
     Attributes:
         quantize: whether query, key, probabilities and value are quantized. False is the protocol "linear layers", true the
@@ -232,8 +232,8 @@ class AttentionConfig:
         bits: 2 to 8, of all four operands.
         symmetric: zero point of query, key and value fixed at 0, otherwise free. Probabilities have their own forms.
         granularity: of query, key and value: ``per_tensor`` (scale [1]) or ``per_head`` (scale [H]).
-        probabilities: ``uniform`` (2^b levels on [0, s]), ``twin`` (two ranges: PTQ4ViT, B.5), ``log2`` or ``log_sqrt2``
-            (RepQ-ViT, C.4).
+        probabilities: ``uniform`` (2^b levels on [0, s]), ``twin`` (docs/method.md 11.4), ``log2`` or ``log_sqrt2``
+            (docs/method.md 11.5).
         observer: as in `ActivationsConfig`; for query, key, value and the upper end of the probabilities.
     """
 
@@ -258,9 +258,9 @@ class RewritesConfig:
 
     Attributes:
         rotation: the residual stream inside the blocks is rotated: the first block multiplies its input by a stored
-            orthogonal matrix, the last one turns its output back (H.6).
+            orthogonal matrix, the last one turns its output back (docs/method.md 11.9).
         register_neurons: ``"block:neuron"`` of the MLP hidden units whose activation a test-time register takes over
-            (arXiv 2506.08010, G.3): one token that starts at zero is added after the leading tokens and dropped after the
+            (docs/method.md 11.12): one token that starts at zero is added after the leading tokens and dropped after the
             last block.
     """
 

@@ -16,7 +16,7 @@ from optimum_regcache.config.validation import build_part, check_types, require
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How registers and deletion are searched (RegCache A.4 to A.8).
+    """How registers and deletion are searched (docs/method.md 2 to 9).
 
     Attributes:
         strategy: ``v4`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of each start
@@ -217,7 +217,7 @@ class Recipe:
         return replace(self, quantization=config)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested mapping that :meth:`from_dict` reads."""
+        """Nested mapping that `from_dict` reads."""
         plain = {
             name: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(getattr(self, name)).items()}
             for name in ("search", "data")

@@ -33,7 +33,7 @@ class Objective(ABC):
 
 
 class CosineObjective(Objective):
-    """Cosine between the features of a model and those of the float model (J.1); needs no labels.
+    """Cosine between the features of a model and those of the float model (docs/method.md 8); needs no labels.
 
     Args:
         float_model: the reference; its features are computed once.

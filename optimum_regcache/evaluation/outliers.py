@@ -1,7 +1,7 @@
 """Outlier tokens: how many an image has, from which block on, how alike they are, and whether they lie on the background.
 
-These are the observations RegCache rests on (A.2): a few tokens without content, nearly the same vector in every image, far
-above the median from a middle block on.
+These are the observations RegCache rests on (docs/method.md 1): a few tokens without content, nearly the same vector in
+every image, far above the median from a middle block on.
 """
 
 from __future__ import annotations

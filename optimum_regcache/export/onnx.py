@@ -231,7 +231,7 @@ def _no_mask(**kwargs: Any) -> None:
 
 @contextmanager
 def _export_attention(tower: Any) -> Iterator[None]:
-    """The tower computes its attention by :func:`_attention`, without masks."""
+    """The tower computes its attention by `_attention`, without masks."""
     AttentionInterface.register(EXPORT_ATTENTION, _attention)
     AttentionMaskInterface.register(EXPORT_ATTENTION, _no_mask)
     before = tower.config._attn_implementation

@@ -53,7 +53,7 @@ class FusionReport:
 def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = None) -> FusionReport:
     """Make the blocks of a quantized encoder run as fused int8 operations on the CPU, in place.
 
-    Modules, parameters, ``state_dict`` and `save_pretrained` stay the same, and :func:`unfuse` undoes it. Copies and pickles
+    Modules, parameters, ``state_dict`` and `save_pretrained` stay the same, and `unfuse` undoes it. Copies and pickles
     of the model are fused too. A block whose form of quantization has no fused execution runs as before, and so does every
     block when attention weights are asked for (``output_attentions=True``), in training mode, and in other dtypes than
     float32. Hooks on modules inside a fused block do not fire; hooks on blocks do.
@@ -61,8 +61,8 @@ def fuse(model: nn.Module, *, attention: str = "auto", native: bool | None = Non
     Args:
         model: a quantized encoder, or a model around it.
         attention: "int8" computes the attention products in int8 with scales taken from the tensors at hand; it costs a
-            little accuracy beyond the linear layers (docs/performance.md). "float32" keeps scaled dot product attention.
-            "simulated" is int8 attention computed in float32, on every machine: slow, to measure its accuracy.
+            little accuracy beyond the linear layers (docs/results/performance.md). "float32" keeps scaled dot product
+            attention. "simulated" is int8 attention computed in float32, on every machine: slow, to measure its accuracy.
             "auto" is int8 where the C++ operators can be built.
         native: use the C++ operators; None uses them where they can be built, False never.
 

@@ -77,7 +77,7 @@ def int8_attention(
 
     Scales are computed from the tensors at hand: one per token for queries and keys, one per channel for values. The
     probabilities of image tokens are u8 relative to the largest of their row, and are renormalised by the sum of their
-    codes. Register rows are computed in float32 and stay outside the range of the codes (methods A.7-2, J.6): the output is
+    codes. Register rows are computed in float32 and stay outside the range of the codes (docs/method.md 5): the output is
     ``(1 - p) o + p v_r`` exactly as if they stood among the keys.
 
     Args:

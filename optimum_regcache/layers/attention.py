@@ -68,7 +68,7 @@ class Operand(nn.Module):
 class AttentionProducts(nn.Module):
     """``softmax(Q K^T s + mask) V`` whose operands pass through `Operand` modules.
 
-    Register rows and the probabilities on them stay float (A.13-3): they are constants of their own range.
+    Register rows and the probabilities on them stay float (docs/method.md 4): they are constants of their own range.
     """
 
     def __init__(self, heads: int, config: AttentionConfig, device: torch.device | None = None) -> None:

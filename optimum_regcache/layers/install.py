@@ -37,7 +37,7 @@ def site_activations(config: RegCacheConfig, site: Site) -> ActivationsConfig:
 
 
 def negative_scale(model: nn.Module, bits: int) -> torch.Tensor:
-    """Step of the negative values after the tower's activation function (PTQ4ViT, B.6): ``|min act| / 2^(b-1)``, 0-dim.
+    """Step of the negative values after the tower's activation function (docs/method.md 11.4): ``|min act| / 2^(b-1)``, 0-dim.
 
     Raises:
         ValueError: the MLP multiplies two branches (SwiGLU), or its activation function has no negative minimum.

@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_float(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
-        """Round-to-nearest quantization of a float layer; static activations still need :meth:`set_input_qparams`."""
+        """Round-to-nearest quantization of a float layer; static activations still need `set_input_qparams`."""
         new = cls.empty_like(module, weights, activations)
         new.weight = new.weight.new_empty(0)  # gives its memory back before the real words need some
         new.set_float_weight(module.weight.detach())

@@ -118,7 +118,7 @@ def block_hadamard(x: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def rotate_mlp_input_weight(weight: torch.Tensor, order: int) -> torch.Tensor:
-    """The weight that a linear layer needs once its input passes through :func:`block_hadamard`: W' = W B (H.6 step 7).
+    """The weight that a linear layer needs behind :func:`block_hadamard`: W' = W B (docs/method.md 11.9).
 
     y = x W^T = (x B) (W B)^T, since B B^T = I. Computed in float64.
 
@@ -164,8 +164,8 @@ def rotation_matrix(channels: int, seed: int = 0) -> torch.Tensor:
     that takes S 1 to 1. The reflection changes one dimension only, so the entries stay near 1 / sqrt(n).
 
     A LayerNorm without affine part commutes with such a rotation, LN(x R) = LN(x) R for row vectors x, so that neither
-    RMSNorm nor centred weights (H.6 step 3) are needed: R^T 1 = R^-1 1 = 1, hence the mean x R 1 / n = x 1 / n is the same;
-    1^T R = 1^T, hence x R minus its mean is (x minus its mean) R; and R keeps the l_2 norm of that, hence the variance.
+    RMSNorm nor centred weights are needed (docs/method.md 11.9): R^T 1 = R^-1 1 = 1, hence the mean x R 1 / n = x 1 / n is the
+    same; 1^T R = 1^T, hence x R minus its mean is (x minus its mean) R; and R keeps the l_2 norm of that, hence the variance.
 
     Args:
         channels: n.

@@ -12,7 +12,7 @@ PROBABILITY_FORMS = ("uniform", "twin", "log2", "log_sqrt2")
 def activation_minimum(name: str) -> float:
     """Smallest value of the activation function called ``name`` in a transformers config, to about 1e-7.
 
-    GELU -0.16997, its tanh form -0.17004, QuickGELU -0.16359: the fixed negative range of the twin quantizer (B.6).
+    GELU -0.16997, its tanh form -0.17004, QuickGELU -0.16359: the negative range of the twin quantizer (docs/method.md 11.4).
 
     Raises:
         ValueError: a function without a negative minimum, for example ReLU.
@@ -27,7 +27,7 @@ def activation_minimum(name: str) -> float:
 
 
 def twin_signed(x: torch.Tensor, scale: torch.Tensor, negative_scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Twin uniform quantization after GELU (PTQ4ViT, arXiv 2111.12293, B.6).
+    """Twin uniform quantization after GELU (PTQ4ViT, arXiv 2111.12293; docs/method.md 11.4).
 
     ``x >= 0``: codes ``[0, 2^(b-1) - 1]`` of step ``scale``; ``x < 0``: codes ``[-2^(b-1), 0]`` of step ``negative_scale``.
 
@@ -46,7 +46,7 @@ def twin_signed(x: torch.Tensor, scale: torch.Tensor, negative_scale: torch.Tens
 
 
 def twin_unit(x: torch.Tensor, split: torch.Tensor, bits: int) -> torch.Tensor:
-    """Twin uniform quantization of probabilities (PTQ4ViT, B.5), in its disjoint form.
+    """Twin uniform quantization of probabilities (docs/method.md 11.4), in its disjoint form.
 
     ``x < split``: step ``split / 2^(b-1)``; otherwise step ``1 / 2^(b-1)``; codes ``[0, 2^(b-1) - 1]`` and one flag bit. The
     official code adds the two ranges instead, which shifts every value by about ``split``.
@@ -62,7 +62,7 @@ def twin_unit(x: torch.Tensor, split: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def log_quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, *, half_steps: bool) -> torch.Tensor:
-    """Logarithmic quantization of probabilities (RepQ-ViT, arXiv 2212.08254, C.4).
+    """Logarithmic quantization of probabilities (RepQ-ViT, arXiv 2212.08254; docs/method.md 11.5).
 
     ``q = clip(round(-k log2(x / s)), 0, 2^b - 1)`` with k = 2 (base sqrt 2, ``half_steps``) or 1 (base 2); values whose raw
     code is 2^b or more, and zeros, become 0. ``x = s 2^-ceil(q/2) (1 + (q mod 2)(sqrt 2 - 1))`` for base sqrt 2.

@@ -84,7 +84,7 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 def percentile_mse_range(
     rows: torch.Tensor, bits: int, symmetric: bool, widen: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The range among :data:`PERCENTILES` with the smallest squared quantization error (RepQ-ViT, C.2), each row on its own.
+    """The range of least squared error among :data:`PERCENTILES`, each row on its own (docs/method.md 11.5).
 
     Args:
         rows: float [n, values]; quantiles interpolate linearly between values.

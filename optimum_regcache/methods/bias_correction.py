@@ -1,4 +1,4 @@
-"""Bias correction (H.10): the mean error of every layer's output goes into its bias. Free at run time."""
+"""Bias correction (docs/method.md 11.10): the mean error of every layer's output goes into its bias. Free at run time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dynamic per-token activations (H.4): the strong simple baseline where a backend supports it."""
+"""Dynamic per-token activations (docs/method.md 11.2): the strong simple baseline where a backend supports it."""
 
 from __future__ import annotations
 

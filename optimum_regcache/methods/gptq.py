@@ -21,7 +21,7 @@ class GPTQ(Method):
         damping: lambda over the mean of the Hessian's diagonal.
         order_by_hessian: columns of large diagonal first ("act-order").
         token_weights: ``none``, or ``inverse_energy``: tokens count by ``1 / ||x||^2``, so that massive ones do not dominate
-            (J.17).
+            (docs/method.md 11.8).
         max_tokens: tokens of the calibration images that the Hessian uses.
     """
 
@@ -73,7 +73,7 @@ def gptq_codes(
     order_by_hessian: bool = True,
     block: int = 128,
 ) -> torch.Tensor:
-    """Signed weight codes for fixed scales (H.7).
+    """Signed weight codes for fixed scales (docs/method.md 11.8).
 
     With ``H = X^T X + lambda I`` and U the upper Cholesky factor of ``H^-1``: for column j, ``e_j = (w_j - q_j) / U_jj`` and
     ``w_k -= e_j U_jk`` for all later k; later blocks of columns are updated once per block.

@@ -1,4 +1,4 @@
-"""Scales that minimise the squared error of the tensor itself (H.3)."""
+"""Scales that minimise the squared error of the tensor itself (docs/method.md 11.1)."""
 
 from __future__ import annotations
 

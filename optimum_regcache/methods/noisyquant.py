@@ -17,7 +17,7 @@ from optimum_regcache.rewrites.norms import map_registers, separate_projections
 
 
 def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> torch.Tensor:
-    """Expected squared rounding error under uniform noise on ``(-n, n)`` (D.1), against ``distance^2`` without noise.
+    """Expected squared rounding error under uniform noise on ``(-n, n)``, against ``distance^2`` without (docs/method.md 11.6).
 
     ``[b^3 - (x - n)^3 + b^3 - (2b - x - n)^3] / (6n)``, valid for ``b - x <= n <= b + x``.
 
@@ -31,9 +31,9 @@ def expected_error(distance: torch.Tensor, half_step: float, noise: float) -> to
 
 
 def predicted_gain(x: torch.Tensor, scale: torch.Tensor) -> float:
-    """How much mean squared rounding error noise over the full step saves (D.1).
+    """How much mean squared rounding error noise over the full step saves (docs/method.md 11.6).
 
-    With n = b :func:`expected_error` is ``b^2 / 3`` for every value, so only values further than ``b / sqrt 3`` from the grid
+    With n = b `expected_error` is ``b^2 / 3`` for every value, so only values further than ``b / sqrt 3`` from the grid
     gain.
 
     Args:
@@ -56,7 +56,7 @@ class NoisyQuant(Method):
         shifts: candidates of the mean shift, within one step to both sides (the error is a rugged function of it).
         draws: noise vectors tried, uniform on (-1, 1).
         ranges: amplitudes tried for each, up to two steps.
-        skip_by_prediction: leave out the noise where the histogram predicts no gain (D.1); the mean shift is still tried.
+        skip_by_prediction: leave out the noise where the histogram predicts no gain; the mean shift is still tried.
         max_tokens: tokens that the search uses.
         seed: of the draws.
     """

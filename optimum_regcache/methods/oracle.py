@@ -1,4 +1,4 @@
-"""The paper's oracle as a method (RegCache A.12, J.9): outlier tokens out of the range and quantized per token."""
+"""The paper's oracle as a method (docs/method.md 11.3): outlier tokens out of the range and quantized per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input scales that minimise the error of the layer's output (H.3)."""
+"""Input scales that minimise the error of the layer's output (docs/method.md 11.1)."""
 
 from __future__ import annotations
 

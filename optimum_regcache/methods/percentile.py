@@ -1,4 +1,4 @@
-"""Percentile clipping of activations (H.2): a must-have baseline that clips the outlier tokens themselves."""
+"""Percentile clipping of activations (docs/method.md 11.1): a must-have baseline that clips the outlier tokens themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which methods work together (methods I.2), which combinations are refused, and the fit itself.
+"""The order in which methods work together (docs/method.md 10), which combinations are refused, and the fit itself.
 
 | stage | what happens | who takes part |
 |---|---|---|
@@ -16,7 +16,7 @@
 | retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.search.fit`) | |
 
 Search comes before smoothing and rounding: outlier tokens are a property of the float network, and what is fitted without
-the registers wastes capacity on tokens that will be gone. Scales come before weight codes, unlike in the table of I.2: the
+the registers wastes capacity on tokens that will be gone. Scales come before weight codes: the
 codes are to absorb the error of the activation quantizers, so these have to be final.
 """
 
@@ -88,7 +88,7 @@ def configured(config: RegCacheConfig) -> RegCacheConfig:
     """``config`` with everything its methods ask of it; applying it again changes nothing.
 
     Raises:
-        ValueError: an unknown method or parameter; see :func:`check_composition`; or a method that needs static activations
+        ValueError: an unknown method or parameter; see `check_composition`; or a method that needs static activations
             under dynamic ones.
     """
     methods = build_methods(config)
@@ -129,13 +129,13 @@ def quantize_with(
 
     Args:
         model: float model, unchanged.
-        config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be :func:`configured`.
+        config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be `configured`.
         cache: the registers for ``fixed``.
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
 
     Raises:
-        ValueError: see :func:`configured`; a method that cannot work on this model, or config and cache that disagree, with
+        ValueError: see `configured`; a method that cannot work on this model, or config and cache that disagree, with
             the reason.
     """
     methods, config = build_methods(config), configured(config)

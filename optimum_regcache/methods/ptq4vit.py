@@ -19,7 +19,7 @@ from optimum_regcache.methods.base import Fit, Method, linear_groups
 
 @dataclass(frozen=True)
 class PTQ4ViT(Method):
-    """Scale search with the Hessian-guided metric (B.3, B.4), twin uniform quantizers (B.5, B.6; disjoint form).
+    """Scale search with the Hessian-guided metric, twin uniform quantizers in their disjoint form (docs/method.md 11.4).
 
     Every layer is searched with the float inputs of all others, as in the official code. Query, key and value share one
     input scale and have a weight scale each.

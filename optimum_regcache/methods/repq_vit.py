@@ -15,7 +15,7 @@ from optimum_regcache.rewrites import rescale_norm
 
 @dataclass(frozen=True)
 class Reparametrisation:
-    """How the channels of a LayerNorm output are brought to one range (C.3).
+    """How the channels of a LayerNorm output are brought to one range (docs/method.md 11.5).
 
     Attributes:
         factor: r [D], float32: the step of each channel over the common step.
@@ -30,7 +30,7 @@ class Reparametrisation:
 
 
 def reparametrise(x: torch.Tensor, bits: int, round_zero_point: bool = True) -> Reparametrisation:
-    """From per-channel to per-tensor quantization without a change of function (C.3).
+    """From per-channel to per-tensor quantization without a change of function (docs/method.md 11.5).
 
     Per channel: step ``d_c`` and zero point ``z_c`` by percentiles and squared error; common ``d = mean d_c``,
     ``z = mean z_c``; ``r_c = d_c / d``, ``b_c = -z_c d_c / r_c + z d = (z - z_c) d``.

@@ -1,4 +1,4 @@
-"""Rotations (QuaRot style, H.6): residual stream and heads offline, the MLP output projection's input online."""
+"""Rotations (docs/method.md 11.9): residual stream and heads offline, the MLP output projection's input online."""
 
 from __future__ import annotations
 

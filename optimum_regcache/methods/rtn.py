@@ -1,4 +1,4 @@
-"""Round to nearest with the whole observed range (H.1): the paper's "naive" rows."""
+"""Round to nearest with the whole observed range (docs/method.md 11.1): the paper's "naive" rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few most sensitive MLP output projections get 16-bit inputs (J.15): the simplest competitor of registers."""
+"""The most sensitive MLP output projections get 16-bit inputs, the simplest competitor of registers (docs/method.md 11.11)."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class RegCacheMixin:
         return fuse(self._module, attention=attention, native=native)
 
     def unfuse(self) -> None:
-        """Undo :meth:`fuse`."""
+        """Undo `fuse`."""
         unfuse(self._module)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -44,12 +44,12 @@ class RegisterLayer(CacheLayerMixin):
 
 
 class RegisterCache(Cache):
-    """K and V of the universal outlier token for some blocks (RegCache, arXiv 2510.04547, A.6).
+    """K and V of the universal outlier token for some blocks (RegCache, arXiv 2510.04547; docs/method.md 4).
 
     Args:
         keys, values: block index -> [H, n, d]; the same blocks in both. n is the number of distinct registers.
         num_blocks: blocks of the encoder; blocks without rows are left alone.
-        num_copies: tau > 0; tau copies of each row are the row with logit bias ln(tau) (A.7-1).
+        num_copies: tau > 0; tau copies of each row are the row with logit bias ln(tau) (docs/method.md 5).
 
     Raises:
         ValueError: blocks or shapes that do not fit together.

@@ -1,6 +1,6 @@
 """Test-time registers: MLP units that write the outlier lose their activation to one token, or to a constant K/V pair.
 
-Jiang et al., "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010; methods, section G). A few hidden units,
+Jiang et al., "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010; docs/method.md 11.12). A few hidden units,
 the register neurons, write the massive activation onto a few patches. Two ways to keep the patches clean:
 
 - token: :func:`set_register_neurons`. One more token runs along, and takes over the activation of these units.
@@ -32,7 +32,7 @@ Neurons = Mapping[int, Sequence[int]]
 
 
 class RegisterNeuronActivation(nn.Module):
-    """The MLP's activation function, after which the register token takes over a few hidden units (G.3).
+    """The MLP's activation function, after which the register token takes over a few hidden units (docs/method.md 11.12).
 
     For each unit j: with m the value of largest magnitude over all tokens, sign kept, Z[register, j] = m and Z[n, j] = 0 for
     the patches n. Leading tokens (CLS, trained registers) keep theirs. It has neither parameters nor buffers, so the names
@@ -104,7 +104,7 @@ def find_register_neurons(
     top_k: int = 10,
     progress: bool = True,
 ) -> RegisterNeurons:
-    """Rank hidden units by their activation on outlier tokens (G.2).
+    """Rank hidden units by their activation on outlier tokens (docs/method.md 11.12).
 
     Outlier tokens are the patch tokens whose l2 norm at the output of the detection block exceeds the threshold. The score
     of a unit is |fc2 input|, mean over the outlier tokens of an image, then over the images that have any. CLS, trained
@@ -230,7 +230,7 @@ def _run(tower: Tower, batches: Iterable[Batch], handles: list[Any], padding: Pa
 
 
 def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
-    """Install the test-time register token, in place (G.3); replaces whatever was installed before.
+    """Install the test-time register token, in place; replaces whatever was installed before.
 
     A token that starts at zero is inserted after the leading tokens before the first block and dropped after the last one,
     so outputs keep their shape; hidden states in between have one token more. The MLPs may be float or quantized. The
@@ -264,8 +264,8 @@ def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
 def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
     """Silence hidden units in the weights, in place: row and bias of the MLP's input projection become zero, and act(0) = 0.
 
-    Alone this takes a sink away that the encoder needs (OpenCLIP-B zero-shot: 70.4 % -> 55.6 %, G.4); install a register
-    cache along with it.
+    Alone this takes a sink away that the encoder needs (OpenCLIP-B zero-shot: 70.4 % -> 55.6 % in the paper); install a
+    register cache along with it.
 
     Args:
         model: float model or tower.

@@ -24,7 +24,7 @@ def rescale_norm(
     """Make the LayerNorm put out x' = x / factor - shift, and its consumers compute the same from x' as they did from x.
 
     gamma' = gamma / r, beta' = beta / r - b; for every consumer W'_c = W_c r_c (columns) and bias' = bias + W' b
-    (C.3: the scale reparametrisation of RepQ-ViT, arXiv 2212.08254; with b = 0 that of SmoothQuant, arXiv 2211.10438,
+    (the scale reparametrisation of RepQ-ViT, arXiv 2212.08254; with b = 0 that of SmoothQuant, arXiv 2211.10438,
     Eq. 3). Registers stay as they are.
 
     Args:
@@ -53,8 +53,8 @@ def rescale_norm(
 def rescale_values(model: nn.Module, block: int, factor: torch.Tensor) -> None:
     """Divide the channels of the attention values by ``factor``, and multiply the columns of the output projection by it.
 
-    Attention mixes tokens, not channels, so a factor per channel passes through it (H.5). Stored register values are
-    divided too.
+    Attention mixes tokens, not channels, so a factor per channel passes through it (docs/method.md 11.7). Stored register
+    values are divided too.
 
     Args:
         model: float model.

@@ -1,4 +1,4 @@
-"""Rotation of the residual stream and of the attention heads (QuaRot, arXiv 2404.00456, adapted to pre-LN encoders; H.6).
+"""Rotation of residual stream and attention heads (QuaRot, arXiv 2404.00456, for pre-LN encoders; docs/method.md 11.9).
 
 Every function changes a float model in place and leaves what it computes as it is. Vectors are rows: ``hidden @ R``.
 """
@@ -61,13 +61,13 @@ def fold_layer_scale(tower: Tower) -> None:
 
 
 def rotate_residual(model: nn.Module, seed: int = 0) -> None:
-    """Rotate the residual stream between the first and the last block: hidden' = hidden @ R (H.6 step 4).
+    """Rotate the residual stream between the first and the last block: hidden' = hidden @ R (docs/method.md 11.9).
 
     The affine part of the norms and LayerScale are folded first. Then every layer that writes to the stream (output
     projection, MLP output) gets W' = R^T W, bias' = R^T bias, and every layer that reads it through a LayerNorm W' = W R.
     R (:func:`~optimum_regcache.math.hadamard.rotation_matrix`) commutes with LayerNorm, so the stream needs no centring.
     The first block multiplies its input by the buffer ``rotation``, the last one its output by the transpose. Registers stay
-    as they are: keys and values do not change (I.1).
+    as they are: keys and values do not change (docs/method.md 10).
 
     Hidden states between the blocks (``output_hidden_states``) are rotated; the first and the last are not. Deletion by
     ``score="linf"`` turns the states back for the ranking (D^2 products a token, in one block), so that it chooses the same
@@ -113,7 +113,7 @@ def empty_rotation(model: nn.Module) -> None:
 
 
 def rotate_heads(model: nn.Module, seed: int = 0) -> None:
-    """Rotate query, key and value of every head by an orthogonal H [d, d] (H.6 steps 5 and 6).
+    """Rotate query, key and value of every head by an orthogonal H [d, d] (docs/method.md 11.9).
 
     q' = q H and k' = k H leave the logits as they are; v' = v H is undone in the columns of the output projection. The same
     H serves all heads; it is a Hadamard matrix with random signs where the head size allows (`orthogonal_matrix`). Stored

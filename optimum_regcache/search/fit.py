@@ -1,4 +1,4 @@
-"""The fit: from reference images to a sensitive block, a register, its place, tau and k~ (RegCache A.4 to A.8)."""
+"""The fit: from reference images to a sensitive block, a register, its place, tau and k~ (docs/method.md 2 to 9)."""
 
 from __future__ import annotations
 

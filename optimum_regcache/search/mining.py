@@ -1,4 +1,4 @@
-"""Curating and caching: find outlier tokens in reference images and keep their K and V (RegCache A.5, A.6)."""
+"""Curating and caching: find outlier tokens in reference images and keep their K and V (docs/method.md 3 and 4)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MinedTokens:
         return cross_cosine(self.normal_states, torch.arange(len(self.normal_states)))
 
     def average(self, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
-        """v4: K and V averaged over all mined tokens, after projection (A.6 a)."""
+        """v4: K and V averaged over all mined tokens, after projection (docs/method.md 4)."""
         return RegisterCache(
             {b: self.keys[b].mean(0).unsqueeze(1) for b in blocks},
             {b: self.values[b].mean(0).unsqueeze(1) for b in blocks},
@@ -224,7 +224,7 @@ def _merge(a: MinedTokens, b: MinedTokens, top: int, max_normal: int = 512) -> M
 def isolated_cache(
     float_model: nn.Module, state: torch.Tensor, start_block: int, blocks: tuple[int, ...]
 ) -> RegisterCache:
-    """K and V of ``state`` run alone through the blocks from ``start_block`` (A.6 b).
+    """K and V of ``state`` run alone through the blocks from ``start_block`` (docs/method.md 4).
 
     No CLS, no position embedding. tau identical copies attending only to each other give the same K and V as one, so one
     is run; each block normalises it before the projections.

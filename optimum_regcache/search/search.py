@@ -1,4 +1,4 @@
-"""The search over start block (or token), tau, scope and k~ (RegCache A.8), resumable and never obliged to install."""
+"""The search over start block (or token), tau, scope and k~ (docs/method.md 8), resumable and never obliged to install."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class RegisterSearch:
         return self._decide(base, _best(alone), best_delete, _best(both))
 
     def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
-        """Install the best setup only if it beats "nothing" on images that did not choose it (A.13-1)."""
+        """Install the best setup only if it beats "nothing" on images that did not choose it (docs/method.md 9)."""
         c = self.config
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
         # a simpler setup of equal score comes first: prefix, delete, both is the order of the tuple above
@@ -312,7 +312,7 @@ class RegisterSearch:
 
     def _retuned(self, trial: Trial) -> Trial:
         """The neighbour of a setup in k~, then in tau, that scores best on the selection images with the final quantizer: a
-        better quantizer than round to nearest needs less deletion (methods I.2, step 9)."""
+        better quantizer than round to nearest needs less deletion (docs/method.md 9)."""
         best = Trial(trial.setup, self._final_scores("final", trial.setup, self.selection))
         count, copies = trial.setup.count, trial.setup.num_copies
         counts = sorted({k for k in (0, count // 2, count - 1, count + 1) if 0 <= k <= self.max_delete} - {count})

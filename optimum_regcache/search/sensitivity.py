@@ -1,4 +1,4 @@
-"""Sensitivity: which linear layer (or block) loses most when it alone is quantized (RegCache A.4)."""
+"""Sensitivity: which linear layer (or block) loses most when it alone is quantized (docs/method.md 2)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def scan_sensitivity(
     """Quantize one linear layer (or all of one block) at a time and measure the drop of ``objective``.
 
     Only activations are quantized: with per-channel weights the weight error would add a cause that registers cannot
-    cure (A.4, pitfalls).
+    cure (docs/method.md 2).
 
     Args:
         float_model: the model, without registers.

@@ -17,7 +17,7 @@ from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletio
 class Workbench:
     """Calibrates and scores configurations that share their weights.
 
-    Weights are quantized once; activation scales are found anew for every configuration (A.8: the range is the point).
+    Weights are quantized once; activation scales are found anew for every configuration (docs/method.md 8).
 
     Args:
         model: the float model; not changed. Its tensors are shared, not copied.

@@ -1,4 +1,4 @@
-"""How much an output of a layer matters: squared gradients of the final features (PTQ4ViT's Hessian metric, B.4)."""
+"""How much an output of a layer matters: squared gradients of the final features (PTQ4ViT's metric: docs/method.md 11.4)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def squared_gradients(
     The official code takes the KL divergence between a prediction and itself, whose gradient is rounding noise. Used here:
     for a model with classes, cross-entropy against labels drawn from its own prediction (empirical Fisher without labels);
     for an encoder, ``<f(x), e>`` with ``e ~ N(0, I)`` on the normalised features: squared and averaged over draws this is the
-    Gauss-Newton diagonal of the feature error (B.4, c and d).
+    Gauss-Newton diagonal of the feature error (docs/method.md 11.4).
 
     Args:
         model: float model; parameters need no gradients.

@@ -1,4 +1,4 @@
-"""PTQ4ViT's search for the operands of the attention products (B.3, B.5)."""
+"""PTQ4ViT's search for the operands of the attention products (docs/method.md 11.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales of linear layers by their (weighted) output error: the search behind `output_mse` and `ptq4vit` (B.3, H.3)."""
+"""Scales of linear layers by their (weighted) output error, for `output_mse` and `ptq4vit` (docs/method.md 11.1, 11.4)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def search_scales(
     quantized_weights: Sequence[torch.Tensor] | None = None,
     negative_scale: torch.Tensor | None = None,
 ) -> FoundScales:
-    """Alternate between the weight scales for a fixed input scale and the input scale for fixed weights (PTQ4ViT, B.3).
+    """Alternate between the weight scales for a fixed input scale and the input scale for fixed weights (docs/method.md 11.4).
 
     Args:
         group: layers and data. Weight scales are found per row, or per layer if ``w.granularity`` is ``per_tensor``; the
@@ -190,7 +190,7 @@ def search_group(
     space: SearchSpace,
     importance: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """:func:`search_scales` for the layers of ``group``; stores what it finds in the quantized model.
+    """`search_scales` for the layers of ``group``; stores what it finds in the quantized model.
 
     Args:
         fit: with the modules replaced.
