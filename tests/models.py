@@ -313,4 +313,14 @@ def quantized(
     config = config.replace(**parts)
     r = config.registers
     cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
-    return build_quantized(tiny.build(cls=cls).to(dtype), config, cache, [tiny.inputs(seed=2)])
+    return build_quantized(cast(tiny.build(cls=cls), dtype), config, cache, [tiny.inputs(seed=2)])
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in ``dtype`` as `from_pretrained` gives it: rotary frequencies, which are not stored, stay float32."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer)
+    return model

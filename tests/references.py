@@ -16,6 +16,7 @@ def epilogue_attention(
     values: torch.Tensor,
     tau: float,
     token_mask: torch.Tensor | None = None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention with tau copies of one register behind ordinary attention (docs/method.md 5): ``o' = (1 - p) o + p v``.
 
@@ -25,12 +26,15 @@ def epilogue_attention(
         keys, values: [H, 1, d], the register.
         tau: copies.
         token_mask: [B, N], 0 at padding.
+        angles: cosine and sine [patches, d] by which query and key of the patches, the last tokens, are rotated.
     """
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (keys.shape[0], keys.shape[2])).transpose(1, 2)
 
     q, k, v = (heads(getattr(attention, f"{name}_proj")(hidden)) for name in "qkv")
+    if angles is not None:
+        q, k = (rotated(x, *angles) for x in (q, k))
     scale = 1 / math.sqrt(keys.shape[2])
     logits = q @ k.transpose(-1, -2) * scale
     if token_mask is not None:
@@ -40,6 +44,14 @@ def epilogue_attention(
     output = (1 - p) * (logits.softmax(-1) @ v) + p * values
     out = getattr(attention, "out_proj", None) or attention.o_proj
     return out(output.transpose(1, 2).flatten(2))
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: the halves (a, b) of every patch of ``x`` [B, H, N, d] become (a cos - b sin, b cos + a sin)."""
+    lead = x.shape[2] - cos.shape[0]
+    a, b = x[:, :, lead:].chunk(2, -1)
+    (cos_a, cos_b), (sin_a, sin_b) = cos.chunk(2, -1), sin.chunk(2, -1)
+    return torch.cat((x[:, :, :lead], torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b), -1)), 2)
 
 
 def neighbour_mean(tokens: np.ndarray, dropped: list[int], grid: tuple[int, int]) -> np.ndarray:

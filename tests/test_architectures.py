@@ -118,6 +118,7 @@ HEADS_OF = {
     "dinov2": [],
     "dinov2_swiglu": [],
     "dinov2_registers": [],
+    "dinov3": [],
     "vit": ["pooler.dense"],
     "deit": ["pooler.dense"],
     "clip_dual": ["visual_projection"],

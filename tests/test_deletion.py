@@ -91,7 +91,14 @@ def reference(
     if planted:
         plant(tiny, model, planted)
     tower = find_tower(model)
-    handle = tower.blocks[DELETE_BLOCK].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    angles: Any = None
+
+    def note(module: Any, args: Any, given: Any) -> None:
+        nonlocal angles
+        seen.append(args[0])
+        angles = given.get("position_embeddings")
+
+    handle = tower.blocks[DELETE_BLOCK].register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         model(**inputs, **kwargs)
         handle.remove()
@@ -100,9 +107,10 @@ def reference(
             norms = hidden.abs().amax(-1).numpy()[tiny.lead : tiny.lead + rows * columns]
             gone = sorted(np.argsort(-norms, kind="stable")[:count].tolist())
             keep = [*range(tiny.lead), *(tiny.lead + p for p in range(rows * columns) if p not in gone)]
-            state = hidden[None, keep]
+            state, patches = hidden[None, keep], [p - tiny.lead for p in keep[tiny.lead :]]
+            positions = {} if angles is None else {"position_embeddings": tuple(a[patches] for a in angles)}
             for block in tower.blocks[DELETE_BLOCK:]:
-                state = block(state, None)
+                state = block(state, None, **positions)
             outputs.append(state[0].numpy())
             dropped.append(gone)
     return outputs, dropped

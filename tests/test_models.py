@@ -23,6 +23,7 @@ CLASSES = {
     "dinov2": optimum_regcache.RegCacheDinov2Model,
     "dinov2_swiglu": optimum_regcache.RegCacheDinov2Model,
     "dinov2_registers": optimum_regcache.RegCacheDinov2WithRegistersModel,
+    "dinov3": optimum_regcache.RegCacheDINOv3ViTModel,
     "vit": optimum_regcache.RegCacheViTModel,
     "deit": optimum_regcache.RegCacheDeiTModel,
 }
@@ -105,7 +106,7 @@ def test_past_key_values_errors(tiny: TinyModel) -> None:
         )
         with pytest.raises(TypeError, match=message):
             model(**tiny.inputs(), past_key_values=wrong)
-    with pytest.raises(ValueError, match="past_key_values is a cache for 6 blocks; this model has 4"):
+    with pytest.raises(ValueError, match="The register cache is for 6 blocks; this model has 4"):
         model(**tiny.inputs(), past_key_values=random_cache(num_blocks=6))
 
 

@@ -91,12 +91,12 @@ def test_one_biased_row_equals_tau_rows_equals_epilogue(tiny: TinyModel, impleme
         BLOCKS,
     )
     biased, repeated = with_registers(tiny, one), with_registers(tiny, many)
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[int, tuple[Any, ...]] = {}
     for index in blocks:
         attention = find_tower(biased).attention(index)
 
         def note(module: Any, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            seen[index] = args[0] if args else kwargs["hidden_states"], output[0]
+            seen[index] = args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"), output[0]
 
         attention.register_forward_hook(note, with_kwargs=True)
     for model in (biased, repeated):
@@ -106,8 +106,9 @@ def test_one_biased_row_equals_tau_rows_equals_epilogue(tiny: TinyModel, impleme
     assert (content(tiny, output) - content(tiny, plain)).abs().max() > 0.05
     torch.testing.assert_close(output, tiny.run(repeated), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        for index, (hidden, actual) in seen.items():
-            expected = epilogue_attention(find_tower(biased).attention(index), hidden, *rows[index], tau, padding)
+        for index, (hidden, angles, actual) in seen.items():
+            attention = find_tower(biased).attention(index)
+            expected = epilogue_attention(attention, hidden, *rows[index], tau, padding, angles)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert sorted(seen) == list(blocks)
 

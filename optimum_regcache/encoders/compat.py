@@ -45,11 +45,16 @@ def attention_caller(attention: nn.Module) -> nn.Module:
     raise ValueError(f"{type(attention).__name__} has no config that names its attention function.")
 
 
-def share_checkpoint_conversion(new_class: str, native_class: str) -> None:
-    """Give the class named ``new_class`` the checkpoint key renames of ``native_class`` (custom classes get none)."""
-    mapping = conversion_mapping.get_checkpoint_conversion_mapping(native_class)
-    if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(new_class) is None:
-        conversion_mapping.register_checkpoint_conversion_mapping(new_class, mapping)
+def share_checkpoint_conversion(new_class: str, native_class: type[PreTrainedModel]) -> None:
+    """Give the class named ``new_class`` the checkpoint key renames of ``native_class`` (custom classes get none), which are
+    kept under its name or under its model type."""
+    config: Any = native_class.config_class
+    for name in (native_class.__name__, config.model_type):
+        mapping = conversion_mapping.get_checkpoint_conversion_mapping(name)
+        if mapping is not None:
+            if conversion_mapping.get_checkpoint_conversion_mapping(new_class) is None:
+                conversion_mapping.register_checkpoint_conversion_mapping(new_class, mapping)
+            return
 
 
 def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:

@@ -39,7 +39,7 @@ class RegCacheMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         native = next(c for c in cls.__mro__ if c.__module__.startswith("transformers."))
-        share_checkpoint_conversion(cls.__name__, native.__name__)
+        share_checkpoint_conversion(cls.__name__, native)  # type: ignore[arg-type]
 
     @property
     def _module(self) -> nn.Module:

@@ -17,6 +17,8 @@ from optimum_regcache.encoders.sharing import replace_value
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers import RegisterCache, get_register_cache, set_registers
 
+BIAS_SETTINGS = ("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+
 
 def rescale_norm(
     tower: Tower, block: int, number: int, factor: torch.Tensor, shift: torch.Tensor | None = None
@@ -97,7 +99,7 @@ def add_to_bias(tower: Tower, linear: nn.Linear, delta: torch.Tensor) -> None:
     """Add ``delta`` [out] to the bias of ``linear``.
 
     If it has none and ``delta`` is not zero, all linear layers of all blocks that lack a bias get one of zeros first, and
-    ``config.qkv_bias`` becomes true, so that the state dict still fits the config.
+    the config's settings (:data:`BIAS_SETTINGS`) become true, so that the state dict still fits the config.
 
     Raises:
         ValueError: the bias overflows the model's dtype.
@@ -110,8 +112,9 @@ def add_to_bias(tower: Tower, linear: nn.Linear, delta: torch.Tensor) -> None:
                 if isinstance(module, nn.Linear) and module.bias is None:
                     zeros = module.weight.new_zeros(module.out_features)
                     module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-        if hasattr(tower.config, "qkv_bias"):
-            tower.config.qkv_bias = True
+        for name in BIAS_SETTINGS:
+            if hasattr(tower.config, name):
+                setattr(tower.config, name, True)
     store(linear.bias, exact(linear.bias) + delta)
 
 
