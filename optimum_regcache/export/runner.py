@@ -131,7 +131,7 @@ def _openvino_network(file: Path, num_threads: int | None, saturates: bool) -> N
     if num_threads is not None:
         options["INFERENCE_NUM_THREADS"] = num_threads
     if saturates:
-        options["LP_TRANSFORMS_MODE"] = "NO"
+        options |= {"LP_TRANSFORMS_MODE": "NO", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         logger.warning(
             "This CPU has no VNNI, and OpenVINO's int8 kernels would saturate: it computes in float32, not faster than a "
             "float model. Use ONNX Runtime or PyTorch here, or quantize with --set quantization.weights.bits=7, which "
