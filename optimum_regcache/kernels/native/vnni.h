@@ -3,7 +3,10 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 #include "kernels.h"
 
@@ -13,6 +16,21 @@
 namespace regcache {
 
 constexpr int64_t kLanes = 16;  // float32 lanes of a register
+
+// memory that begins with a cache line: a register is one, and would lie in two
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 inline __mmask16 lanes(int64_t count) { return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1); }
 

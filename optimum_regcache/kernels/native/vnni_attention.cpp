@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "attention_loop.h"
 #include "vnni.h"
@@ -42,9 +41,9 @@ struct VnniHead {
   static constexpr float kMost = 100.0f;
 
   const int64_t tokens, width, padded, channels;  // both up to a multiple of kLanes
-  std::vector<uint8_t> key_rows, key_packed, probabilities;
-  std::vector<int8_t> value_packed, query;
-  std::vector<float> key_scale, value_scale, logits, result;
+  Lines<uint8_t> key_rows, key_packed, probabilities;
+  Lines<int8_t> value_packed, query;
+  Lines<float> key_scale, value_scale, logits, result;
   int32_t row_start[kRows] = {};
 
   VnniHead(int64_t tokens, int64_t width)
