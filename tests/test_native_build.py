@@ -109,20 +109,16 @@ def test_a_damaged_library_is_a_reason(empty: native.Library) -> None:
 
 
 @needs_compiler
-def test_the_first_build_says_so_in_one_line(empty: native.Library, capsys: pytest.CaptureFixture[str]) -> None:
-    """With default settings, and on a line of its own also where a progress bar runs."""
+def test_the_first_build_says_so_in_one_line(
+    empty: native.Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a line of its own also where a progress bar runs."""
     seen: list[str] = []
-    warning, native.logger.warning = (
-        native.logger.warning,
-        lambda text: (seen.append(text), print(text, file=sys.stderr)),
-    )
-    try:
-        with tqdm(total=10, desc="calibrating", file=sys.stderr, mininterval=0) as bar:
-            bar.update(1)
-            assert native.unavailable_reason() is None
-            bar.update(1)
-    finally:
-        native.logger.warning = warning
+    monkeypatch.setattr(compiler.logger, "warning", lambda text: (seen.append(text), print(text, file=sys.stderr)))
+    with tqdm(total=10, desc="calibrating", file=sys.stderr, mininterval=0) as bar:
+        bar.update(1)
+        assert native.unavailable_reason() is None
+        bar.update(1)
     expected = (
         f"Building the int8 operators for tests once (about half a minute; cached in {compiler.target(empty).parent}). "
         "Build ahead of time with: optimum-cli regcache build"
@@ -138,30 +134,37 @@ def test_the_first_build_says_so_in_one_line(empty: native.Library, capsys: pyte
 
 
 SHOWS = """
+import sys
+from pathlib import Path
 from optimum_regcache.kernels import native
-native._announce("a line that shows")
+from optimum_regcache.kernels.native import compiler
+compiler.ensure(native.Library("optimum_regcache_empty", "tests", (Path(sys.argv[1]),), (), False))
 """
 
 
-def test_the_line_shows_by_default() -> None:
+@needs_compiler
+def test_the_line_shows_by_default(empty: native.Library) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    done = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, text=True, env=environment, check=True)
-    assert done.stderr.count("a line that shows") == 1
+    command = [sys.executable, "-c", SHOWS, str(empty.sources[0])]
+    for count in (1, 0):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert done.stderr.count("Building the int8 operators for tests once") == count
 
 
 @needs_compiler
-def test_waiting_for_another_process_says_so(empty: native.Library) -> None:
+def test_waiting_for_another_process_says_so(empty: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     path = compiler.target(empty)
     path.parent.mkdir(parents=True)
-    other, seen = FileLock(path.parent / "build.lock"), []
+    other, seen = FileLock(path.parent / "build.lock", is_singleton=False), []
     other.acquire()
 
-    def announce(text: str) -> None:
+    def warning(text: str) -> None:
         seen.append(text)
         if len(seen) == 1:
             other.release()
 
-    assert compiler.ensure(empty, announce) == path
+    monkeypatch.setattr(compiler.logger, "warning", warning)
+    assert compiler.ensure(empty) == path
     assert seen[0] == f"Waiting for another process that builds the int8 operators ({path.parent})."
     assert seen[1].startswith("Building the int8 operators for tests once")
 

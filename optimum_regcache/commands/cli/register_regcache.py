@@ -211,9 +211,7 @@ class BuildCommand(_Command):
     def job(self) -> None:
         from optimum_regcache.kernels import native
 
-        reports = native.build(
-            self.args.instructions, lambda text: print(text.partition(" Build ahead")[0], flush=True)
-        )
+        reports = native.build(self.args.instructions)
         for report in reports:
             print(report, file=sys.stdout if report.reason is None else sys.stderr)
         if any(report.reason is not None for report in reports):

@@ -9,21 +9,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers.utils import logging
 
 from optimum_regcache.kernels import cpu
 from optimum_regcache.kernels.native import compiler
 from optimum_regcache.kernels.native.compiler import BuildError, Library
 from optimum_regcache.kernels.native.fakes import register_fakes
-
-logger = logging.get_logger(__name__)
 
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 _FOLDER = Path(__file__).parent
@@ -79,7 +74,7 @@ def unavailable_reason() -> str | None:
     if chosen is None:
         return "the CPU has no AVX2 instructions."
     try:
-        path = compiler.ensure(chosen, _announce)
+        path = compiler.ensure(chosen)
     except BuildError as error:
         return str(error)
     return _load(chosen, path)
@@ -108,12 +103,6 @@ def _load(chosen: Library, path: Path) -> str | None:
     return None
 
 
-def _announce(text: str) -> None:
-    """One line that shows by default, also where a progress bar is on the screen."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        logger.warning(text)
-
-
 @dataclass(frozen=True)
 class BuildReport:
     """What :func:`build` did for one library.
@@ -139,13 +128,12 @@ class BuildReport:
         return f"{self.instructions}: {done}, {self.path}"
 
 
-def build(instructions: str = "auto", announce: Callable[[str], None] = lambda text: None) -> list[BuildReport]:
+def build(instructions: str = "auto") -> list[BuildReport]:
     """Build the operators ahead of time, so that no first request waits for it.
 
     Args:
         instructions: "auto" builds what this CPU runs, and loads it; "avx512_vnni" and "avx2" one library, "all" both. Those
             need a compiler and no such CPU: an image may be built on one machine for others.
-        announce: called with one line before a build starts.
 
     Returns:
         One report for each library.
@@ -157,11 +145,11 @@ def build(instructions: str = "auto", announce: Callable[[str], None] = lambda t
         raise ValueError(f"instructions must be one of auto, all, {', '.join(LIBRARIES)}, got {instructions!r}.")
     if instructions != "auto":
         chosen = list(LIBRARIES.values()) if instructions == "all" else [LIBRARIES[instructions]]
-        return [_build(each, announce) for each in chosen]
+        return [_build(each) for each in chosen]
     own = library()
     if own is None:
         return [BuildReport("this CPU", reason=f"the CPU has no AVX2 instructions ({compiler.machine()}).")]
-    report = _build(own, announce)
+    report = _build(own)
     if report.path is not None:
         unavailable_reason.cache_clear()  # it may remember that there was no compiler
         reason = unavailable_reason()
@@ -169,10 +157,10 @@ def build(instructions: str = "auto", announce: Callable[[str], None] = lambda t
     return [report]
 
 
-def _build(chosen: Library, announce: Callable[[str], None]) -> BuildReport:
+def _build(chosen: Library) -> BuildReport:
     start, there = time.perf_counter(), compiler.target(chosen).exists()
     try:
-        path = compiler.ensure(chosen, announce)
+        path = compiler.ensure(chosen, ahead=True)
     except BuildError as error:
         return BuildReport(chosen.instructions, seconds=time.perf_counter() - start, reason=str(error))
     return BuildReport(chosen.instructions, path, time.perf_counter() - start, not there)

@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 EXTRA_FLAGS = "OPTIMUM_REGCACHE_CXXFLAGS"  # environment variable: further flags, such as -fsanitize=address
 _FLAGS = ("-std=c++20", "-fPIC")
@@ -68,12 +71,13 @@ def target(library: Library) -> Path:
     return Path(root) / f"{library.name}-torch{torch.__version__}-{python}-{digest}" / f"{library.name}.so"
 
 
-def ensure(library: Library, announce: Callable[[str], None]) -> Path:
-    """Build ``library`` unless it is there; a library that is there needs no compiler.
+def ensure(library: Library, ahead: bool = False) -> Path:
+    """Build ``library`` unless it is there; a library that is there needs no compiler. One warning says that a build starts, or
+    that this process waits for another that builds: it shows by default, also beside a progress bar.
 
     Args:
         library: what to build.
-        announce: called with one line before the build starts, or before this process waits for another that builds.
+        ahead: this is the command that builds ahead of time; else the warning names it.
 
     Returns:
         The built file.
@@ -93,14 +97,17 @@ def ensure(library: Library, announce: Callable[[str], None]) -> Path:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            announce(f"Waiting for another process that builds the int8 operators ({path.parent}).")
+            with tqdm.external_write_mode(file=sys.stderr):
+                logger.warning(f"Waiting for another process that builds the int8 operators ({path.parent}).")
             lock.acquire()
         try:
             if not path.exists():
-                announce(
-                    f"Building the int8 operators for {library.instructions} once (about half a minute; cached in "
-                    f"{path.parent}). Build ahead of time with: optimum-cli regcache build"
-                )
+                hint = "" if ahead else " Build ahead of time with: optimum-cli regcache build"
+                with tqdm.external_write_mode(file=sys.stderr):
+                    logger.warning(
+                        f"Building the int8 operators for {library.instructions} once (about half a minute; cached in "
+                        f"{path.parent}).{hint}"
+                    )
                 _compile(library, path)
         finally:
             lock.release()
