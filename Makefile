@@ -23,6 +23,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror optimum_regcache/kernels/native/*.cpp optimum_regcache/kernels/native/*.h
 
 types: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python

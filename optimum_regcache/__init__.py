@@ -22,6 +22,7 @@ from optimum_regcache.registers import RegisterCache
 if TYPE_CHECKING:
     from optimum_regcache.config.recipe import Recipe, SearchConfig
     from optimum_regcache.fusion import fuse, unfuse
+    from optimum_regcache.kernels.report import backend_report
     from optimum_regcache.layers.linear import set_backend
     from optimum_regcache.models import (
         RegCacheCLIPVisionModel,
@@ -49,6 +50,7 @@ _LAZY = {
     "RegCacheQuantizer": "quantizer",
     "Recipe": "config",
     "SearchConfig": "config",
+    "backend_report": "kernels.report",
     "fuse": "fusion",
     "set_backend": "layers.linear",
     "unfuse": "fusion",
@@ -73,6 +75,7 @@ __all__ = [
     "RegistersConfig",
     "SearchConfig",
     "WeightsConfig",
+    "backend_report",
     "fuse",
     "set_backend",
     "unfuse",

@@ -237,6 +237,7 @@ def test_machine_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "onednn", SimpleNamespace())
     assert onednn.machine_reason() == "this PyTorch build has no torch.ops.onednn.qlinear_pointwise."
     monkeypatch.setattr(torch.ops, "onednn", SimpleNamespace(qlinear_pointwise=None))
+    monkeypatch.setattr(onednn, "schema_reason", lambda: None)
     monkeypatch.setattr(onednn.native, "unavailable_reason", lambda: "no compiler.")
     expected = "the CPU has no VNNI instructions, and the C++ operators that do without are not available: no compiler."
     assert onednn.machine_reason() == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,10 +126,6 @@ def test_attention_refuses_what_it_cannot_hold() -> None:
     q, k, v = qkv(1, 1, 4, 16)
     with pytest.raises(RuntimeError, match="at most 16 register rows, got 17"):
         ops.int8_attention(q, k, v, *rows(1, 17, 16), 1, 0.1, None)
-    with pytest.raises(RuntimeError, match=r"register keys and values must be \[1, rows, 16\]"):
-        ops.int8_attention(q, k, v, *rows(1, 2, 8), 1, 0.1, None)
-    with pytest.raises(RuntimeError, match="q, k and v must have the same sizes and strides, the last stride being 1"):
-        ops.int8_attention(q, k.contiguous(), v, *NO_ROWS, 1, 0.1, None)
 
 
 @needs_native
@@ -191,7 +188,7 @@ def test_the_reference_of_attention_is_exact_for_exact_codes() -> None:
     torch.testing.assert_close(even, torch.full((1, 4, 8), 0.5))  # tau = 4 copies against 4 tokens
 
 
-def test_reasons_why_the_operators_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_the_operators_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     probe = native.unavailable_reason.__wrapped__
     monkeypatch.setenv(native.SWITCH, "0")
     assert probe() == "the environment variable OPTIMUM_REGCACHE_NATIVE is 0."
@@ -203,31 +200,11 @@ def test_reasons_why_the_operators_are_missing(monkeypatch: pytest.MonkeyPatch) 
     assert probe() == "the CPU has no AVX2 instructions."
     monkeypatch.setattr(native.cpu, "capabilities", lambda: {"avx2": True, "fma3": True})
     monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))  # one that was built before needs no compiler
+    monkeypatch.setattr(native.compiler, "machine", lambda: "x86_64")
     assert probe() == "no C++ compiler was found (install g++, or set CXX)."
-
-
-@needs_native
-def test_a_compiler_that_fails_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("this is not C++\n")
-    monkeypatch.setattr(native, "library", lambda: native.Library("optimum_regcache_broken", (broken,), (), False))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert (native.unavailable_reason.__wrapped__() or "").startswith("building the C++ operators failed: ")
-
-
-@needs_native
-def test_a_build_that_was_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    source = tmp_path / "empty.cpp"
-    source.write_text("int nothing() { return 0; }\n")
-    empty = native.Library("optimum_regcache_empty", (source,), (), False)
-    monkeypatch.setattr(native, "library", lambda: empty)
-    monkeypatch.setattr(native, "_register_fakes", lambda chosen: None)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    folder = native._directory(empty)
-    folder.mkdir()
-    (folder / "lock").touch()  # the builder's, left behind
-    assert native.unavailable_reason.__wrapped__() is None
-    assert (folder / "optimum_regcache_empty.so").exists()
+    monkeypatch.setattr(native.compiler, "machine", lambda: "aarch64")
+    assert probe() == "the operators are for x86-64 processors, this is aarch64."
 
 
 def test_which_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ are large enough, or, where it cannot be built, simulation.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,7 +44,42 @@ def kernel_reason() -> str | None:
         return "this PyTorch build has no oneDNN."
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this PyTorch build has no torch.ops.onednn.qlinear_pointwise."
+    return schema_reason()
+
+
+# PyTorch's own operators, not a public interface: the types of their arguments as `_linear`, `PackedWeight.pack` and
+# native/block_op.cpp pass them, by position
+_SCHEMAS = {
+    ("qlinear_prepack", "default"): "Tensor, int[]? -> Tensor",
+    ("qlinear_pointwise", "default"): (
+        "Tensor, float, int, Tensor, Tensor, Tensor, Tensor?, float, int, ScalarType?, str, Scalar?[], str -> Tensor"
+    ),
+    ("qlinear_pointwise", "binary"): (
+        "Tensor, float, int, Tensor, Tensor, Tensor, Tensor?, Tensor?, float, int, ScalarType?, float, int, str, float, str, "
+        "Scalar?[], str -> Tensor"
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def schema_reason() -> str | None:
+    """Why this PyTorch's oneDNN operators cannot be called as this package calls them, or None."""
+    for (name, overload), expected in _SCHEMAS.items():
+        operator = getattr(torch.ops.onednn, name)
+        found = _types(str(getattr(operator, overload)._schema)) if overload in operator.overloads() else "missing"
+        if found != expected:
+            return (
+                f"torch.ops.onednn.{name}.{overload} of PyTorch {torch.__version__} has another schema: expected "
+                f"({expected}), got ({found}). Use the PyTorch of this package's tests (2.13)."
+            )
     return None
+
+
+def _types(schema: str) -> str:
+    """A schema without the names of operator and arguments: ``a::b(Tensor x, int y=0) -> Tensor`` is
+    ``Tensor, int -> Tensor``."""
+    arguments, _, returned = schema.partition("(")[2].rpartition(") -> ")
+    return ", ".join(argument.rpartition(" ")[0] or argument for argument in arguments.split(", ")) + f" -> {returned}"
 
 
 @dataclass(frozen=True)
@@ -190,7 +226,8 @@ class OneDNNLinear(LinearBackend):
             self._weight_shift = (state.weight_zero_point.float() * state.weight_scale).expand(state.codes.shape[0])
 
     @classmethod
-    def unsupported_reason(cls, state: LinearState) -> str | None:
+    def layer_reason(cls, state: LinearState) -> str | None:
+        """Why this layer cannot run as int8 on any CPU, or None."""
         if state.codes.device.type != "cpu":
             return f"the weights are on {state.codes.device}, the kernel runs on the CPU."
         reason = cls.no_integer_reason(state)
@@ -198,6 +235,13 @@ class OneDNNLinear(LinearBackend):
             return reason
         if state.activations.granularity == "per_token" and not state.activations.symmetric:
             return "per-token zero points are not supported by the kernel."
+        return None
+
+    @classmethod
+    def unsupported_reason(cls, state: LinearState) -> str | None:
+        reason = cls.layer_reason(state)
+        if reason is not None:
+            return reason
         large = cpu.needs_vnni(2**state.activations.bits - 1, state.codes)
         return machine_reason() if large else kernel_reason()
 

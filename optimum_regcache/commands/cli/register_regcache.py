@@ -197,6 +197,27 @@ class ExportCommand(_Command):
         print(text)
 
 
+class BuildCommand(_Command):
+    COMMAND = CommandInfo(name="build", help="Build the C++ operators for int8 on CPUs ahead of time.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--instructions", default="auto", choices=("auto", "avx512_vnni", "avx2", "all"),
+            help="auto builds what this CPU runs and loads it; the others need only a compiler (default auto)",
+        )  # fmt: skip
+        parser.set_defaults(device="cpu")
+
+    def job(self) -> None:
+        from optimum_regcache.kernels import native
+
+        reports = native.build(self.args.instructions)
+        for report in reports:
+            print(report, file=sys.stdout if report.reason is None else sys.stderr)
+        if any(report.reason is not None for report in reports):
+            sys.exit(1)
+
+
 class RegCacheCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="regcache", help="RegCache: quantize vision encoders with prefixed registers.")
     SUBCOMMANDS = (
@@ -204,6 +225,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
+        CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
     )
 
 

@@ -6,70 +6,45 @@ Where neither can be built the same operations run in plain PyTorch (`optimum_re
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
-import shutil
 import sys
-import sysconfig
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock
-from transformers.utils import logging
 
 from optimum_regcache.kernels import cpu
-
-logger = logging.get_logger(__name__)
+from optimum_regcache.kernels.native import compiler
+from optimum_regcache.kernels.native.compiler import BuildError, Library
+from optimum_regcache.kernels.native.fakes import register_fakes
 
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 _FOLDER = Path(__file__).parent
-_COMMON = (_FOLDER / "schemas.cpp", _FOLDER / "token_ops.cpp")
 # named instructions instead of -march=native: a home directory may be shared by different machines
 _FLAGS = (
     "-O3", "-mavx2", "-mfma", "-fopenmp",
     "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-Wno-ignored-attributes",
 )  # fmt: skip
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 
 
-@dataclass(frozen=True)
-class Library:
-    """Operators that are built together; one library is used in a process.
-
-    Attributes:
-        name: of the built file.
-        sources: files to compile.
-        flags: of the compiler.
-        blocks: it holds whole blocks as one operator, for oneDNN's products; else the exact linear layer for CPUs without VNNI.
-    """
-
-    name: str
-    sources: tuple[Path, ...]
-    flags: tuple[str, ...]
-    blocks: bool
+def _sources(*names: str) -> tuple[Path, ...]:
+    return tuple(_FOLDER / f"{name}.cpp" for name in ("operators", "token_ops", *names))
 
 
 VNNI = Library(
     "optimum_regcache_fused_ops",
-    (*_COMMON, _FOLDER / "fused_ops.cpp", _FOLDER / "block_op.cpp"),
-    (*_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    "AVX-512 VNNI",
+    _sources("block_op", "vnni_rows", "vnni_attention"),
+    (*_FLAGS, *_AVX512),
     blocks=True,
 )
 AVX2 = Library(
-    "optimum_regcache_avx2_ops",
-    (*_COMMON, _FOLDER / "avx2_ops.cpp", _FOLDER / "avx2_attention.cpp"),
-    _FLAGS,
-    blocks=False,
+    "optimum_regcache_avx2_ops", "AVX2", _sources("avx2_linear", "avx2_rows", "avx2_attention"), _FLAGS, blocks=False
 )
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "c++")
+LIBRARIES = {"avx512_vnni": VNNI, "avx2": AVX2}
 
 
 def library() -> Library | None:
@@ -86,7 +61,8 @@ def library() -> Library | None:
 
 @lru_cache(maxsize=1)
 def unavailable_reason() -> str | None:
-    """Why the operators cannot be used here, or None. The first call builds them (half a minute, once for a PyTorch version).
+    """Why the operators cannot be used here, or None. The first call builds them (half a minute, once for a PyTorch version)
+    and says so in one warning; `build` does it ahead of time.
 
     The environment variable OPTIMUM_REGCACHE_NATIVE=0 switches them off.
     """
@@ -97,12 +73,11 @@ def unavailable_reason() -> str | None:
     chosen = library()
     if chosen is None:
         return "the CPU has no AVX2 instructions."
-    if _compiler() is None:
-        return "no C++ compiler was found (install g++, or set CXX)."
-    with _ninja_on_path():
-        if shutil.which("ninja") is None:
-            return "the build tool ninja was not found (pip install ninja)."
-        return _build(chosen)
+    try:
+        path = compiler.ensure(chosen)
+    except BuildError as error:
+        return str(error)
+    return _load(chosen, path)
 
 
 def blocks_reason() -> str | None:
@@ -113,80 +88,79 @@ def blocks_reason() -> str | None:
     return unavailable_reason()
 
 
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """The ninja that pip installed beside this Python is found even if its environment is not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join((before, sysconfig.get_path("scripts")))
+_loaded: set[Path] = set()
+
+
+def _load(chosen: Library, path: Path) -> str | None:
+    if path in _loaded:
+        return None
     try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-def _directory(chosen: Library) -> Path:
-    """Where the operators are kept: one folder for each PyTorch, Python and version of the sources."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    headers = sorted(_FOLDER.glob("*.h"))
-    content = "".join([*chosen.flags, *(path.read_text() for path in (*headers, *chosen.sources))])
-    digest, python = hashlib.sha256(content.encode()).hexdigest()[:12], f"py{sys.version_info[0]}{sys.version_info[1]}"
-    return Path(root) / f"{chosen.name}-torch{torch.__version__}-{python}-{digest}"
-
-
-def _build(chosen: Library) -> str | None:
-    from torch.utils import cpp_extension
-
-    directory = _directory(chosen)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # one process builds at a time; the system frees this lock when its holder dies, unlike the builder's own file "lock",
-        # which a killed build leaves behind and for which the next one would wait for ever
-        with FileLock(directory / "build.lock"), contextlib.redirect_stdout(io.StringIO()):
-            (directory / "lock").unlink(missing_ok=True)
-            if not (directory / f"{chosen.name}.so").exists():
-                logger.warning(
-                    "Building the C++ operators for int8 execution; this happens once, for about half a minute."
-                )
-            cpp_extension.load(
-                chosen.name,
-                [str(path) for path in chosen.sources],
-                extra_cflags=list(chosen.flags),
-                build_directory=str(directory),
-                is_python_module=False,
-            )
-    except (RuntimeError, OSError) as error:
-        return f"building the C++ operators failed: {str(error).strip().splitlines()[0]}"
-    _register_fakes(chosen)
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"loading the C++ operators failed: {str(error).strip().splitlines()[0]} Delete {path.parent}."
+    register_fakes(chosen.blocks)
+    _loaded.add(path)
     return None
 
 
-def _register_fakes(chosen: Library) -> None:
-    """Shapes for torch.compile."""
+@dataclass(frozen=True)
+class BuildReport:
+    """What :func:`build` did for one library.
 
-    def codes_of(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    Attributes:
+        instructions: which it is for, in words.
+        path: the library; None if there is none.
+        seconds: how long it took.
+        built: False if it was there already.
+        reason: why it could not be built or loaded; None if all went well.
+    """
 
-    def attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-        inverse = rest[7]  # 0: real numbers leave
-        return q.new_empty(q.shape, dtype=torch.uint8 if inverse > 0 else torch.float32)
+    instructions: str
+    path: Path | None = None
+    seconds: float = 0.0
+    built: bool = False
+    reason: str | None = None
 
-    def block(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.instructions}: not available: {self.reason}"
+        done = f"built in {self.seconds:.0f} s" if self.built else "was built before"
+        return f"{self.instructions}: {done}, {self.path}"
 
-    def delete_tokens(x: torch.Tensor, lead: int, count: int) -> tuple[torch.Tensor, ...]:
-        (batch, tokens, width), left = x.shape, x.shape[1] - count
-        positions, dropped = ((batch, left), torch.int64), ((batch, tokens), torch.bool)
-        return x.new_empty(batch, left, width), *(x.new_empty(size, dtype=kind) for size, kind in (positions, dropped))
 
-    def restore_tokens(x: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return x.new_empty(x.shape[0], dropped.shape[1], x.shape[2])
+def build(instructions: str = "auto") -> list[BuildReport]:
+    """Build the operators ahead of time, so that no first request waits for it.
 
-    def linear(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-        out, as_codes = rest[3].shape[0], rest[8]
-        return codes.new_empty(*codes.shape[:-1], out, dtype=torch.uint8 if as_codes else torch.float32)
+    Args:
+        instructions: "auto" builds what this CPU runs, and loads it; "avx512_vnni" and "avx2" one library, "all" both. Those
+            need a compiler and no such CPU: an image may be built on one machine for others.
 
-    shapes = {"quantize": codes_of, "layer_norm_quantize": codes_of}
-    own = block if chosen.blocks else linear
-    shapes |= {f.__name__: f for f in (own, attention, delete_tokens, restore_tokens)}
-    for name, function in shapes.items():
-        torch.library.register_fake(f"regcache::{name}", function)
+    Returns:
+        One report for each library.
+
+    Raises:
+        ValueError: other instructions.
+    """
+    if instructions not in ("auto", "all", *LIBRARIES):
+        raise ValueError(f"instructions must be one of auto, all, {', '.join(LIBRARIES)}, got {instructions!r}.")
+    if instructions != "auto":
+        chosen = list(LIBRARIES.values()) if instructions == "all" else [LIBRARIES[instructions]]
+        return [_build(each) for each in chosen]
+    own = library()
+    if own is None:
+        return [BuildReport("this CPU", reason=f"the CPU has no AVX2 instructions ({compiler.machine()}).")]
+    report = _build(own)
+    if report.path is not None:
+        unavailable_reason.cache_clear()  # it may remember that there was no compiler
+        reason = unavailable_reason()
+        return [BuildReport(own.instructions, report.path, report.seconds, report.built, reason)]
+    return [report]
+
+
+def _build(chosen: Library) -> BuildReport:
+    start, there = time.perf_counter(), compiler.target(chosen).exists()
+    try:
+        path = compiler.ensure(chosen, ahead=True)
+    except BuildError as error:
+        return BuildReport(chosen.instructions, seconds=time.perf_counter() - start, reason=str(error))
+    return BuildReport(chosen.instructions, path, time.perf_counter() - start, not there)

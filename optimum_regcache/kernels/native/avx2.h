@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 // keeps the accumulators of a tile in registers
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -17,12 +19,8 @@ constexpr int64_t kRows = 6, kColumns = 16;  // register tile: 6 x 2 accumulator
 
 inline __m256 all(float x) { return _mm256_set1_ps(x); }
 
-// u8 code = clamp(round(x * inverse) + zero_point, 0, highest), ties to even
-struct Quantizer {
-  float inverse;
-  int32_t zero_point, highest;
-  Quantizer(double inverse, int64_t zero_point, int64_t highest)
-      : inverse(float(inverse)), zero_point(int32_t(zero_point)), highest(int32_t(highest)) {}
+struct Quantizer : Codes {
+  explicit Quantizer(const Codes& codes) : Codes(codes) {}
 
   __m256i code(__m256 x) const {  // beyond the int32 range the conversion gives INT_MIN, also for large positive values
     x = _mm256_min_ps(_mm256_mul_ps(x, all(inverse)), all(1e6f));
@@ -33,17 +31,6 @@ struct Quantizer {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(code(low), code(high)), 0xD8);
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     return _mm_min_epu8(bytes, _mm_set1_epi8(char(highest)));
-  }
-  void row(const float* x, uint8_t* out, int64_t width) const {
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16)
-      _mm_storeu_si128((__m128i*)(out + i), (*this)(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)));
-    if (i == width) return;
-    alignas(32) float rest[16] = {};
-    alignas(16) uint8_t codes[16];
-    std::copy_n(x + i, width - i, rest);
-    _mm_store_si128((__m128i*)codes, (*this)(_mm256_load_ps(rest), _mm256_load_ps(rest + 8)));
-    std::memcpy(out + i, codes, width - i);
   }
 };
 

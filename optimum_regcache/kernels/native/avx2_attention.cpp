@@ -1,23 +1,17 @@
-// int8 attention with register rows for processors with AVX2 and no VNNI: what fused_ops.cpp computes with VNNI, by the exact
-// tile of avx2.h. Its plain form is int8_attention_reference in kernels/fused_ops.py.
+// int8 attention with register rows in AVX2, by the exact tile of avx2.h. What surrounds the products is attention_loop.h.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <optional>
 #include <vector>
 
-#include "attention.h"
+#include "attention_loop.h"
 #include "avx2.h"
 
+namespace regcache {
 namespace {
-
-using namespace regcache;
 
 float largest(__m256 x) {
   alignas(32) float values[8];
@@ -53,16 +47,20 @@ struct Panels {
   const int8_t* panel(int64_t column) const { return bytes.data() + column * pairs * 2; }
 };
 
-struct Head {
+struct Avx2Head {
+  static constexpr int64_t kRows = regcache::kRows;
+  static constexpr double kPerNat = 1.0;
+  static constexpr float kMost = 69.0f;
+
   int64_t tokens, width, padded;  // padded: width up to a multiple of 16
   Panels keys, values;            // columns: tokens; channels
   std::vector<float> row, logits, result;
   std::vector<int16_t> query, probabilities;
   std::vector<int32_t> codes;
-  Head(int64_t tokens, int64_t width)
+  Avx2Head(int64_t tokens, int64_t width)
       : tokens(tokens), width(width), padded(round_up(width, kColumns)), keys(width, tokens), values(tokens, width), row(padded),
-        logits(kRows * keys.columns), result(kRows * padded), query(kRows * 2 * keys.pairs), probabilities(kRows * 2 * values.pairs),
-        codes(std::max(padded, keys.columns)) {}
+        logits(kRows * keys.columns), result(kRows * padded), query(kRows * 2 * keys.pairs),
+        probabilities(kRows * 2 * values.pairs), codes(std::max(padded, keys.columns)) {}
 
   // keys: one scale per token
   void pack_keys(const float* key, int64_t stride) {
@@ -110,7 +108,7 @@ struct Head {
     for (int64_t j = 0; j < keys.columns; j += 8) best = _mm256_max_ps(best, _mm256_loadu_ps(x + j));
     top = largest(best);
     for (int64_t j = 0; j < keys.columns; j += 8) {
-      const __m256 p = _mm256_mul_ps(exp(_mm256_sub_ps(_mm256_loadu_ps(x + j), all(top))), all(255.0f));
+      const __m256 p = _mm256_mul_ps(regcache::exp(_mm256_sub_ps(_mm256_loadu_ps(x + j), all(top))), all(255.0f));
       _mm256_storeu_si256((__m256i*)(codes.data() + j), _mm256_cvtps_epi32(p));
     }
     int32_t total = 0;
@@ -118,83 +116,49 @@ struct Head {
     for (int64_t j = 0; j < tokens; ++j) p[j] = int16_t(codes[j]), total += codes[j];
     return float(total);
   }
-};
 
-struct Output {
-  float* real = nullptr;
-  uint8_t* codes = nullptr;
-  Quantizer quantizer{0.0, 0, 0};
-};
-
-void attend(const float* query, const float* key, const float* value, int64_t stride, int64_t head, float scaling, const Registers& g,
-            const Output& out, int64_t out_offset, int64_t out_stride, Head& t) {
-  const int64_t tokens = t.tokens, width = t.width;
-  t.pack_keys(key, stride);
-  t.pack_values(value, stride);
-  alignas(32) int32_t sums[kRows * kColumns];
-  float row_scale[kRows], mass[kRows][kMaxRegisters];
-  for (int64_t first = 0; first < tokens; first += kRows) {
-    const int64_t rows = std::min(kRows, tokens - first);
-    for (int64_t r = 0; r < rows; ++r) row_scale[r] = scaling * t.round_query(query + (first + r) * stride, r);
-    for (int64_t j = 0; j < t.keys.columns; j += kColumns) {
-      tile(t.query.data(), 2 * t.keys.pairs, t.keys.panel(j), t.keys.pairs, sums);
+  void multiply_keys(int64_t rows, const float* row_scale) {
+    alignas(32) int32_t sums[kRows * kColumns];
+    for (int64_t j = 0; j < keys.columns; j += kColumns) {
+      tile(query.data(), 2 * keys.pairs, keys.panel(j), keys.pairs, sums);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < kColumns; ++c)
-          t.logits[r * t.keys.columns + j + c] = float(sums[r * kColumns + c]) * t.keys.scale[j + c] * row_scale[r];
-    }
-    float inverse_total[kRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      float top, total = t.softmax(r, top);
-      for (int64_t n = 0; n < g.rows; ++n) {  // registers stay outside the range of the codes
-        const float *q = query + (first + r) * stride, *k = g.key + (head * g.rows + n) * width;
-        float dot = 0.0f;
-        for (int64_t i = 0; i < width; ++i) dot += q[i] * k[i];
-        mass[r][n] = 255.0f * std::exp(std::min(dot * scaling + g.bias - top, 69.0f));
-        total += mass[r][n];
-      }
-      inverse_total[r] = 1.0f / total;
-    }
-    for (int64_t c = 0; c < t.padded; c += kColumns) {
-      tile(t.probabilities.data(), 2 * t.values.pairs, t.values.panel(c), t.values.pairs, sums);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < kColumns; ++i)
-          t.result[r * t.padded + c + i] = float(sums[r * kColumns + i]) * t.values.scale[c + i];
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      float* o = t.result.data() + r * t.padded;
-      for (int64_t n = 0; n < g.rows; ++n) {
-        const float* v = g.value + (head * g.rows + n) * width;
-        for (int64_t i = 0; i < width; ++i) o[i] += mass[r][n] * v[i];
-      }
-      for (int64_t i = 0; i < width; ++i) o[i] *= inverse_total[r];
-      const int64_t place = out_offset + (first + r) * out_stride;
-      if (out.codes == nullptr) std::copy_n(o, width, out.real + place);
-      else out.quantizer.row(o, out.codes + place, width);
+          logits[r * keys.columns + j + c] = float(sums[r * kColumns + c]) * keys.scale[j + c] * row_scale[r];
     }
   }
-}
 
-at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& register_key,
-                     const std::optional<at::Tensor>& register_value, int64_t heads, double scaling, double logit_bias,
-                     double inverse, int64_t zero_point, int64_t highest) {
-  const int64_t batch = q.size(0), tokens = q.size(1), width = q.size(2) / heads;
-  const Registers g = check_attention(q, k, v, register_key, register_value, heads, logit_bias);
-  at::Tensor out = at::empty({batch, tokens, heads * width}, q.options().dtype(inverse > 0 ? at::kByte : at::kFloat));
-  Output target;
-  if (inverse > 0) target = {nullptr, out.data_ptr<uint8_t>(), Quantizer(inverse, zero_point, highest)};
-  else target.real = out.data_ptr<float>();
-  const float *qp = q.const_data_ptr<float>(), *kp = k.const_data_ptr<float>(), *vp = v.const_data_ptr<float>();
-  at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    Head scratch(tokens, width);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / heads, h = task % heads, offset = b * q.stride(0) + h * width;
-      attend(qp + offset, kp + offset, vp + offset, q.stride(1), h, float(scaling), g, target,
-             b * tokens * heads * width + h * width, heads * width, scratch);
+  void multiply_values(int64_t rows) {
+    alignas(32) int32_t sums[kRows * kColumns];
+    for (int64_t c = 0; c < padded; c += kColumns) {
+      tile(probabilities.data(), 2 * values.pairs, values.panel(c), values.pairs, sums);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < kColumns; ++i) result[r * padded + c + i] = float(sums[r * kColumns + i]) * values.scale[c + i];
     }
-  });
-  return out;
-}
+  }
+
+  void write(const Attention& a, int64_t r, const float* mass, const float* registers, float factor, int64_t place) {
+    float* o = result.data() + r * padded;
+    for (int64_t n = 0; n < a.registers; ++n)
+      for (int64_t i = 0; i < width; ++i) o[i] += mass[n] * registers[n * width + i];
+    for (int64_t i = 0; i < width; ++i) o[i] *= factor;
+    if (a.real != nullptr) {
+      std::copy_n(o, width, a.real + place);
+    } else {
+      quantize_values(o, a.out + place, width, a.codes);
+    }
+  }
+
+  float dot(const float* x, const float* y) const {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < width; ++i) sum += x[i] * y[i];
+    return sum;
+  }
+
+  static float exp(float x) { return std::exp(x); }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regcache, CPU, m) { m.impl("attention", &attention); }
+void attend(const Attention& a, int64_t begin, int64_t end) { attend_heads<Avx2Head>(a, begin, end); }
+
+}  // namespace regcache

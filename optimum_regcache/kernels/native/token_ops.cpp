@@ -9,17 +9,26 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <vector>
+
+#include "checks.h"
 
 namespace {
 
 // x: float32 [B, N, D] -> (kept tokens [B, N - count, D], their positions int64 [B, N - count], dropped bool [B, N]).
 // Drops the `count` tokens of largest l_inf norm after the first `lead`; of equal norms the earlier token goes.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> delete_tokens(const at::Tensor& x, int64_t lead, int64_t count) {
+  const regcache::Check check("delete_tokens");
+  check.tensor("x", x, at::kFloat, 3);
   const at::Tensor in = x.contiguous();
   const int64_t batch = in.size(0), tokens = in.size(1), width = in.size(2), left = tokens - count;
-  TORCH_CHECK(count > 0 && tokens - lead >= 2 * count, "regcache::delete_tokens: count must be at most half of the patches");
+  TORCH_CHECK(width > 0, "regcache::delete_tokens: `x` must have channels, got shape ", x.sizes());
+  check.between("lead", lead, 0, tokens);
+  TORCH_CHECK(0 < count && count <= (tokens - lead) / 2,
+              "regcache::delete_tokens: `count` must be at least 1 and at most half of the ", tokens - lead, " patches, got ",
+              count);
   at::Tensor out = at::empty({batch, left, width}, in.options());
   at::Tensor kept = at::empty({batch, left}, in.options().dtype(at::kLong));
   at::Tensor dropped = at::empty({batch, tokens}, in.options().dtype(at::kBool));
@@ -55,13 +64,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> delete_tokens(const at::Tensor& x
   return {out, kept, dropped};
 }
 
+// `kept` must name every place that `dropped` leaves, once and in ascending order: else an output would stay unwritten, or lie
+// outside.
+void check_kept(const int64_t* kept, const bool* dropped, int64_t batch, int64_t left, int64_t tokens) {
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t k = 0;
+    for (int64_t n = 0; n < tokens; ++n) {
+      if (dropped[b * tokens + n]) continue;
+      TORCH_CHECK(k < left && kept[b * left + k] == n,
+                  "regcache::restore_tokens: `kept` must be the ascending positions that `dropped`", " leaves, among ", tokens,
+                  "; of image ", b, " entry ", k, " must be ", n, ", got ",
+                  k < left ? std::to_string(kept[b * left + k]) : "none");
+      ++k;
+    }
+    TORCH_CHECK(k == left, "regcache::restore_tokens: `kept` must have as many positions as `dropped` leaves, ", k, " for image ",
+                b, ", got ", left);
+  }
+}
+
 // x: float32 [B, K, D] at `kept` of `dropped`.size(1) places -> [B, N, D]; each deleted patch gets the mean of its kept
 // 8-neighbours on the grid, or the mean of all kept patches where none is left.
 at::Tensor restore_tokens(const at::Tensor& x, const at::Tensor& kept, const at::Tensor& dropped, int64_t lead, int64_t rows,
                           int64_t columns) {
+  const regcache::Check check("restore_tokens");
+  check.tensor("x", x, at::kFloat, 3);
+  check.tensor("dropped", dropped, at::kBool, 2);
   const at::Tensor in = x.contiguous(), places = kept.contiguous(), mask = dropped.contiguous();
   const int64_t batch = in.size(0), left = in.size(1), width = in.size(2), tokens = mask.size(1);
-  TORCH_CHECK(lead + rows * columns == tokens, "regcache::restore_tokens: the grid does not fit the number of tokens");
+  TORCH_CHECK(width > 0, "regcache::restore_tokens: `x` must have channels, got shape ", x.sizes());
+  check.shape("dropped", dropped, at::kBool, {batch, tokens});
+  check.shape("kept", kept, at::kLong, {batch, left});
+  check.between("lead", lead, 0, tokens);
+  check.between("rows", rows, 1, tokens);
+  check.between("columns", columns, 1, tokens);
+  TORCH_CHECK(lead + rows * columns == tokens, "regcache::restore_tokens: `lead` + `rows` * `columns` must be the ", tokens,
+              " tokens of `dropped`, got ", lead, " + ", rows, " * ", columns);
+  check_kept(places.const_data_ptr<int64_t>(), mask.const_data_ptr<bool>(), batch, left, tokens);
   at::Tensor out = at::empty({batch, tokens, width}, in.options());
   const float* source = in.const_data_ptr<float>();
   const int64_t* positions = places.const_data_ptr<int64_t>();

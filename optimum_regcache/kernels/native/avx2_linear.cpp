@@ -1,6 +1,6 @@
-// CPU operators of the int8 runtime for processors with AVX2 and no VNNI: the linear layer, quantize, LayerNorm + quantize.
-// Built by native/__init__.py. vpmaddubsw, which libraries use for u8 x s8 there, saturates in 16 bits; here both operands are
-// widened to 16 bits and multiplied with vpmaddwd, whose sums of two products are 32 bits wide: exact for all codes.
+// The linear layer for processors with AVX2 and no VNNI. vpmaddubsw, which libraries use for u8 x s8 there, saturates in 16 bits;
+// here both operands are widened to 16 bits and multiplied with vpmaddwd, whose sums of two products are 32 bits wide: exact for
+// all codes.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -10,10 +10,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "avx2.h"
+#include "checks.h"
 
 namespace {
 
@@ -21,42 +21,9 @@ using namespace regcache;
 
 constexpr int64_t kBlockBytes = 160 * 1024;  // of widened inputs: stays in the second-level cache
 
-at::Tensor quantize(const at::Tensor& x, double inverse, int64_t zero_point, int64_t highest) {
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = at::empty(in.sizes(), in.options().dtype(at::kByte));
-  const float* source = in.const_data_ptr<float>();
-  uint8_t* target = out.data_ptr<uint8_t>();
-  const Quantizer codes(inverse, zero_point, highest);
-  at::parallel_for(0, in.numel(), 16384,
-                   [&](int64_t begin, int64_t end) { codes.row(source + begin, target + begin, end - begin); });
-  return out;
+inline __m256 times_sigmoid(__m256 x, __m256 y) {
+  return _mm256_div_ps(x, _mm256_add_ps(all(1.0f), exp(_mm256_sub_ps(all(0.0f), y))));
 }
-
-at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps, double inverse,
-                               int64_t zero_point, int64_t highest) {
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = at::empty(in.sizes(), in.options().dtype(at::kByte));
-  const int64_t width = in.size(-1), rows = width ? in.numel() / width : 0;
-  const float *source = in.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
-  uint8_t* target = out.data_ptr<uint8_t>();
-  const Quantizer codes(inverse, zero_point, highest);
-  at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<float> normed(width);
-    for (int64_t r = begin; r < end; ++r) {
-      const float* row = source + r * width;
-      float sum = 0.0f, square = 0.0f;
-      for (int64_t i = 0; i < width; ++i) sum += row[i];
-      const float mean = sum / float(width);
-      for (int64_t i = 0; i < width; ++i) square += (row[i] - mean) * (row[i] - mean);
-      const float rstd = 1.0f / std::sqrt(square / float(width) + float(eps));
-      for (int64_t i = 0; i < width; ++i) normed[i] = (row[i] - mean) * rstd * w[i] + b[i];
-      codes.row(normed.data(), target + r * width, width);
-    }
-  });
-  return out;
-}
-
-inline __m256 times_sigmoid(__m256 x, __m256 y) { return _mm256_div_ps(x, _mm256_add_ps(all(1.0f), exp(_mm256_sub_ps(all(0.0f), y)))); }
 
 enum class Post { kNone, kRelu, kSwish, kGelu, kTanhGelu };
 
@@ -77,7 +44,8 @@ inline __m256 activate(__m256 x) {
   if constexpr (post == Post::kSwish) return times_sigmoid(x, x);
   if constexpr (post == Post::kGelu) return gelu(x);
   if constexpr (post == Post::kTanhGelu)
-    return times_sigmoid(x, _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), all(2 * 0.044715f * 0.79788456f), all(2 * 0.79788456f))));
+    return times_sigmoid(
+        x, _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), all(2 * 0.044715f * 0.79788456f), all(2 * 0.79788456f))));
   return x;
 }
 
@@ -89,13 +57,13 @@ struct Target {
 };
 
 template <Post post>
-void finish(const int32_t* sums, const float* scale, const float* bias, int64_t rows, int64_t columns, int64_t width, int64_t place,
-            const Target& out) {
+void finish(const int32_t* sums, const float* scale, const float* bias, int64_t rows, int64_t columns, int64_t width,
+            int64_t place, const Target& out) {
   alignas(32) float y[kColumns];
   alignas(16) uint8_t codes[kColumns];
   for (int64_t r = 0; r < rows; ++r, place += width) {
     __m256 values[2];
-    UNROLL for (int c = 0; c < 2; ++c) {
+  UNROLL for (int c = 0; c < 2; ++c) {
       const __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(sums + r * kColumns + 8 * c)));
       values[c] = activate<post>(_mm256_fmadd_ps(sum, _mm256_loadu_ps(scale + 8 * c), _mm256_loadu_ps(bias + 8 * c)));
     }
@@ -127,8 +95,7 @@ Finish finisher(c10::string_view post, c10::string_view algorithm) {
   if (post == "none") return finish<Post::kNone>;
   if (post == "relu") return finish<Post::kRelu>;
   if (post == "swish") return finish<Post::kSwish>;
-  if (post == "gelu") return algorithm == "tanh" ? finish<Post::kTanhGelu> : finish<Post::kGelu>;
-  TORCH_CHECK(false, "regcache::linear: unknown activation function ", post);
+  return algorithm == "tanh" ? finish<Post::kTanhGelu> : finish<Post::kGelu>;
 }
 
 }  // namespace
@@ -136,27 +103,40 @@ Finish finisher(c10::string_view post, c10::string_view algorithm) {
 // post(scale weight_scale (codes - zero_point) w + bias) (+ other), float32 or u8. codes: u8 [..., in]; packed: s8
 // [ceil(out / 16) * ceil(in / 2) * 16 * 2], zeros beyond the edges; weight_scale, bias: float32 [out]
 static at::Tensor linear(const at::Tensor& input, double scale, int64_t zero_point, const at::Tensor& packed,
-                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& other, double out_scale, int64_t out_zero, bool as_codes,
+                         const at::Tensor& weight_scale, const Maybe& bias,
+                         const Maybe& other, double out_scale, int64_t out_zero, bool as_codes,
                          c10::string_view post, c10::string_view algorithm) {
-  const at::Tensor in = input.contiguous();
-  const int64_t width = in.size(-1), rows = width ? in.numel() / width : 0, columns = weight_scale.size(0);
+  const Check check("linear");
+  check.tensor("codes", input, at::kByte, -1);
+  const int64_t width = input.dim() ? input.size(-1) : 0;
+  TORCH_CHECK(0 < width && width <= kLongestSum, "regcache::linear: `codes` must have 1 to ", kLongestSum,
+              " values in the last axis, got shape ", input.sizes());
+  check.positive("scale", scale);
+  check.between("zero_point", zero_point, 0, 255);
+  check.tensor("weight_scale", weight_scale, at::kFloat, 1);
+  const int64_t rows = input.numel() / width, columns = weight_scale.size(0);
   const int64_t panels = (columns + kColumns - 1) / kColumns, pairs = (width + 1) / 2, stride = 2 * pairs;
-  TORCH_CHECK(in.scalar_type() == at::kByte && packed.scalar_type() == at::kChar && packed.is_contiguous(),
-              "regcache::linear: u8 codes and packed s8 weights are needed");
-  TORCH_CHECK(packed.numel() == panels * kColumns * stride, "regcache::linear: ", width, " inputs and ", columns,
-              " outputs do not fit the packed weight of ", packed.numel(), " bytes");
+  check.tensor("packed", packed, at::kChar, 1);
+  check.contiguous("packed", packed);
+  TORCH_CHECK(packed.numel() == panels * kColumns * stride, "regcache::linear: `packed` must have ", panels * kColumns * stride,
+              " bytes for ", width, " inputs and ", columns, " outputs, got ", packed.numel());
+  if (bias.has_value()) check.shape("bias", *bias, at::kFloat, {columns});
+  check.positive("out_scale", out_scale);
+  check.between("out_zero", out_zero, 0, 255);
+  check.activation(post, algorithm);
+  const at::Tensor in = input.contiguous(), step = weight_scale.contiguous();
   std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
   sizes.back() = columns;
   at::Tensor out = at::empty(sizes, in.options().dtype(as_codes ? at::kByte : at::kFloat));
-  TORCH_CHECK(!other.has_value() || (other->sizes() == out.sizes() && !as_codes), "regcache::linear: `other` must have the output's shape");
+  TORCH_CHECK(!other.has_value() || !as_codes, "regcache::linear: `other` is added to real numbers, got as_codes=True");
+  if (other.has_value()) check.shape("other", *other, at::kFloat, sizes);
   const at::Tensor added = other.has_value() ? other->contiguous() : at::Tensor();
 
   std::vector<float> scales(panels * kColumns), biases(panels * kColumns);
-  for (int64_t c = 0; c < columns; ++c) scales[c] = float(scale) * weight_scale.const_data_ptr<float>()[c];
+  for (int64_t c = 0; c < columns; ++c) scales[c] = float(scale) * step.const_data_ptr<float>()[c];
   if (bias.has_value()) std::copy_n(bias->contiguous().const_data_ptr<float>(), columns, biases.begin());
   const Target target{as_codes ? nullptr : out.data_ptr<float>(), added.defined() ? added.const_data_ptr<float>() : nullptr,
-                      as_codes ? out.data_ptr<uint8_t>() : nullptr, Quantizer(1.0 / out_scale, out_zero, 255)};
+                      as_codes ? out.data_ptr<uint8_t>() : nullptr, Quantizer({float(1.0 / out_scale), int32_t(out_zero), 255})};
   const Finish done = finisher(post, algorithm);
   const uint8_t* source = in.const_data_ptr<uint8_t>();
   const int8_t* weights = packed.const_data_ptr<int8_t>();
@@ -197,7 +177,5 @@ TORCH_LIBRARY_FRAGMENT(regcache, m) {
 }
 
 TORCH_LIBRARY_IMPL(regcache, CPU, m) {
-  m.impl("quantize", &quantize);
-  m.impl("layer_norm_quantize", &layer_norm_quantize);
   m.impl("linear", &linear);
 }
