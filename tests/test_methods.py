@@ -20,7 +20,7 @@ from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.methods import METHODS, build_methods, configured, quantize_with
 from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.base import linear_groups
-from optimum_regcache.methods.sixteen_bit import SixteenBit
+from optimum_regcache.methods.mixed_precision import MixedPrecision
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 
 CLIP, DINOV2, SIGLIP = TOWERS["clip"], TOWERS["dinov2"], TOWERS["siglip"]
@@ -251,10 +251,10 @@ def test_forms_left_over_from_other_methods_do_not_reach_the_checkpoint(tmp_path
     assert torch.equal(CLIP.run(AutoModel.from_pretrained(tmp_path)), CLIP.run(result.model))
 
 
-def test_sixteen_bit_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
+def test_mixed_precision_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
     dual = COMPOSITES["clip_dual"]
-    result = fitted(dual, config(["sixteen_bit"], bits=8))
-    assert all(name.startswith("encoder.layers.") for name in result.config.modules.sixteen_bit)
+    result = fitted(dual, config(["mixed_precision"], bits=8))
+    assert all(name.startswith("encoder.layers.") for name in result.config.modules.mixed_precision)
     result.model.save_pretrained(tmp_path)
     tower = CLIPVisionModel.from_pretrained(tmp_path)
     bits = {module.activations.bits for _, module in quant_linears(tower)}
@@ -262,7 +262,7 @@ def test_sixteen_bit_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_pat
 
 
 def test_layers_of_one_group_with_other_bits_keep_their_own_scale() -> None:
-    mixed = {"sixteen_bit": ["self_attn.k_proj"]}
+    mixed = {"mixed_precision": ["self_attn.k_proj"]}
     plain = fitted(CLIP, config(["rtn"], bits=8, modules=mixed))
     for name in ("output_mse", "repq_vit"):
         result = fitted(CLIP, config([{"name": name, **QUICK.get(name, {})}], bits=8, modules=mixed))
@@ -312,7 +312,7 @@ def test_bias_correction_takes_the_mean_error_out_of_the_last_layer() -> None:
 
 def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     """With inputs that are hardly rounded, an installed vector leaves the output as it is: it is folded exactly."""
-    from optimum_regcache.methods.base import Fit
+    from optimum_regcache.methods.base import PipelineState
     from optimum_regcache.methods.noisyquant import _install
 
     plain = config([{"name": "noisyquant", **QUICK["noisyquant"]}], activations={"bits": 16}, deletion={"count": 0})
@@ -320,7 +320,7 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     for _, layer in quant_linears(result.model):  # room for the vector, and for what calibration did not see
         layer.set_input_qparams(layer.input_scale * 2, layer.input_zero_point)
     before = CLIP.run(result.model)
-    fit = Fit(result.config, (), result.float_model, [], result.model)
+    fit = PipelineState(result.config, (), result.float_model, [], result.model)
     generator = torch.Generator().manual_seed(0)
     roles = set()
     for group in linear_groups(result.float_model, result.config):
@@ -333,14 +333,16 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     assert not torch.equal(CLIP.run(result.model), before)
 
 
-def test_sixteen_bit_takes_the_planted_layer() -> None:
+def test_mixed_precision_takes_the_planted_layer() -> None:
     model = planted.build_planted_model()
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = {"pixel_values": planted_images(model, images)}
-    c = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"}, methods=[SixteenBit(layers=1).to_dict()])
+    c = RegCacheConfig.from_preset("w8a8").replace(
+        registers={"mode": "none"}, methods=[MixedPrecision(layers=1).to_dict()]
+    )
     result = quantize_with(model, c, None, [batch], progress=False)
-    assert result.measured["sixteen_bit"]["layers"] == ["vit." + result.config.modules.sixteen_bit[0]]
-    assert "layers.3.mlp.fc2" in result.config.modules.sixteen_bit[0]
+    assert result.measured["mixed_precision"]["layers"] == ["vit." + result.config.modules.mixed_precision[0]]
+    assert "layers.3.mlp.fc2" in result.config.modules.mixed_precision[0]
     assert "16-bit inputs" in (result.config.simulated_reason or "")
 
 

@@ -11,7 +11,7 @@ from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import AccuracyObjective, CosineObjective, encode, measure_token_norms
-from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity
+from optimum_regcache.search import TrialRunner, mine_tokens, scan_sensitivity
 
 BLOCK = planted.PLANTED_BLOCK
 
@@ -42,7 +42,7 @@ def fitted():
 @pytest.fixture(scope="module")
 def bench():
     calibration = list(inputs("calibration", 16).batches(16))
-    return Workbench(planted.build_planted_model(), RegCacheConfig.from_preset("w8a8"), calibration)
+    return TrialRunner(planted.build_planted_model(), RegCacheConfig.from_preset("w8a8"), calibration)
 
 
 def accuracy(model, report) -> float:

@@ -19,7 +19,7 @@ from optimum_regcache.methods import quantize_with
 from optimum_regcache.registers.neurons import zero_register_neurons
 from optimum_regcache.rewrites.norms import rescale_norm, store
 from optimum_regcache.rewrites.rotation import rotate_heads, rotate_residual
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 CLIP, DINOV2, FULL_CLIP = TOWERS["clip"], TOWERS["dinov2"], COMPOSITES["clip_dual"]
 PLAIN = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})
@@ -110,7 +110,7 @@ def test_training_the_float_model_afterwards_leaves_the_result_alone() -> None:
 
 def test_the_search_shares_the_weights_too() -> None:
     model = CLIP.build()
-    bench = Workbench(model, PLAIN, [CLIP.inputs(seed=2)])
+    bench = TrialRunner(model, PLAIN, [CLIP.inputs(seed=2)])
     assert places(bench.float_model) == places(model)
 
 

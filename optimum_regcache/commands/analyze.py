@@ -19,7 +19,7 @@ from optimum_regcache.evaluation.outliers import measure_outliers
 from optimum_regcache.search.fit import split_inputs
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.sensitivity import scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 def analyze_job(
@@ -37,7 +37,7 @@ def analyze_job(
     calibration = list(parts.calibration.batches(recipe.data.batch_size))
     parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
     images = list(parts.selection.batches(recipe.data.batch_size))
-    bench = Workbench(source.model, recipe.quantization, calibration)
+    bench = TrialRunner(source.model, recipe.quantization, calibration)
     labels, text = accuracy_data(source, parts.selection, source.search_images)
     objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
     scan = scan_sensitivity(

@@ -25,7 +25,7 @@ from optimum_regcache.quantizer import RegCacheQuantizer
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, resolve_config, search_config, split_inputs
 from optimum_regcache.search.search import Setup
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 def quantize_job(
@@ -100,7 +100,7 @@ def _report(
     report = ImageInputs(source.report_images, source.processor)
     labels, text = accuracy_data(source, report, source.report_images)
     config = recipe.quantization
-    bench = Workbench(source.model, search_config(config), calibration)
+    bench = TrialRunner(source.model, search_config(config), calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
     reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
     rows = _plain_rows(reporter)

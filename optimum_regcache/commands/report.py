@@ -18,7 +18,7 @@ from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
 
@@ -62,7 +62,7 @@ class Reporter:
 
     def __init__(
         self,
-        bench: Workbench,
+        bench: TrialRunner,
         batches: list[Batch],
         labels: torch.Tensor | None,
         text_features: torch.Tensor | None,
@@ -108,7 +108,7 @@ class Reporter:
         themselves, so this tells how much of the naive loss is theirs."""
         config = self.bench.config
         activations = replace(config.activations, mode="dynamic", granularity="per_token", observer="minmax")
-        bench = Workbench(self.bench.float_model, config.replace(activations=activations), [])
+        bench = TrialRunner(self.bench.float_model, config.replace(activations=activations), [])
         bench.install(None, DeletionConfig())
         return self._row(name, bench.quantized, NOTHING)
 

@@ -175,7 +175,7 @@ class RegCacheConfig(QuantizationConfigMixin):
             reasons.append("the attention products are simulated")
         if self.activations.post_activation == "twin":
             reasons.append("twin quantizers after GELU have no integer kernel")
-        if self.modules.sixteen_bit:
+        if self.modules.mixed_precision:
             reasons.append("16-bit inputs have no integer kernel")
         return "; ".join(reasons) or None
 

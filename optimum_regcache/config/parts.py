@@ -204,17 +204,17 @@ class ModulesConfig:
             stays float).
         ignore: glob patterns of module names that stay float, matched against the name within the encoder
             (``encoder.layers.11.mlp.fc2``) and against its end (``mlp.fc2``).
-        sixteen_bit: glob patterns (likewise) of linear layers whose input has 16 bits, static, per tensor and symmetric with
-            the absolute maximum; their weights keep the nominal bits.
+        mixed_precision: glob patterns (likewise) of linear layers whose input has 16 bits, static, per tensor and symmetric
+            with the absolute maximum; their weights keep the nominal bits.
     """
 
     patch_embedding: bool = False
     head: bool = False
     ignore: tuple[str, ...] = ()
-    sixteen_bit: tuple[str, ...] = ()
+    mixed_precision: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ignore", "sixteen_bit"):
+        for name in ("ignore", "mixed_precision"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"modules.{name} must be a list of patterns, got the string {getattr(self, name)!r}.")
         check_types(self, "modules")

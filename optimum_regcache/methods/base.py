@@ -22,7 +22,7 @@ from optimum_regcache.registers.replay import Recorded, capture_inputs, walk_blo
 
 
 @dataclass
-class Fit:
+class PipelineState:
     """State of one run of the pipeline.
 
     Attributes:
@@ -158,23 +158,23 @@ class Method:
         """What the method asks of the config; needs no data."""
         return config
 
-    def select(self, fit: Fit) -> None:
+    def select(self, fit: PipelineState) -> None:
         """Choose layers or units by looking at the float model; may change ``fit.config``."""
 
-    def rewrite(self, fit: Fit) -> None:
+    def rewrite(self, fit: PipelineState) -> None:
         """Function-preserving changes of the float model and its registers that need no statistics."""
 
-    def smooth(self, fit: Fit) -> None:
+    def smooth(self, fit: PipelineState) -> None:
         """Function-preserving changes that are fitted to activations."""
 
-    def scales(self, fit: Fit) -> None:
+    def scales(self, fit: PipelineState) -> None:
         """Choose scales of weights and activations of the quantized model."""
 
-    def round(self, fit: Fit) -> None:
+    def round(self, fit: PipelineState) -> None:
         """Choose weight codes."""
 
-    def noise(self, fit: Fit) -> None:
+    def noise(self, fit: PipelineState) -> None:
         """Add offsets to inputs."""
 
-    def correct(self, fit: Fit) -> None:
+    def correct(self, fit: PipelineState) -> None:
         """Correct biases."""

@@ -9,7 +9,7 @@ import torch
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.math.uniform import code_range
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GPTQ(Method):
             f"gptq.token_weights must be none or inverse_energy, got {self.token_weights!r}.",
         )
 
-    def round(self, fit: Fit) -> None:
+    def round(self, fit: PipelineState) -> None:
         for known, group in fit.walk(fit.result, "GPTQ"):
             x = fit.inputs(fit.result, group, known, self.max_tokens)
             rounded = fit.quant_linear(group.names[0]).rounded_input(x)

@@ -5,7 +5,7 @@
 | configure | structure of the checkpoint, before any data is seen | all |
 | search | sensitive block, registers, tau, k~, with round to nearest (`optimum_regcache.search.fit`) | |
 | install | registers and deletion into a float copy | |
-| select | layers or units are chosen | sixteen_bit, test_time_registers |
+| select | layers or units are chosen | mixed_precision, test_time_registers |
 | rewrite | rotations, neurons silenced; function preserved, registers transformed along | rotation, test_time_registers |
 | smooth | norms and values rescaled to the statistics with registers active | smoothquant, repq_vit |
 | build | modules replaced, weights rounded to nearest, static scales calibrated | observers (rtn, percentile, mse, ...) |
@@ -38,7 +38,7 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
 from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.methods.registry import build_methods
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 
@@ -146,7 +146,7 @@ def quantize_with(
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = Fit(config, tuple(methods), twin, list(batches), progress=progress)
+    fit = PipelineState(config, tuple(methods), twin, list(batches), progress=progress)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()
@@ -162,7 +162,7 @@ def quantize_with(
 
 def needs_images(config: RegCacheConfig) -> bool:
     """Whether a fit looks at calibration images: static scales, attention operands, or a method that does."""
-    static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.sixteen_bit)
+    static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.mixed_precision)
     return static or any(method.needs_images for method in build_methods(config))
 
 
@@ -185,7 +185,7 @@ def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
     require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
 
 
-def _build(fit: Fit) -> None:
+def _build(fit: PipelineState) -> None:
     """Replace the modules of a copy, weights rounded to nearest, and calibrate the static scales."""
     qparams = calibrate(fit.model, fit.config, fit.batches) | fit.input_qparams
     fit.quantized = shared_copy(fit.model)

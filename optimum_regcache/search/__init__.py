@@ -3,7 +3,7 @@
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.search import RegisterSearch, SearchResult, Setup, Trial
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 __all__ = [
     "MinedTokens",
@@ -12,7 +12,7 @@ __all__ = [
     "SensitivityReport",
     "Setup",
     "Trial",
-    "Workbench",
+    "TrialRunner",
     "mine_tokens",
     "scan_sensitivity",
 ]

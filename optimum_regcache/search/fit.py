@@ -26,7 +26,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.search import RegisterSearch, SearchRecord, SearchResult, Setup
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
 
@@ -124,7 +124,7 @@ def fit_registers(
     )
     by_label = search.objective == "accuracy"
     text = _text_features(model, processor, dataset, template) if by_label else None
-    bench = Workbench(model, search_config(config), calibration)
+    bench = TrialRunner(model, search_config(config), calibration)
     depth, seconds = len(find_tower(bench.float_model).blocks), {}
 
     def objective(part: ImageInputs, batches: list[Batch]) -> Objective:
@@ -198,7 +198,7 @@ def search_config(config: RegCacheConfig) -> RegCacheConfig:
         ),
         registers=config.registers,
         deletion=config.deletion,
-        modules=replace(config.modules, sixteen_bit=()),
+        modules=replace(config.modules, mixed_precision=()),
     )
 
 
@@ -260,7 +260,7 @@ def _open_record(
     return SearchRecord(Path(work_dir) / "search.json", digest.hexdigest()[:32])
 
 
-def smallest_patch_count(bench: Workbench, batch: Batch) -> int:
+def smallest_patch_count(bench: TrialRunner, batch: Batch) -> int:
     """Patches of the smallest image of a batch (padding left out)."""
     mask = batch.get("pixel_attention_mask")
     if mask is not None:

@@ -18,7 +18,7 @@ from optimum_regcache.config.recipe import SearchConfig
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class SearchRecord:
 
 
 class RegisterSearch:
-    """Searches with the quantizer of the workbench.
+    """Searches with the quantizer of the trial runner.
 
     Args:
         bench: models and calibration data.
@@ -174,7 +174,7 @@ class RegisterSearch:
 
     def __init__(
         self,
-        bench: Workbench,
+        bench: TrialRunner,
         config: SearchConfig,
         mined: dict[int, MinedTokens],
         delete_block: int,
@@ -213,7 +213,7 @@ class RegisterSearch:
         return cache.restricted(blocks, setup.num_copies)
 
     def deletion(self, setup: Setup) -> DeletionConfig:
-        """The deletion of a configuration, with rule and fill of the workbench's config."""
+        """The deletion of a configuration, with rule and fill of the trial runner's config."""
         template = self.bench.config.deletion
         if not setup.count:
             return replace(template, block=None, count=0)
