@@ -17,7 +17,7 @@ from optimum_regcache.data.reference import planted
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import quant_linears
-from optimum_regcache.methods import METHODS, build_methods, configured, quantize_with
+from optimum_regcache.methods import METHODS, build_methods, quantize_with, resolve, without_methods
 from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.base import linear_groups
 from optimum_regcache.methods.mixed_precision import MixedPrecision
@@ -50,8 +50,12 @@ every_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=label)
 def config(
     pipeline: Any, bits: int = 4, registers: bool = True, attention: bool = False, **parts: Any
 ) -> RegCacheConfig:
+    if not attention:  # a setting that nothing reads is refused
+        pipeline = [
+            {k: v for k, v in dict(m).items() if k != "product_images"} if isinstance(m, dict) else m for m in pipeline
+        ]
     base = RegCacheConfig.from_preset(f"w{bits}a{bits}").replace(
-        methods=tuple(pipeline), attention={"quantize": attention, "bits": bits}
+        methods=tuple(pipeline), attention={"quantize": attention, "bits": bits if attention else 8}
     )
     if registers:
         positions = {"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0}
@@ -64,7 +68,7 @@ def config(
 def fitted(tiny: TinyModel, c: RegCacheConfig, model: Any = None) -> Any:
     cache = random_cache((2, 3), num_copies=2.0) if c.registers.mode == "fixed" else None
     batches = [tiny.inputs(seed=2, batch=4), tiny.inputs(seed=3, batch=2)]
-    return quantize_with(model or tiny.build(), c, cache, batches, progress=False)
+    return quantize_with(model or tiny.build(), resolve(c), cache, batches, progress=False)
 
 
 # registry and configuration
@@ -83,8 +87,8 @@ def test_every_method_says_what_it_implements_and_has_a_name_of_its_own() -> Non
 
 @every_pipeline
 def test_configuring_again_changes_nothing(pipeline: Any) -> None:
-    once = configured(config(pipeline))
-    assert configured(once) == once
+    once = resolve(config(pipeline)).config
+    assert resolve(once).config == once
     assert RegCacheConfig(**once.to_dict()) == once
 
 
@@ -118,12 +122,12 @@ REFUSED = [
 @pytest.mark.parametrize(("methods", "parts", "message"), REFUSED, ids=lambda v: str(v)[:30])
 def test_senseless_combinations_are_refused_with_the_reason(methods: Any, parts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
-        configured(RegCacheConfig(methods=methods, **parts))
+        resolve(RegCacheConfig(methods=methods, **parts))
 
 
 def test_methods_need_images_and_an_mlp_that_fits() -> None:
     with pytest.raises(ValueError, match="The methods mse need calibration images"):
-        quantize_with(CLIP.build(), config(["mse"], registers=False), None, [])
+        quantize_with(CLIP.build(), resolve(config(["mse"], registers=False)), None, [])
     swiglu = TOWERS["dinov2_swiglu"]
     with pytest.raises(ValueError, match=r"multiplies it by a second branch \(SwiGLU\)"):
         fitted(swiglu, config([{"name": "ptq4vit", **QUICK["ptq4vit"]}]))
@@ -239,16 +243,43 @@ def test_the_command_line_quantizes_with_methods(
     assert "rtn and mse both decide the input scales" in capsys.readouterr().err
 
 
-def test_forms_left_over_from_other_methods_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"rewrites": {"rotation": True}},
+            r"rewrites\.rotation=True has no effect: methods set it, and none of those given",
+        ),
+        (
+            {"rewrites": {"register_neurons": ["0:1"]}},
+            r"rewrites\.register_neurons=\['0:1'\] has no effect: methods set it",
+        ),
+        (
+            {"activations": {"mlp_out_hadamard": True}},
+            r"activations\.mlp_out_hadamard=True has no effect: methods set it",
+        ),
+        ({"activations": {"outlier_tokens": "per_token"}}, r"activations\.outlier_tokens='per_token' has no effect"),
+        (
+            {"activations": {"observer": "mse"}},
+            r"observer='mse' has no effect: the method rtn sets it to 'minmax'",
+        ),
+    ],
+)
+def test_what_other_methods_set_is_refused(parts: Any, message: str) -> None:
     """A saved recipe whose methods are edited: rewrites and forms belong to the methods that set them."""
-    stale = config(["rtn"], rewrites={"register_neurons": ["0:1"], "rotation": True})
-    stale = stale.replace(activations={"mlp_out_hadamard": True, "outlier_tokens": "per_token"})
-    result = fitted(CLIP, stale)
-    assert result.config.rewrites == RegCacheConfig().rewrites
-    assert not result.config.activations.mlp_out_hadamard
-    assert result.config.activations.outlier_tokens == "clip"
-    result.model.save_pretrained(tmp_path)
-    assert torch.equal(CLIP.run(AutoModel.from_pretrained(tmp_path)), CLIP.run(result.model))
+    with pytest.raises(ValueError, match=message + r".*choose other methods than \['rtn'\]\."):
+        resolve(config(["rtn"], **parts))
+
+
+@every_pipeline
+def test_methods_take_with_them_what_they_set(pipeline: Any) -> None:
+    plain = config([])
+    assert without_methods(resolve(config(pipeline)).config) == plain
+
+
+def test_what_a_method_found_before_is_looked_for_again() -> None:
+    found = config(["mixed_precision"], modules={"mixed_precision": ["mlp.fc2"]})
+    assert resolve(found).config.modules.mixed_precision == ()
 
 
 def test_mixed_precision_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
@@ -340,7 +371,7 @@ def test_mixed_precision_takes_the_planted_layer() -> None:
     c = RegCacheConfig.from_preset("w8a8").replace(
         registers={"mode": "none"}, methods=[MixedPrecision(layers=1).to_dict()]
     )
-    result = quantize_with(model, c, None, [batch], progress=False)
+    result = quantize_with(model, resolve(c), None, [batch], progress=False)
     assert result.measured["mixed_precision"]["layers"] == ["vit." + result.config.modules.mixed_precision[0]]
     assert "layers.3.mlp.fc2" in result.config.modules.mixed_precision[0]
     assert "16-bit inputs" in (result.config.simulated_reason or "")

@@ -151,14 +151,12 @@ def test_float_output_is_kept_with_the_prefix(fitted, bench, report):
     assert float(torch.nn.functional.cosine_similarity(reference, changed).mean()) > 0.99
 
 
-def test_isolated_registers_and_v2_work_too(report):
+def test_isolated_registers_of_single_tokens_work_too(report):
     quantizer = RegCacheQuantizer(planted.build_planted_model(), planted.build_processor())
     fit = quantizer.fit(
         planted.load_dataset("search", 48),
-        RegCacheConfig.from_preset("w8a8"),
-        SearchConfig(
-            strategy="v2", num_candidates=2, num_copies=(15,), max_delete=4, kv_mode="isolated", sensitive_block=3
-        ),
+        RegCacheConfig.from_preset("w8a8").replace(registers={"kv_mode": "isolated"}),
+        SearchConfig(strategy="single_token", num_candidates=2, num_copies=(15,), max_delete=4, sensitive_block=3),
         DataConfig(num_samples=48, batch_size=24),
         progress=False,
     )

@@ -15,7 +15,16 @@ from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.registers.replay import record_block_inputs, replaying
-from optimum_regcache.search import RegisterSearch, Setup, Trial, TrialRunner, mine_tokens, scan_sensitivity
+from optimum_regcache.search import (
+    Candidates,
+    Judges,
+    RegisterSearch,
+    Setup,
+    Trial,
+    TrialRunner,
+    mine_tokens,
+    scan_sensitivity,
+)
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.search import SearchRecord, _best
 
@@ -44,7 +53,14 @@ def engine(scores: dict[str, list[float]], confirm: dict[str, list[float]], conf
     model = tiny()
     bench = TrialRunner(model, RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [1], top=4, progress=False)
-    search = RegisterSearch(bench, config, mined, 1, None, None, 1, record, 4, ceiling, progress=False)  # type: ignore[arg-type]
+    search = RegisterSearch(
+        bench,
+        config,
+        Candidates(mined, 1, 1, 4),
+        Judges(None, None, ceiling),
+        record,
+        progress=False,  # type: ignore[arg-type]
+    )
     for setup in [Setup(), *search._prefix_setups(), Setup(count=1)]:
         record.scores[setup.key] = scores[kind(setup)]
         record.scores[f"confirm {setup.key}"] = confirm[kind(setup)]
@@ -85,7 +101,14 @@ def test_a_prefix_that_only_shows_with_deletion_is_found():
         record.scores[setup.key] = record.scores[f"confirm {setup.key}"] = [score] * 4
     bench = TrialRunner(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
-    search = RegisterSearch(bench, config, mined, 1, None, None, 1, record, 4, progress=False)  # type: ignore[arg-type]
+    search = RegisterSearch(
+        bench,
+        config,
+        Candidates(mined, 1, 1, 4),
+        Judges(None, None),
+        record,
+        progress=False,  # type: ignore[arg-type]
+    )
     result = search.run()
     assert result.best_prefix is not None
     assert result.best_prefix.setup.start_block == 0

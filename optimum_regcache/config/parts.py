@@ -115,7 +115,8 @@ class RegistersConfig:
         blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
         num_registers: distinct rows of K and V per block.
         num_copies: tau; copies of a row are one row with logit bias ln(tau) (A.7-1, exact), so it need not be an integer.
-        kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone).
+        kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone), for
+            registers that are searched or mined for the given blocks.
     """
 
     mode: str = "search"
@@ -234,7 +235,8 @@ class AttentionConfig:
         granularity: of query, key and value: ``per_tensor`` (scale [1]) or ``per_head`` (scale [H]).
         probabilities: ``uniform`` (2^b levels on [0, s]), ``twin`` (two ranges: PTQ4ViT, B.5), ``log2`` or ``log_sqrt2``
             (RepQ-ViT, C.4).
-        observer: as in `ActivationsConfig`; for query, key, value and the upper end of the probabilities.
+        observer: as in `ActivationsConfig`, with its default percentile and momentum; for query, key, value and the upper end
+            of the probabilities.
     """
 
     quantize: bool = False

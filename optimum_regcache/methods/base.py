@@ -133,6 +133,7 @@ class Method:
         provides: what only one method of a pipeline may decide: ``input scales``, ``weight codes``, or "" for neither.
         cache_effect: what it does to stored registers.
         excludes: name of another method -> why the two make no sense together.
+        finds: (part, field) of the config that it fills in from the images.
         needs_images: it looks at calibration images.
         needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
     """
@@ -142,6 +143,7 @@ class Method:
     provides: ClassVar[str] = ""
     cache_effect: ClassVar[str] = "none"
     excludes: ClassVar[dict[str, str]] = {}
+    finds: ClassVar[tuple[tuple[str, str], ...]] = ()
     needs_images: ClassVar[bool] = True
     needs_static: ClassVar[bool] = False
 
@@ -151,6 +153,11 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, JSON-compatible."""
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        """Parameters that have no effect under ``config``, each with the reason."""
+        del config
+        return {}
 
     # stages, in the order in which they run
 

@@ -27,6 +27,7 @@ class MixedPrecision(Method):
     layers: int = 2
     name: ClassVar[str] = "mixed_precision"
     paper: ClassVar[str] = "mixed precision by sensitivity"
+    finds: ClassVar[tuple[tuple[str, str], ...]] = (("modules", "mixed_precision"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

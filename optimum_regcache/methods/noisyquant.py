@@ -78,6 +78,12 @@ class NoisyQuant(Method):
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         return config.replace(activations={"mlp_out_offset": True})
 
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        if self.draws > 0 and self.ranges > 0:
+            return {}
+        names = ("skip_by_prediction", "seed", "ranges" if self.draws <= 0 else "draws")
+        return dict.fromkeys(names, f"draws={self.draws} and ranges={self.ranges} try no noise, only the mean shift")
+
     def scales(self, fit: PipelineState) -> None:
         if not any(method.provides == "input scales" for method in fit.methods):
             search_input_scales(fit, 100, self.max_tokens)

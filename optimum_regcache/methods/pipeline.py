@@ -1,4 +1,4 @@
-"""The order in which methods work together (methods I.2), which combinations are refused, and the fit itself.
+"""The order in which methods work together (methods I.2), and the fit itself.
 
 | stage | what happens | who takes part |
 |---|---|---|
@@ -30,7 +30,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from optimum_regcache.calibration.calibrate import calibrate
-from optimum_regcache.config import RegCacheConfig, RewritesConfig
+from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.sharing import own_tensors, shared_copy
@@ -38,8 +38,8 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
 from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
-from optimum_regcache.methods.base import Method, PipelineState
-from optimum_regcache.methods.registry import build_methods
+from optimum_regcache.methods.base import PipelineState
+from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 
 STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct")
@@ -65,58 +65,9 @@ class Quantized:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check_composition(methods: Sequence[Method]) -> None:
-    """Refuse combinations that make no sense.
-
-    Raises:
-        ValueError: two methods that decide the same thing or exclude each other, or a method given twice, with the reason.
-    """
-    names = [method.name for method in methods]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    require(not repeated, f"Method given twice: {', '.join(repeated)}.")
-    deciders: dict[str, list[str]] = {}
-    for method in methods:
-        if method.provides:
-            deciders.setdefault(method.provides, []).append(method.name)
-        for other, reason in method.excludes.items():
-            require(other not in names, f"{method.name} cannot be combined with {other}: {reason}")
-    for what, several in deciders.items():
-        require(len(several) == 1, f"{' and '.join(several)} both decide the {what}; use one of them.")
-
-
-def configured(config: RegCacheConfig) -> RegCacheConfig:
-    """``config`` with everything its methods ask of it; applying it again changes nothing.
-
-    Raises:
-        ValueError: an unknown method or parameter; see :func:`check_composition`; or a method that needs static activations
-            under dynamic ones.
-    """
-    methods = build_methods(config)
-    check_composition(methods)
-    # what only methods set: left over from others when a saved recipe is edited
-    config = config.replace(rewrites=RewritesConfig())
-    if methods:
-        forms = {
-            "outlier_tokens": "clip",
-            "post_activation": "uniform",
-            "mlp_out_offset": False,
-            "mlp_out_hadamard": False,
-        }
-        config = config.replace(activations=forms)
-    for method in methods:
-        config = method.configure(config)
-    unfit = [method.name for method in methods if method.needs_static and config.activations.mode == "dynamic"]
-    require(
-        not unfit,
-        f"{', '.join(unfit)} fit something to stored activation scales, but activations are dynamic: their scale is "
-        "another one for each token. Use static activations, or leave these methods out.",
-    )
-    return config.replace(methods=tuple(method.to_dict() for method in methods))
-
-
 def quantize_with(
     model: PreTrainedModel,
-    config: RegCacheConfig,
+    resolved: ResolvedConfig,
     cache: RegisterCache | None,
     batches: Sequence[Batch],
     progress: bool = True,
@@ -129,24 +80,23 @@ def quantize_with(
 
     Args:
         model: float model, unchanged.
-        config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be :func:`configured`.
+        resolved: of a config whose registers are ``fixed`` or ``none``, see `optimum_regcache.methods.resolution`.
         cache: the registers for ``fixed``.
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
 
     Raises:
-        ValueError: see :func:`configured`; a method that cannot work on this model, or config and cache that disagree, with
-            the reason.
+        ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
     """
-    methods, config = build_methods(config), configured(config)
+    methods, config = resolved.methods, resolved.config
     validate_positions(model, config)
     check_cache(config, cache)
-    require(bool(batches) or not needs_images(config), f"{image_users(config)} need calibration images.")
+    require(bool(batches) or not resolved.needs_images, f"{resolved.image_users} need calibration images.")
     twin = shared_copy(model).eval()
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = PipelineState(config, tuple(methods), twin, list(batches), progress=progress)
+    fit = PipelineState(config, methods, twin, list(batches), progress=progress)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()
@@ -158,18 +108,6 @@ def quantize_with(
         seconds[stage] = time.perf_counter() - begun
     attach_quantizer(fit.result, fit.config)
     return Quantized(fit.result, fit.config, fit.model, fit.measured, seconds)
-
-
-def needs_images(config: RegCacheConfig) -> bool:
-    """Whether a fit looks at calibration images: static scales, attention operands, or a method that does."""
-    static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.mixed_precision)
-    return static or any(method.needs_images for method in build_methods(config))
-
-
-def image_users(config: RegCacheConfig) -> str:
-    """Who needs them, for a message."""
-    names = [method.name for method in build_methods(config) if method.needs_images]
-    return f"The methods {', '.join(names)}" if names else "Static activations"
 
 
 def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:

@@ -62,6 +62,9 @@ class PTQ4ViT(Method):
             attention={"symmetric": True, "observer": "minmax", "granularity": "per_head", "probabilities": form},
         )
 
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        return {} if config.attention.quantize else {"product_images": "the attention products stay float"}
+
     def scales(self, fit: PipelineState) -> None:
         groups = linear_groups(fit.model, fit.config)
         batches = first_images(fit.batches, self.max_images)

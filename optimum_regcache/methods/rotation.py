@@ -38,6 +38,9 @@ class Rotation(Method):
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         return config.replace(rewrites={"rotation": self.residual}, activations={"mlp_out_hadamard": self.mlp})
 
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        return {} if self.residual or self.heads else {"seed": "the Hadamard transform alone draws no random signs"}
+
     def rewrite(self, fit: PipelineState) -> None:
         if self.residual:
             rotate_residual(fit.model, self.seed)

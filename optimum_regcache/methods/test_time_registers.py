@@ -36,6 +36,7 @@ class TestTimeRegisters(Method):
     top_k: int = 10
     name: ClassVar[str] = "test_time_registers"
     paper: ClassVar[str] = "Vision Transformers Don't Need Trained Registers (arXiv 2506.08010)"
+    finds: ClassVar[tuple[tuple[str, str], ...]] = (("rewrites", "register_neurons"),)
     cache_effect: ClassVar[str] = "kv: installs a cache of its own unless RegCache's is there; token: none"
 
     def __post_init__(self) -> None:

@@ -59,7 +59,10 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
             recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
         )
     if getattr(args, "method", None):
-        recipe = recipe.with_quantization(recipe.quantization.replace(methods=tuple(dict.fromkeys(args.method))))
+        from optimum_regcache.methods import without_methods
+
+        names = tuple(dict.fromkeys(args.method))  # what the recipe's own methods set goes with them
+        recipe = recipe.with_quantization(without_methods(recipe.quantization).replace(methods=names))
     if getattr(args, "quantize_attention", False):
         attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
         recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
@@ -163,18 +166,15 @@ class EvaluateCommand(_Command):
         )
 
     def job(self) -> None:
-        from optimum_regcache.commands.evaluate import evaluate_job
+        from optimum_regcache.commands.evaluate import Subject, evaluate_job
         from optimum_regcache.data.reference import DEFAULT
 
         model, dataset = self.args.model or DEFAULT, self.args.dataset
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
-        _, text = evaluate_job(
-            model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric,
-            args.fused,
-        )  # fmt: skip
-        print(text)
+        subject = Subject(model, args.float_model, dataset, args.template, args.device)
+        print(evaluate_job(subject, recipe, args.output, metrics=args.metric, fused=args.fused)[1])
 
 
 class ExportCommand(_Command):
