@@ -85,7 +85,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         )
         return cls(model, processor)
 
-    def get_calibration_dataset(
+    def get_calibration_dataset(  # noqa: PLR0913 (the arguments of Optimum's ORTQuantizer)
         self,
         dataset_name: str,
         num_samples: int = 100,
@@ -121,7 +121,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         data = subsample(images, num_samples, seed)
         return data if preprocess_function is None else data.map(preprocess_function, batched=preprocess_batch)
 
-    def fit(
+    def fit(  # noqa: PLR0913 (public: data and settings side by side, as in quantize)
         self,
         dataset: Any,
         quantization_config: RegCacheConfig | None = None,
@@ -158,7 +158,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         self.fit_result = fit_registers(self.model, images, plan, work_dir=work_dir, progress=progress)
         return self.fit_result
 
-    def quantize(
+    def quantize(  # noqa: PLR0913 (the arguments of Optimum's quantizers, and ours)
         self,
         save_dir: str | Path | None = None,
         file_prefix: str | None = None,

@@ -265,7 +265,7 @@ def test_float_models_are_not_quantized_by_from_pretrained(tmp_path: Path) -> No
     CLIP.build().save_pretrained(tmp_path)
     message = (
         r"RegCache needs calibration images \(registers.mode='search'\), so a float model cannot be quantized by "
-        r"from_pretrained\(quantization_config=RegCacheConfig\(...\)\). Use RegCacheQuantizer.from_pretrained\(model\).quantize\("
+        r"from_pretrained\(quantization_config=RegCacheConfig\(...\)\). Use RegCacheQuantizer.from_pretrained\("
     )
     with pytest.raises(ValueError, match=message):
         AutoModel.from_pretrained(tmp_path, quantization_config=RegCacheConfig())

@@ -37,7 +37,7 @@ from optimum_regcache.encoders.sharing import own_tensors, shared_copy
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
-from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
+from optimum_regcache.layers.install import assign_input_qparams, config_sites, quantize_modules
 from optimum_regcache.methods.base import PipelineState
 from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
@@ -91,6 +91,7 @@ def quantize_with(
     methods, config = resolved.methods, resolved.config
     validate_positions(model, config)
     check_cache(config, cache)
+    _check_head(model, config)
     require(bool(batches) or not resolved.needs_images, f"{resolved.image_users} need calibration images.")
     twin = shared_copy(model).eval()
     prepare_tower(twin)
@@ -121,6 +122,20 @@ def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
     if agree and cache is not None:
         agree = (r.blocks, r.num_registers, r.num_copies) == (cache.blocks, cache.num_registers, cache.num_copies)
     require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
+
+
+def _check_head(model: PreTrainedModel, config: RegCacheConfig) -> None:
+    """Make sure that ``modules.head`` finds something.
+
+    Raises:
+        ValueError: the model has no layer outside the blocks that it could mean.
+    """
+    without = config.replace(modules={"head": False})
+    if config.modules.head and config_sites(model, config) == config_sites(model, without):
+        raise ValueError(
+            f"modules.head=True has no effect: {type(model).__name__} has no projection, classifier or pooling linear. Leave "
+            "it out."
+        )
 
 
 def _build(fit: PipelineState) -> None:
