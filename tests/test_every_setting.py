@@ -250,7 +250,7 @@ def outcome(model_name: str, recipe_text: str, folder: Path) -> str:
     )
     digest = hashlib.sha256(json.dumps(run.quantized.measured, sort_keys=True).encode())
     for name, tensor in run.quantized.model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     digest.update(tiny.run(run.quantized.model).contiguous().numpy().tobytes())
     if run.fit is not None:
         record = {

@@ -67,6 +67,14 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
         recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
     recipe = recipe.override([*assignments, *args.assignments])
+    if hasattr(args, "no_registers") and recipe.quantization.registers.mode != "search":
+        unread = [a for a in (*assignments, *args.assignments) if a.startswith("search.") and "search.seed=" not in a]
+        unread = [a for a in unread if not a.startswith("search.kv_mode=")]  # the old name of a field of the registers
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)} has no effect: nothing is searched with registers.mode="
+                f"{recipe.quantization.registers.mode!r}. Use registers.mode='search', or leave it out."
+            )
     return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
 
 
@@ -169,6 +177,9 @@ class EvaluateCommand(_Command):
         from optimum_regcache.commands.evaluate import Subject, evaluate_job
         from optimum_regcache.data.reference import DEFAULT
 
+        unread = [f"--{name}" for name in ("preset", "objective") if getattr(self.args, name) is not None]
+        if unread:
+            raise ValueError(f"{', '.join(unread)} has no effect: evaluate opens a finished model. Leave it out.")
         model, dataset = self.args.model or DEFAULT, self.args.dataset
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args, self.args.preset)
