@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from optimum_regcache.config.validation import check_bits, check_types, one_of, require
 
+CALIBRATION_OUTLIER_RATIO = 5.0  # l_inf over the median: what a static scale need not cover; reports count fewer tokens
 ACTIVATION_OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "percentile_mse")
 
 
@@ -68,7 +69,7 @@ class ActivationsConfig:
     percentile: float = 99.99
     momentum: float = 0.9
     outlier_tokens: str = "clip"
-    outlier_ratio: float = 5.0
+    outlier_ratio: float = CALIBRATION_OUTLIER_RATIO
     post_activation: str = "uniform"
     mlp_out_offset: bool = False
     mlp_out_hadamard: bool = False

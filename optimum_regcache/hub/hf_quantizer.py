@@ -74,7 +74,7 @@ class RegCacheHfQuantizer(HfQuantizer):
         """A float model of the same class; see `optimum_regcache.hub.dequantize`."""
         dequantize_modules(model, self.quantization_config, dtype or model.dtype)
         vision_config = getattr(model.config, "vision_config", None)
-        if hasattr(vision_config, "quantization_config"):
+        if vision_config is not None and hasattr(vision_config, "quantization_config"):
             del vision_config.quantization_config
         return model
 
