@@ -14,7 +14,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from optimum_regcache import RegCacheConfig, RegisterCache
+from optimum_regcache import RegCacheConfig, RegisterCache, RegistersConfig
+from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.quantizer import build_quantized
 
 BLOCKS, HEADS, WIDTH, HEAD_DIM, PIXELS, PATCH, PATCHES = 4, 4, 64, 16, 32, 8, 16
@@ -249,7 +250,11 @@ def quantized(
         registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0},
         deletion={"block": 2, "count": 2},
     )
-    config = config.replace(**parts)
+    config, model = config.replace(**parts), tiny.build(cls=cls).to(dtype)
+    if config.registers.mode == "none":
+        config = config.replace(registers=RegistersConfig(mode="none"))
+    if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
+        config = config.replace(modules={"head": False})  # refused where there is none
     r = config.registers
     cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
-    return build_quantized(tiny.build(cls=cls).to(dtype), config, cache, [tiny.inputs(seed=2)])
+    return build_quantized(model, config, cache, [tiny.inputs(seed=2)])

@@ -22,6 +22,9 @@ from optimum_regcache import Recipe, SearchConfig
 from optimum_regcache.commands.sources import open_source
 from optimum_regcache.config.model import PARTS
 from optimum_regcache.config.recipe import DataConfig
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reference import planted
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import METHODS
 from optimum_regcache.search.fit import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
@@ -92,7 +95,10 @@ TABLE: dict[str, list[Case]] = {
         unread(90.0),
         unread(90.0, with_(NONE, methods=["percentile"])),
     ],
-    "activations.momentum": [changes(0.1, with_(NONE, activations__observer="moving_average")), unread(0.1)],
+    "activations.momentum": [
+        changes(0.1, with_({**NONE, "data.batch_size": 1}, activations__observer="moving_average")),
+        unread(0.1),
+    ],
     "activations.outlier_tokens": [changes("per_token"), unread("per_token", with_(NONE, methods=["gptq"]))],
     "activations.outlier_ratio": [changes(1.05, with_(NONE, activations__outlier_tokens="per_token")), unread(1.05)],
     "activations.post_activation": [changes("twin"), unread("twin", with_(NONE, methods=["gptq"]))],
@@ -114,7 +120,7 @@ TABLE: dict[str, list[Case]] = {
     "registers.num_copies": [changes(3.0, FIXED), unread(3.0), unread(8.0, SEARCH)],
     "registers.kv_mode": [changes("isolated", FIXED), changes("isolated", SEARCH), unread("isolated")],
     "deletion.block": [changes(0, DELETION), unread(1), unread(1, SEARCH)],
-    "deletion.count": [changes(2, DELETION), refused(2, "found by the search", SEARCH)],
+    "deletion.count": [changes(2, DELETION), refused(2, "found by the search", with_(SEARCH, deletion__block=1))],
     "deletion.score": [changes("l2", DELETION), unread("l2")],
     "deletion.rule": [changes("threshold", DELETION), unread("threshold")],
     "deletion.kappa": [changes(1.3, THRESHOLD), unread(1.3), unread(1.3, DELETION), unread(1.3, SEARCH)],
@@ -168,7 +174,7 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
     "repq_vit": {"max_tokens": [changes(8, W4)]},
     "noisyquant": {
         "shifts": [changes(3, W4)],
-        "draws": [changes(3, W4)],
+        "draws": [changes(9, {**W4, "parameters": {"skip_by_prediction": False}})],
         "ranges": [changes(3, W4)],
         "skip_by_prediction": [changes(False, W4)],
         "max_tokens": [changes(8, W4)],
@@ -192,7 +198,7 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         "seed": [changes(1)],
     },
     "bias_correction": {"max_tokens": [changes(8, W4)]},
-    "test_time_registers": {"variant": [changes("token")], "top_k": [changes(3)]},
+    "test_time_registers": {"variant": [changes("token", NONE, "planted")], "top_k": [changes(1, NONE, "planted")]},
     "mixed_precision": {"layers": [changes(1)]},
 }
 QUICK: dict[str, dict[str, Any]] = {
@@ -222,8 +228,9 @@ def recipe_of(name: str, method: str | None, case: Case, changed: bool) -> Recip
     """The context, and the changed value if ``changed``."""
     settings = {path: json.loads(text) for path, text in case.context}
     part, _, field_name = name.partition(".")
+    fixed = settings.pop("parameters", {})
     if method is not None:
-        parameters = {**QUICK.get(method, {}), **({field_name: case.value} if changed else {})}
+        parameters = {**QUICK.get(method, {}), **fixed, **({field_name: case.value} if changed else {})}
         settings["quantization.methods"] = [{"name": method, **parameters}]
     elif changed:
         settings[name if part in ("search", "data") else f"quantization.{name}"] = case.value
@@ -237,21 +244,29 @@ def recipe_of(name: str, method: str | None, case: Case, changed: bool) -> Recip
     return Recipe.from_dict(data)
 
 
+def model_and_pixels(name: str) -> tuple[Any, torch.Tensor]:
+    """A float model, and eight images for it."""
+    if name == "planted":  # has register neurons
+        inputs = ImageInputs(planted.load_dataset("calibration", 8), planted.build_processor())
+        return planted.build_planted_model(), next(inputs.batches(8))["pixel_values"]
+    size = {"num_hidden_layers": 2} if name != "clip_dual" else {}
+    return MODELS[name].build(**size), MODELS[name].inputs(seed=3, batch=8)["pixel_values"]
+
+
 @cache
 def outcome(model_name: str, recipe_text: str, folder: Path) -> str:
     """Fingerprint of everything that a recipe gives, but the config."""
-    recipe, tiny = Recipe.from_dict(json.loads(recipe_text)), MODELS[model_name]
-    size = {"num_hidden_layers": 2} if model_name != "clip_dual" else {}
-    batch = tiny.inputs(seed=3, batch=8)
-    items = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(batch["pixel_values"])]
-    work = folder / hashlib.sha256(recipe_text.encode()).hexdigest()[:16]
-    run = run_plan(
-        tiny.build(**size), ReferenceImages(items), QuantizationPlan.of(recipe), work_dir=work, progress=False
-    )
+    recipe = Recipe.from_dict(json.loads(recipe_text))
+    model, pixels = model_and_pixels(model_name)
+    items = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(pixels)]
+    work = folder / hashlib.sha256((model_name + recipe_text).encode()).hexdigest()[:16]
+    run = run_plan(model, ReferenceImages(items), QuantizationPlan.of(recipe), work_dir=work, progress=False)
     digest = hashlib.sha256(json.dumps(run.quantized.measured, sort_keys=True).encode())
     for name, tensor in run.quantized.model.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    digest.update(tiny.run(run.quantized.model).contiguous().numpy().tobytes())
+    with torch.no_grad():
+        output = find_tower(run.quantized.model).module(pixels[:3] * 1.1).last_hidden_state
+    digest.update(output.contiguous().numpy().tobytes())
     if run.fit is not None:
         record = {
             **run.fit.to_dict(),

@@ -35,7 +35,7 @@ class RegCacheHfQuantizer(HfQuantizer):
     to be searched or mined, no methods.
     """
 
-    requires_calibration = False  # only of some configs; `__init__` refuses them
+    requires_calibration = True
     quantization_config: RegCacheConfig
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
@@ -49,6 +49,7 @@ class RegCacheHfQuantizer(HfQuantizer):
                     "registers.mode='none', which needs none."
                 )
             require_effect(quantization_config)
+            self.requires_calibration = False
         super().__init__(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:

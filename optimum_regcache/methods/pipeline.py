@@ -34,10 +34,11 @@ from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.sharing import own_tensors, shared_copy
+from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
-from optimum_regcache.layers.install import assign_input_qparams, config_sites, quantize_modules
+from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
 from optimum_regcache.methods.base import PipelineState
 from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
@@ -130,8 +131,7 @@ def _check_head(model: PreTrainedModel, config: RegCacheConfig) -> None:
     Raises:
         ValueError: the model has no layer outside the blocks that it could mean.
     """
-    without = config.replace(modules={"head": False})
-    if config.modules.head and config_sites(model, config) == config_sites(model, without):
+    if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
         raise ValueError(
             f"modules.head=True has no effect: {type(model).__name__} has no projection, classifier or pooling linear. Leave "
             "it out."
