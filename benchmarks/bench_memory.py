@@ -31,7 +31,7 @@ from encoder_shapes import Shape, clip, clip_full_b16, dinov2
 from optimum_regcache import RegCacheConfig, set_backend
 from optimum_regcache.commands.report import environment
 from optimum_regcache.config.files import write_json
-from optimum_regcache.methods import quantize_with
+from optimum_regcache.methods import quantize_with, resolve
 
 Record = dict[str, Any]
 
@@ -88,7 +88,7 @@ def settings(arguments: argparse.Namespace) -> RegCacheConfig:
 def warm_up(build: Shape, arguments: argparse.Namespace) -> None:
     """Everything that is imported or allocated once."""
     model = build().eval()
-    quantized = quantize_with(model, settings(arguments), None, images(model, 1), progress=False).model
+    quantized = quantize_with(model, resolve(settings(arguments)), None, images(model, 1), progress=False).model
     run_once(quantized)
     run_once(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +106,7 @@ def convert(arguments: argparse.Namespace, base: int) -> Record:
         "float_peak": peak() - base,
     }
     batches = images(model, arguments.calibration)
-    result = quantize_with(model, settings(arguments), None, batches, progress=False).model
+    result = quantize_with(model, resolve(settings(arguments)), None, batches, progress=False).model
     record |= {
         "quantize_peak": peak() - base,
         "quantize_resident": resident() - base,

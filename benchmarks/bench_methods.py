@@ -33,9 +33,16 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective
-from optimum_regcache.methods import METHODS, quantize_with
+from optimum_regcache.methods import METHODS, quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, fit_registers, resolve_config, split_inputs
+from optimum_regcache.search.fit import (
+    FitResult,
+    QuantizationPlan,
+    ReferenceImages,
+    fit_registers,
+    install_setup,
+    split_inputs,
+)
 from optimum_regcache.search.search import Setup
 
 ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier")
@@ -68,7 +75,7 @@ class Bench:
         self.source, self.recipe = source, recipe
         data = recipe.data
         inputs = ImageInputs(source.search_images, source.processor)
-        parts = split_inputs(inputs, replace(data, num_samples=min(data.num_samples, len(inputs))), recipe.search.seed)
+        parts = split_inputs(inputs, data, recipe.search.seed)
         self.calibration = list(parts.calibration.batches(data.batch_size))
         self.confirmation = CosineObjective(source.model, list(parts.confirmation.batches(data.batch_size)))
         report = ImageInputs(source.report_images, source.processor)
@@ -80,15 +87,9 @@ class Bench:
         begun = time.perf_counter()
         self.fit: FitResult = fit_registers(
             source.model,
-            source.processor,
-            source.search_images,
-            recipe.quantization,
-            recipe.search,
-            replace(data, num_samples=min(data.num_samples, len(inputs))),
-            data_collator=None,
-            template=source.template,
+            ReferenceImages(source.search_images, source.processor, template=source.template),
+            QuantizationPlan.of(recipe),
             work_dir=directory,
-            progress=True,
         )
         self.search_seconds = time.perf_counter() - begun
 
@@ -120,9 +121,9 @@ class Bench:
             "delete": Setup(count=both.count),
             "both": both,
         }[kind]
-        deletion = self.fit.requested.deletion
+        deletion = DeletionConfig()
         if setup.count:
-            deletion = replace(deletion, block=self.fit.sensitive_block, count=setup.count)
+            deletion = replace(self.fit.requested.deletion, block=self.fit.sensitive_block, count=setup.count)
         cache = None
         if setup.start_block is not None:
             depth = len(find_tower(self.source.model).blocks)
@@ -135,13 +136,14 @@ class Bench:
         base = self.recipe.quantization.replace(methods=tuple(methods))
         if all_points:
             base = base.replace(attention={"quantize": True, "bits": base.activations.bits})
+        resolved = resolve(base)
         cells: dict[str, Any] = {}
         plain: dict[str, torch.Tensor] = {}
         for kind in variants:
-            setup, cache, deletion = self.variant(kind)
-            config = resolve_config(base, setup, cache, deletion, self.recipe.search.kv_mode)
+            _, cache, deletion = self.variant(kind)
+            installed = install_setup(resolved, cache, deletion)
             begun = time.perf_counter()
-            result = quantize_with(self.source.model, config, cache, self.calibration, progress=False)
+            result = quantize_with(self.source.model, installed, cache, self.calibration, progress=False)
             seconds = time.perf_counter() - begun
             cosine, confirm = self.cosine.scores(result.model), self.confirmation.scores(result.model)
             scores = cosine if self.metric is self.cosine else self.metric.scores(result.model)

@@ -193,7 +193,7 @@ def rotated(names: Sequence[str], shift: int) -> list[str]:
     return [*names[start:], *names[:start]]
 
 
-def interleave(
+def interleave(  # noqa: PLR0913 (the settings of a measurement, each with its name)
     runners: Mapping[str, Forward],
     batch: Batch,
     repeats: int,

@@ -22,6 +22,7 @@ from optimum_regcache.registers import RegisterCache
 if TYPE_CHECKING:
     from optimum_regcache.config.recipe import Recipe, SearchConfig
     from optimum_regcache.fusion import fuse, unfuse
+    from optimum_regcache.hub.registers import get_registers, set_deletion, set_registers
     from optimum_regcache.kernels.report import backend_report
     from optimum_regcache.layers.linear import set_backend
     from optimum_regcache.models import (
@@ -52,7 +53,10 @@ _LAZY = {
     "SearchConfig": "config",
     "backend_report": "kernels.report",
     "fuse": "fusion",
+    "get_registers": "hub.registers",
     "set_backend": "layers.linear",
+    "set_deletion": "hub.registers",
+    "set_registers": "hub.registers",
     "unfuse": "fusion",
 }
 
@@ -77,7 +81,10 @@ __all__ = [
     "WeightsConfig",
     "backend_report",
     "fuse",
+    "get_registers",
     "set_backend",
+    "set_deletion",
+    "set_registers",
     "unfuse",
 ]
 

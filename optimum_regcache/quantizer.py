@@ -7,29 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.effects import require_search_unused
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs, choose_split, load_splits, reference_and_report, subsample
+from optimum_regcache.data.images import choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.hub.loading import load_model, load_processor
-from optimum_regcache.methods import configured, quantize_with
-from optimum_regcache.methods.pipeline import image_users, needs_images
+from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import Collator, FitResult, fit_registers
-from optimum_regcache.search.mining import isolated_cache, mine_tokens
+from optimum_regcache.search.fit import Collator, FitResult, QuantizationPlan, ReferenceImages, fit_registers
+from optimum_regcache.search.run import run_plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-MAX_CALIBRATION_IMAGES = 128
 
 
 class RegCacheQuantizer(OptimumQuantizer):
@@ -88,7 +85,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         )
         return cls(model, processor)
 
-    def get_calibration_dataset(
+    def get_calibration_dataset(  # noqa: PLR0913 (the arguments of Optimum's ORTQuantizer)
         self,
         dataset_name: str,
         num_samples: int = 100,
@@ -124,7 +121,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         data = subsample(images, num_samples, seed)
         return data if preprocess_function is None else data.map(preprocess_function, batched=preprocess_batch)
 
-    def fit(
+    def fit(  # noqa: PLR0913 (public: data and settings side by side, as in quantize)
         self,
         dataset: Any,
         quantization_config: RegCacheConfig | None = None,
@@ -155,89 +152,74 @@ class RegCacheQuantizer(OptimumQuantizer):
         Raises:
             ValueError: settings that do not fit the model or the data.
         """
-        self.fit_result = fit_registers(
-            self.model,
-            self.processor,
-            dataset,
-            quantization_config or RegCacheConfig.from_preset("w8a8"),
-            search or SearchConfig(),
-            data or DataConfig(),
-            data_collator=data_collator,
-            template=template,
-            work_dir=work_dir,
-            progress=progress,
-        )
+        images = ReferenceImages(dataset, self.processor, data_collator, template)
+        config = quantization_config or RegCacheConfig.from_preset("w8a8")
+        plan = QuantizationPlan.of(Recipe(config, search or SearchConfig(), data or DataConfig()))
+        self.fit_result = fit_registers(self.model, images, plan, work_dir=work_dir, progress=progress)
         return self.fit_result
 
-    def quantize(
+    def quantize(  # noqa: PLR0913 (the arguments of Optimum's quantizers, and ours)
         self,
         save_dir: str | Path | None = None,
         file_prefix: str | None = None,
         quantization_config: RegCacheConfig | None = None,
         calibration_dataset: Any = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         data_collator: Collator | None = None,
         *,
         search: SearchConfig | None = None,
+        recipe: Recipe | None = None,
+        template: str = DEFAULT_TEMPLATE,
         progress: bool = True,
     ) -> PreTrainedModel:
-        """Quantize a copy of the model.
+        """Quantize a copy of the model. The command line does the same: equal recipes and images give equal bits.
 
         Registers are taken from an earlier `fit` with the same bits. Without one, ``registers.mode="search"`` (the
         presets) runs the search on ``calibration_dataset``; ``"fixed"`` mines the registers for the given blocks;
-        ``"none"`` is plain quantization.
+        ``"none"`` is plain quantization. In all three the images are divided in the same way, and the calibration part (a
+        quarter by default, at most 128) gives the activation scales.
 
         Args:
             save_dir: where model, processor, recipe and results are written; nothing is saved if None.
             file_prefix: stored as the checkpoint's ``variant`` (``model.PREFIX.safetensors``).
             quantization_config: default: that of the fit, else W8A8.
-            calibration_dataset: `datasets.Dataset` of images or sequence of ``{"pixel_values": ...}``; needed unless
-                activations are dynamic and no registers are searched.
-            batch_size: images per forward pass.
+            calibration_dataset: `datasets.Dataset` of images or sequence of ``{"pixel_values": ...}``, at least 4; needed
+                unless activations are dynamic and no registers are searched. All of them are used, or as many as ``recipe``
+                or the fit says.
+            batch_size: images per forward pass; default: that of the fit, else of `DataConfig`.
             data_collator: builds a batch from items.
             search: search settings when a search is run.
+            recipe: quantization, search settings and amounts in one, in place of ``quantization_config``, ``search`` and
+                ``batch_size``. Its search settings may be those of a search that was run before.
+            template: zero-shot prompt for ``objective="accuracy"``.
             progress: show progress bars.
 
         Returns:
             The quantized model, ready for `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: data that is needed and missing, or settings that do not fit.
+            ValueError: data that is needed and missing, settings that do not fit or have no effect, or a recipe beside
+                settings that it holds.
         """
-        data = DataConfig(batch_size=batch_size)
-        config = quantization_config or (self.fit_result.config if self.fit_result else RegCacheConfig())
-        config = configured(config)
-        calibration: ImageInputs | None = None
+        images = None
         if calibration_dataset is not None:
-            calibration = ImageInputs(calibration_dataset, self.processor, data_collator)
-        if config.registers.mode == "search":
-            if not self._fitted_for(config, search):
-                if calibration is None:
-                    raise ValueError(
-                        "registers.mode='search' needs images: pass calibration_dataset, call fit() first, or set "
-                        "registers.mode='none' for plain quantization."
-                    )
-                data = replace(data, num_samples=max(len(calibration), 4))
-                self.fit(calibration_dataset, config, search, data, data_collator=data_collator, progress=progress)
-                calibration = None  # the fit has set its calibration part aside
-            config = self.fit_result.config  # type: ignore[union-attr]
-        if calibration is None and self.fit_result is not None:
-            calibration = self.fit_result.calibration
-        cache = self.fixed_cache(config, calibration, batch_size) if config.registers.mode == "fixed" else None
-        batches: list[Batch] = []
-        if needs_images(config):
-            if calibration is None:
-                raise ValueError(
-                    f"{image_users(config)} need calibration images: pass calibration_dataset, or use the preset "
-                    "'w8a8-dynamic'."
-                )
-            order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0)).tolist()
-            chosen = sorted(order[:MAX_CALIBRATION_IMAGES])  # a data set may be sorted by class
-            batches = list(calibration.subset(chosen).batches(batch_size))
-        model = build_quantized(self.model, config, cache, batches, progress)
+            images = ReferenceImages(calibration_dataset, self.processor, data_collator, template)
+        if recipe is None:
+            plan = self._plan(quantization_config, search, images, batch_size)
+        else:
+            beside = {"quantization_config": quantization_config, "search": search, "batch_size": batch_size}
+            double = [name for name, value in beside.items() if value is not None]
+            require(
+                not double,
+                f"quantize() got a recipe and {', '.join(double)}, which a recipe holds too. Give the recipe alone, changed "
+                "with dataclasses.replace or recipe.override.",
+            )
+            plan = QuantizationPlan.of(recipe)
+        run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
+        self.fit_result = run.fit or self.fit_result
         if save_dir is not None:
-            self.save(model, save_dir, file_prefix=file_prefix)
-        return model
+            self.save(run.quantized.model, save_dir, file_prefix=file_prefix, recipe=run.recipe)
+        return run.quantized.model
 
     def save(
         self,
@@ -263,30 +245,29 @@ class RegCacheQuantizer(OptimumQuantizer):
         if results is not None:
             write_json(path / "results.json", results)
 
-    # internals
-
-    def _fitted_for(self, config: RegCacheConfig, search: SearchConfig | None) -> bool:
-        """Whether the last fit answers this request."""
+    def _plan(
+        self,
+        config: RegCacheConfig | None,
+        search: SearchConfig | None,
+        images: ReferenceImages | None,
+        batch_size: int | None,
+    ) -> QuantizationPlan:
+        """The plan of a call without one: what is left open comes from the fit, if it is one of this config."""
         fit = self.fit_result
-        return fit is not None and fit.requested == config and search in (None, fit.settings)
-
-    def fixed_cache(self, config: RegCacheConfig, inputs: ImageInputs | None, batch_size: int) -> RegisterCache:
-        """The registers of the fit if they are those of ``config``, else mined for the given blocks."""
-        r, fit = config.registers, self.fit_result
-        if fit is not None and fit.cache is not None and fit.config.registers == r:
-            return fit.cache
-        if inputs is None:
-            raise ValueError("registers.mode='fixed' mines its registers from images: pass calibration_dataset.")
-        require(r.num_registers == 1, "Mining gives one register per block; registers.num_registers must be 1.")
-        depth = len(find_tower(self.model).blocks)
-        require(
-            r.blocks[-1] < depth, f"registers.blocks={list(r.blocks)}, but the encoder has blocks 0 to {depth - 1}."
-        )
-        start = r.blocks[0]
-        mined = mine_tokens(self.model, inputs.batches(batch_size), [start], progress=False)[start]
-        if r.kv_mode == "isolated":
-            return isolated_cache(self.model, mined.states.mean(0), start, r.blocks).restricted(r.blocks, r.num_copies)
-        return mined.average(r.blocks, depth).restricted(r.blocks, r.num_copies)
+        resolved = resolve(config or (fit.config if fit else RegCacheConfig()))
+        if fit is not None and (
+            resolved.config not in (fit.requested, fit.config) or search not in (None, fit.settings)
+        ):
+            fit = None
+        if search is not None and resolved.config.registers.mode != "search":
+            require_search_unused(search, resolved.config)
+        if fit is not None:
+            settings, data = fit.settings, fit.data
+        else:
+            count = len(images.inputs) if images is not None else 0
+            settings, data = search or SearchConfig(), DataConfig(num_samples=max(count, 4))
+        data = data if batch_size is None else replace(data, batch_size=batch_size)
+        return QuantizationPlan(Recipe(resolved.config, settings, data), resolved)
 
 
 def build_quantized(
@@ -307,6 +288,6 @@ def build_quantized(
         progress: show progress bars.
 
     Raises:
-        ValueError: config and cache disagree, or a method that cannot be used here, with the reason.
+        ValueError: config and cache disagree, a method that cannot be used here, or a setting without effect, with the reason.
     """
-    return quantize_with(model, config, cache, calibration, progress).model
+    return quantize_with(model, resolve(config), cache, calibration, progress).model

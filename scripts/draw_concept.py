@@ -40,18 +40,18 @@ def _problem(axes: Any) -> None:
     """Left column: the outlier tokens of one image, and what they do to a scale."""
     _heading(axes, 4, 62.5, "The trouble", "a few tokens without content carry enormous values")
     _patches(axes, 6, 38, 3.1, sinks=RED)
-    _text(axes, 27, 53.5, "patch tokens of one image\nat the sensitive block", INK, 9.5)
+    _text(axes, (27, 53.5), "patch tokens of one image\nat the sensitive block", INK, 9.5)
     axes.add_patch(Rectangle((27, 45.7), 2, 2, color=RED))
-    _text(axes, 30, 46.7, "outlier tokens (sinks)", RED, 9.5)
+    _text(axes, (30, 46.7), "outlier tokens (sinks)", RED, 9.5)
     axes.add_patch(Rectangle((27, 42.2), 2, 2, color=BLUE, alpha=0.55))
-    _text(axes, 30, 43.2, "ordinary tokens", BLUE, 9.5)
+    _text(axes, (30, 43.2), "ordinary tokens", BLUE, 9.5)
 
-    _text(axes, 4, 33, "one scale for all tokens, before", INK, 10, weight="bold")
+    _text(axes, (4, 33), "one scale for all tokens, before", INK, 10, weight="bold")
     _ruler(axes, 5, 25, 42, spread=0.075, outliers=(0.80, 0.90, 1.0), colour=RED)
-    _text(axes, 5, 20.4, "ordinary tokens share a few codes", GREY, 9)
-    _text(axes, 4, 15.5, "one scale for all tokens, after", INK, 10, weight="bold")
+    _text(axes, (5, 20.4), "ordinary tokens share a few codes", GREY, 9)
+    _text(axes, (4, 15.5), "one scale for all tokens, after", INK, 10, weight="bold")
     _ruler(axes, 5, 7.5, 42, spread=1.0, outliers=(), colour=GREEN)
-    _text(axes, 5, 2.9, "ordinary tokens use all codes", GREY, 9)
+    _text(axes, (5, 2.9), "ordinary tokens use all codes", GREY, 9)
 
 
 def _remedy(axes: Any) -> None:
@@ -66,23 +66,23 @@ def _remedy(axes: Any) -> None:
         edge = GREEN if active else GREY
         box = FancyBboxPatch((x, bottom), width, height, "round,pad=0,rounding_size=1", fc=face, ec=edge, lw=1.4)
         axes.add_patch(box)
-        _text(axes, x + width / 2, bottom + height / 2, f"block\n{name}", INK, 10, align="center")
+        _text(axes, (x + width / 2, bottom + height / 2), f"block\n{name}", INK, 10, align="center")
         if number:
             _arrow(axes, (x - gap + 0.1, bottom + height / 2), (x - 0.1, bottom + height / 2), INK)
         if active:
             _register(axes, x + width / 2, bottom + height)
-    _text(axes, starts[3] + width / 2, bottom - 1.9, "sensitive block", GREY, 9, align="center")
+    _text(axes, (starts[3] + width / 2, bottom - 1.9), "sensitive block", GREY, 9, align="center")
 
     middle = (starts[3] + starts[5] + width) / 2
-    _text(axes, middle, 55.6, "1  Prefix", GREEN, 12, weight="bold", align="center")
-    _text(axes, middle, 52.6, "a cached key and value: a sink for free", INK, 9.5, align="center")
+    _text(axes, (middle, 55.6), "1  Prefix", GREEN, 12, weight="bold", align="center")
+    _text(axes, (middle, 52.6), "a cached key and value: a sink for free", INK, 9.5, align="center")
 
     cut = starts[3] - gap / 2
     axes.plot([cut, cut], [bottom - 2.2, bottom + height + 1.5], color=RED, lw=1.6, ls=(0, (3, 2)))
     _arrow(axes, (cut, bottom - 1.9), (cut - 6, 26.4), RED)
-    _text(axes, cut - 23, 24.6, "2  Deletion", RED, 12, weight="bold")
-    _text(axes, cut - 23, 21.7, "the few outlier tokens that are left", INK, 9.5)
-    _text(axes, cut - 23, 19.4, "leave, image by image", INK, 9.5)
+    _text(axes, (cut - 23, 24.6), "2  Deletion", RED, 12, weight="bold")
+    _text(axes, (cut - 23, 21.7), "the few outlier tokens that are left", INK, 9.5)
+    _text(axes, (cut - 23, 19.4), "leave, image by image", INK, 9.5)
     _patches(axes, cut - 22.4, 3.2, 2.3, sinks="white", crossed=True)
 
     end = starts[5] + width
@@ -93,9 +93,9 @@ def _remedy(axes: Any) -> None:
             arrowstyle="-|>", mutation_scale=11, color=BLUE, lw=1.5,
         )
     )  # fmt: skip
-    _text(axes, end - 21, 24.6, "3  Fill", BLUE, 12, weight="bold")
-    _text(axes, end - 21, 21.7, "empty places get the mean of", INK, 9.5)
-    _text(axes, end - 21, 19.4, "their neighbours: the grid is whole", INK, 9.5)
+    _text(axes, (end - 21, 24.6), "3  Fill", BLUE, 12, weight="bold")
+    _text(axes, (end - 21, 21.7), "empty places get the mean of", INK, 9.5)
+    _text(axes, (end - 21, 19.4), "their neighbours: the grid is whole", INK, 9.5)
     _patches(axes, end - 20.4, 3.2, 2.3, sinks=BLUE, filled=True)
 
 
@@ -104,9 +104,15 @@ def _heading(axes: Any, x: float, y: float, title: str, subtitle: str) -> None:
     axes.text(x, y - 3.9, subtitle, color=GREY, fontsize=10)
 
 
+def _text(axes: Any, at: tuple[float, float], text: str, colour: str, size: float, **style: str) -> None:
+    weight, align = style.get("weight", "normal"), style.get("align", "left")
+    axes.text(x, y - 0.7, title, color=INK, fontsize=15, fontweight="bold")
+    axes.text(x, y - 3.9, subtitle, color=GREY, fontsize=10)
+
+
 def _text(axes: Any, x: float, y: float, text: str, colour: str, size: float, *, weight: str = "normal",
           align: str = "left") -> None:  # fmt: skip
-    axes.text(x, y, text, color=colour, fontsize=size, fontweight=weight, ha=align, va="center", linespacing=1.35)
+    axes.text(*at, text, color=colour, fontsize=size, fontweight=weight, ha=align, va="center", linespacing=1.35)
 
 
 def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
@@ -158,8 +164,8 @@ def _ruler(axes: Any, x: float, y: float, width: float, *, spread: float, outlie
     axes.plot([x, x + width], [y, y], color=INK, lw=1.2)
     for code in range(codes + 1):
         axes.plot([x + width * code / codes] * 2, [y - 1.0, y], color=INK, lw=0.8)
-    _text(axes, x, y - 2.2, "0", GREY, 8, align="center")
-    _text(axes, x + width, y - 2.2, "largest code", GREY, 8, align="right")
+    _text(axes, (x, y - 2.2), "0", GREY, 8, align="center")
+    _text(axes, (x + width, y - 2.2), "largest code", GREY, 8, align="right")
     draws = np.random.default_rng(3)
     values = np.clip(np.abs(draws.normal(0, 0.36, 70)), 0.02, 1) * spread
     heights = draws.uniform(0.7, 3.4, len(values))

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
 
-from optimum_regcache import RegCacheConfig, RegisterCache
+from optimum_regcache import RegCacheConfig, RegisterCache, RegistersConfig
+from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.quantizer import build_quantized
 
 BLOCKS, HEADS, WIDTH, HEAD_DIM, PIXELS, PATCH, PATCHES = 4, 4, 64, 16, 32, 8, 16
@@ -310,10 +311,14 @@ def quantized(
         registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0},
         deletion={"block": 2, "count": 2},
     )
-    config = config.replace(**parts)
+    config, model = config.replace(**parts), cast(tiny.build(cls=cls), dtype)
+    if config.registers.mode == "none":
+        config = config.replace(registers=RegistersConfig(mode="none"))
+    if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
+        config = config.replace(modules={"head": False})  # refused where there is none
     r = config.registers
     cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
-    return build_quantized(cast(tiny.build(cls=cls), dtype), config, cache, [tiny.inputs(seed=2)])
+    return build_quantized(model, config, cache, [tiny.inputs(seed=2)])
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

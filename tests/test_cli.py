@@ -188,6 +188,11 @@ def test_several_presets_make_one_model_each(tmp_path, capsys, monkeypatch):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
         ),
         (("quantize", "--output", "x", "--dataset", "./no-such-folder"), "No such data set file or directory"),
+        (
+            ("quantize", "--output", "x", "--no-registers", "--set", "search.max_delete=3"),
+            "search.max_delete=3 has no effect: nothing is searched with registers.mode='none'",
+        ),
+        (("evaluate", "--output", "x", "--preset", "w4a4"), "--preset has no effect: evaluate opens a finished model"),
     ],
 )
 def test_user_errors_are_one_line(args, message, tmp_path, capsys, monkeypatch):

@@ -281,7 +281,7 @@ REFUSALS = {
         r"Layer layers.0.mlp.fc2 cannot be exported: a twin quantizer has two steps.* the preset w8a8 without ptq4vit",
     ),
     "16 bits": (
-        refused("vit", modules={"sixteen_bit": ("mlp.fc1",)}),
+        refused("vit", modules={"mixed_precision": ("mlp.fc1",)}),
         r"Layer layers.0.mlp.fc1 cannot be exported: 16-bit inputs are simulated. Quantize with static",
     ),
     "threshold": (

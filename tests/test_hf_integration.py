@@ -264,8 +264,8 @@ def test_without_the_package_no_checkpoint_loads(tmp_path: Path) -> None:
 def test_float_models_are_not_quantized_by_from_pretrained(tmp_path: Path) -> None:
     CLIP.build().save_pretrained(tmp_path)
     message = (
-        r"RegCache needs calibration images, so a float model cannot be quantized by from_pretrained\("
-        r"quantization_config=RegCacheConfig\(...\)\). Use RegCacheQuantizer.from_pretrained\(model\).quantize\("
+        r"RegCache needs calibration images \(registers.mode='search'\), so a float model cannot be quantized by "
+        r"from_pretrained\(quantization_config=RegCacheConfig\(...\)\). Use RegCacheQuantizer.from_pretrained\("
     )
     with pytest.raises(ValueError, match=message):
         AutoModel.from_pretrained(tmp_path, quantization_config=RegCacheConfig())

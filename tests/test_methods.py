@@ -17,10 +17,10 @@ from optimum_regcache.data.reference import planted
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import quant_linears
-from optimum_regcache.methods import METHODS, build_methods, configured, quantize_with
+from optimum_regcache.methods import METHODS, build_methods, quantize_with, resolve, without_methods
 from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.base import linear_groups
-from optimum_regcache.methods.sixteen_bit import SixteenBit
+from optimum_regcache.methods.mixed_precision import MixedPrecision
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 
 CLIP, DINOV2, SIGLIP = TOWERS["clip"], TOWERS["dinov2"], TOWERS["siglip"]
@@ -50,8 +50,12 @@ every_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=label)
 def config(
     pipeline: Any, bits: int = 4, registers: bool = True, attention: bool = False, **parts: Any
 ) -> RegCacheConfig:
+    if not attention:  # a setting that nothing reads is refused
+        pipeline = [
+            {k: v for k, v in dict(m).items() if k != "product_images"} if isinstance(m, dict) else m for m in pipeline
+        ]
     base = RegCacheConfig.from_preset(f"w{bits}a{bits}").replace(
-        methods=tuple(pipeline), attention={"quantize": attention, "bits": bits}
+        methods=tuple(pipeline), attention={"quantize": attention, "bits": bits if attention else 8}
     )
     if registers:
         positions = {"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0}
@@ -64,7 +68,7 @@ def config(
 def fitted(tiny: TinyModel, c: RegCacheConfig, model: Any = None) -> Any:
     cache = random_cache((2, 3), num_copies=2.0) if c.registers.mode == "fixed" else None
     batches = [tiny.inputs(seed=2, batch=4), tiny.inputs(seed=3, batch=2)]
-    return quantize_with(model or tiny.build(), c, cache, batches, progress=False)
+    return quantize_with(model or tiny.build(), resolve(c), cache, batches, progress=False)
 
 
 # registry and configuration
@@ -83,8 +87,8 @@ def test_every_method_says_what_it_implements_and_has_a_name_of_its_own() -> Non
 
 @every_pipeline
 def test_configuring_again_changes_nothing(pipeline: Any) -> None:
-    once = configured(config(pipeline))
-    assert configured(once) == once
+    once = resolve(config(pipeline)).config
+    assert resolve(once).config == once
     assert RegCacheConfig(**once.to_dict()) == once
 
 
@@ -118,12 +122,12 @@ REFUSED = [
 @pytest.mark.parametrize(("methods", "parts", "message"), REFUSED, ids=lambda v: str(v)[:30])
 def test_senseless_combinations_are_refused_with_the_reason(methods: Any, parts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
-        configured(RegCacheConfig(methods=methods, **parts))
+        resolve(RegCacheConfig(methods=methods, **parts))
 
 
 def test_methods_need_images_and_an_mlp_that_fits() -> None:
     with pytest.raises(ValueError, match="The methods mse need calibration images"):
-        quantize_with(CLIP.build(), config(["mse"], registers=False), None, [])
+        quantize_with(CLIP.build(), resolve(config(["mse"], registers=False)), None, [])
     swiglu = TOWERS["dinov2_swiglu"]
     with pytest.raises(ValueError, match=r"multiplies it by a second branch \(SwiGLU\)"):
         fitted(swiglu, config([{"name": "ptq4vit", **QUICK["ptq4vit"]}]))
@@ -239,22 +243,49 @@ def test_the_command_line_quantizes_with_methods(
     assert "rtn and mse both decide the input scales" in capsys.readouterr().err
 
 
-def test_forms_left_over_from_other_methods_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"rewrites": {"rotation": True}},
+            r"rewrites\.rotation=True has no effect: methods set it, and none of those given",
+        ),
+        (
+            {"rewrites": {"register_neurons": ["0:1"]}},
+            r"rewrites\.register_neurons=\['0:1'\] has no effect: methods set it",
+        ),
+        (
+            {"activations": {"mlp_out_hadamard": True}},
+            r"activations\.mlp_out_hadamard=True has no effect: methods set it",
+        ),
+        ({"activations": {"outlier_tokens": "per_token"}}, r"activations\.outlier_tokens='per_token' has no effect"),
+        (
+            {"activations": {"observer": "mse"}},
+            r"observer='mse' has no effect: the method rtn sets it to 'minmax'",
+        ),
+    ],
+)
+def test_what_other_methods_set_is_refused(parts: Any, message: str) -> None:
     """A saved recipe whose methods are edited: rewrites and forms belong to the methods that set them."""
-    stale = config(["rtn"], rewrites={"register_neurons": ["0:1"], "rotation": True})
-    stale = stale.replace(activations={"mlp_out_hadamard": True, "outlier_tokens": "per_token"})
-    result = fitted(CLIP, stale)
-    assert result.config.rewrites == RegCacheConfig().rewrites
-    assert not result.config.activations.mlp_out_hadamard
-    assert result.config.activations.outlier_tokens == "clip"
-    result.model.save_pretrained(tmp_path)
-    assert torch.equal(CLIP.run(AutoModel.from_pretrained(tmp_path)), CLIP.run(result.model))
+    with pytest.raises(ValueError, match=message + r".*choose other methods than \['rtn'\]\."):
+        resolve(config(["rtn"], **parts))
 
 
-def test_sixteen_bit_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
+@every_pipeline
+def test_methods_take_with_them_what_they_set(pipeline: Any) -> None:
+    plain = config([])
+    assert without_methods(resolve(config(pipeline)).config) == plain
+
+
+def test_what_a_method_found_before_is_looked_for_again() -> None:
+    found = config(["mixed_precision"], modules={"mixed_precision": ["mlp.fc2"]})
+    assert resolve(found).config.modules.mixed_precision == ()
+
+
+def test_mixed_precision_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
     dual = COMPOSITES["clip_dual"]
-    result = fitted(dual, config(["sixteen_bit"], bits=8))
-    assert all(name.startswith("encoder.layers.") for name in result.config.modules.sixteen_bit)
+    result = fitted(dual, config(["mixed_precision"], bits=8))
+    assert all(name.startswith("encoder.layers.") for name in result.config.modules.mixed_precision)
     result.model.save_pretrained(tmp_path)
     tower = CLIPVisionModel.from_pretrained(tmp_path)
     bits = {module.activations.bits for _, module in quant_linears(tower)}
@@ -262,7 +293,7 @@ def test_sixteen_bit_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_pat
 
 
 def test_layers_of_one_group_with_other_bits_keep_their_own_scale() -> None:
-    mixed = {"sixteen_bit": ["self_attn.k_proj"]}
+    mixed = {"mixed_precision": ["self_attn.k_proj"]}
     plain = fitted(CLIP, config(["rtn"], bits=8, modules=mixed))
     for name in ("output_mse", "repq_vit"):
         result = fitted(CLIP, config([{"name": name, **QUICK.get(name, {})}], bits=8, modules=mixed))
@@ -312,7 +343,7 @@ def test_bias_correction_takes_the_mean_error_out_of_the_last_layer() -> None:
 
 def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     """With inputs that are hardly rounded, an installed vector leaves the output as it is: it is folded exactly."""
-    from optimum_regcache.methods.base import Fit
+    from optimum_regcache.methods.base import PipelineState
     from optimum_regcache.methods.noisyquant import _install
 
     plain = config([{"name": "noisyquant", **QUICK["noisyquant"]}], activations={"bits": 16}, deletion={"count": 0})
@@ -320,7 +351,7 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     for _, layer in quant_linears(result.model):  # room for the vector, and for what calibration did not see
         layer.set_input_qparams(layer.input_scale * 2, layer.input_zero_point)
     before = CLIP.run(result.model)
-    fit = Fit(result.config, (), result.float_model, [], result.model)
+    fit = PipelineState(result.config, (), result.float_model, [], result.model)
     generator = torch.Generator().manual_seed(0)
     roles = set()
     for group in linear_groups(result.float_model, result.config):
@@ -333,14 +364,16 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     assert not torch.equal(CLIP.run(result.model), before)
 
 
-def test_sixteen_bit_takes_the_planted_layer() -> None:
+def test_mixed_precision_takes_the_planted_layer() -> None:
     model = planted.build_planted_model()
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = {"pixel_values": planted_images(model, images)}
-    c = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"}, methods=[SixteenBit(layers=1).to_dict()])
-    result = quantize_with(model, c, None, [batch], progress=False)
-    assert result.measured["sixteen_bit"]["layers"] == ["vit." + result.config.modules.sixteen_bit[0]]
-    assert "layers.3.mlp.fc2" in result.config.modules.sixteen_bit[0]
+    c = RegCacheConfig.from_preset("w8a8").replace(
+        registers={"mode": "none"}, methods=[MixedPrecision(layers=1).to_dict()]
+    )
+    result = quantize_with(model, resolve(c), None, [batch], progress=False)
+    assert result.measured["mixed_precision"]["layers"] == ["vit." + result.config.modules.mixed_precision[0]]
+    assert "layers.3.mlp.fc2" in result.config.modules.mixed_precision[0]
     assert "16-bit inputs" in (result.config.simulated_reason or "")
 
 

@@ -13,7 +13,7 @@ from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import measure_outliers
-from optimum_regcache.evaluation.outliers import OUTLIER_RATIO, cross_cosine, outside_box
+from optimum_regcache.evaluation.outliers import REPORTED_RATIO, cross_cosine, outside_box
 from optimum_regcache.registers import prepare_tower, set_deletion
 
 
@@ -40,7 +40,7 @@ def block_inputs(model, batches) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
 def test_ratios_and_counts_agree_with_numpy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_regcache.evaluation.outliers.OUTLIER_RATIO", 1.3)  # random tokens are no outliers
+    monkeypatch.setattr("optimum_regcache.evaluation.outliers.REPORTED_RATIO", 1.3)  # random tokens are no outliers
     model, batches = TOWERS[name].build(), images(2)
     report, lead = measure_outliers(model, batches), find_tower(model).num_prefix_tokens
     for block, states in enumerate(block_inputs(model, batches)):
@@ -54,7 +54,7 @@ def test_ratios_and_counts_agree_with_numpy(name: str, monkeypatch: pytest.Monke
 
 
 def test_planted_outliers_are_found_where_they_were_planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_regcache.evaluation.outliers.OUTLIER_RATIO", 8.0)  # the largest are 15x the median
+    monkeypatch.setattr("optimum_regcache.evaluation.outliers.REPORTED_RATIO", 8.0)  # the largest are 15x the median
     inputs = ImageInputs(planted.load_dataset("report", 24), planted.build_processor())
     report = measure_outliers(planted.build_planted_model(), inputs.batches(12))
     assert report.first_block == planted.PLANTED_BLOCK + 1  # the block's MLP writes them
@@ -76,7 +76,7 @@ def test_a_model_without_outliers_is_said_to_have_none() -> None:
     assert first.startswith("no block input with outlier tokens (>= 20x the median) in half of the images")
     assert first.endswith(f"{float(report.ratio.max()):.1f}x")
     assert second.startswith("fc2 input: largest token")
-    assert OUTLIER_RATIO == 20
+    assert REPORTED_RATIO == 20
 
 
 def test_no_images() -> None:
@@ -134,7 +134,7 @@ def test_padding_and_what_is_installed_are_respected() -> None:
 
 
 def test_share_on_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_regcache.evaluation.outliers.OUTLIER_RATIO", 1.2)
+    monkeypatch.setattr("optimum_regcache.evaluation.outliers.REPORTED_RATIO", 1.2)
     model, batches = TOWERS["clip"].build(), images(1)
     everywhere = measure_outliers(model, batches, [[0.0, 0.0, 0.0, 0.0]] * 3)
     nowhere = measure_outliers(model, batches, [[0.0, 0.0, 1.0, 1.0]] * 3)

@@ -11,7 +11,7 @@ from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import AccuracyObjective, CosineObjective, encode, measure_token_norms
-from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity
+from optimum_regcache.search import TrialRunner, mine_tokens, scan_sensitivity
 
 BLOCK = planted.PLANTED_BLOCK
 
@@ -42,7 +42,7 @@ def fitted():
 @pytest.fixture(scope="module")
 def bench():
     calibration = list(inputs("calibration", 16).batches(16))
-    return Workbench(planted.build_planted_model(), RegCacheConfig.from_preset("w8a8"), calibration)
+    return TrialRunner(planted.build_planted_model(), RegCacheConfig.from_preset("w8a8"), calibration)
 
 
 def accuracy(model, report) -> float:
@@ -151,14 +151,12 @@ def test_float_output_is_kept_with_the_prefix(fitted, bench, report):
     assert float(torch.nn.functional.cosine_similarity(reference, changed).mean()) > 0.99
 
 
-def test_isolated_registers_and_v2_work_too(report):
+def test_isolated_registers_of_single_tokens_work_too(report):
     quantizer = RegCacheQuantizer(planted.build_planted_model(), planted.build_processor())
     fit = quantizer.fit(
         planted.load_dataset("search", 48),
-        RegCacheConfig.from_preset("w8a8"),
-        SearchConfig(
-            strategy="v2", num_candidates=2, num_copies=(15,), max_delete=4, kv_mode="isolated", sensitive_block=3
-        ),
+        RegCacheConfig.from_preset("w8a8").replace(registers={"kv_mode": "isolated"}),
+        SearchConfig(strategy="single_token", num_candidates=2, num_copies=(15,), max_delete=4, sensitive_block=3),
         DataConfig(num_samples=48, batch_size=24),
         progress=False,
     )

@@ -19,10 +19,10 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.layers.linear import quant_linears
+from optimum_regcache.methods import resolve
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache
-from optimum_regcache.search import Setup
-from optimum_regcache.search.fit import resolve_config, split_inputs
+from optimum_regcache.search.fit import install_setup, split_inputs
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
 OFF = RegCacheConfig(registers={"mode": "none"})
@@ -241,7 +241,7 @@ def test_everything_ignored_in_one_block_stays_float():
 
 
 def test_resolved_config_of_nothing_is_off():
-    config = resolve_config(RegCacheConfig(), Setup(), None, DeletionConfig(), "in_context")
+    config = install_setup(resolve(RegCacheConfig()), None, DeletionConfig()).config
     assert config.registers == RegistersConfig(mode="none")
     assert not config.deletion.active
 
@@ -289,4 +289,4 @@ def test_another_request_is_not_answered_by_the_old_fit():
     first = quantizer.fit_result
     quantizer.quantize(search=QUICK, quantization_config=RegCacheConfig(deletion={"fill": "none"}), **data)
     assert quantizer.fit_result is not first
-    assert quantizer.fit_result.config.deletion.fill == "none"
+    assert quantizer.fit_result.requested.deletion.fill == "none"

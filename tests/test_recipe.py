@@ -18,7 +18,9 @@ from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 def full_recipe() -> Recipe:
     return Recipe(
         quantization=RegCacheConfig.from_preset("w6a6").replace(activations={"observer": "mse"}),
-        search=SearchConfig(strategy="v2", sensitive_block=3, scopes=("single", "onwards"), num_copies=(0.5, 2)),
+        search=SearchConfig(
+            strategy="single_token", sensitive_block=3, scopes=("single", "onwards"), num_copies=(0.5, 2)
+        ),
         data=DataConfig(num_samples=12, batch_size=3),
         model="someone/encoder",
         dataset="someone/images",
@@ -35,7 +37,7 @@ def test_defaults_cover_the_papers_range_of_copies() -> None:
     search = SearchConfig()
     assert (min(search.num_copies), max(search.num_copies)) == (1.0, 15.0)
     assert all(isinstance(c, float) for c in search.num_copies)
-    assert (search.strategy, search.objective) == ("v4", "cosine")
+    assert (search.strategy, search.objective) == ("averaged_tokens", "cosine")
 
 
 def test_saved_recipes_are_resolved_and_lossless(tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_saved_recipes_are_resolved_and_lossless(tmp_path: Path) -> None:
 @given(
     search=st.builds(
         SearchConfig,
-        strategy=st.sampled_from(["v2", "v4"]),
+        strategy=st.sampled_from(["single_token", "averaged_tokens"]),
         objective=st.sampled_from(["cosine", "accuracy"]),
         sensitivity=st.sampled_from(["linear", "block"]),
         sensitive_block=st.none() | st.integers(0, 50),
@@ -142,11 +144,10 @@ def test_load_refuses_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> No
 
 
 SEARCH_REFUSED = [
-    ({"strategy": "v3"}, r"search\.strategy must be one of v2, v4; got 'v3'\."),
+    ({"strategy": "v3"}, r"search\.strategy must be one of averaged_tokens, single_token; got 'v3'\."),
     ({"objective": "loss"}, r"search\.objective must be one of cosine, accuracy; got 'loss'\."),
     ({"sensitivity": "tensor"}, r"search\.sensitivity must be one of linear, block; got 'tensor'\."),
     ({"score_site": "fc1"}, r"search\.score_site must be one of block_input, fc2_input; got 'fc1'\."),
-    ({"kv_mode": "both"}, r"search\.kv_mode must be one of in_context, isolated; got 'both'\."),
     ({"scopes": ()}, r"search\.scopes must hold 'onwards' and/or 'single', got \[\]\."),
     ({"scopes": ("all",)}, r"search\.scopes must hold 'onwards' and/or 'single', got \['all'\]\."),
     ({"num_copies": ()}, r"search\.num_copies must be a non-empty list of numbers > 0, got \[\]\."),

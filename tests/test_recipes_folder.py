@@ -84,8 +84,9 @@ def pictures() -> Dataset:
 def fit_and_quantize(model: Any, processor: Any, images: Any, recipe: Recipe) -> tuple[FitResult, Any]:
     """What the main job does with a recipe."""
     quantizer = RegCacheQuantizer.from_pretrained(model, processor=processor)
-    fit = quantizer.fit(images, recipe.quantization, recipe.search, recipe.data, progress=False)
-    return fit, quantizer.quantize(batch_size=recipe.data.batch_size)
+    quantized = quantizer.quantize(recipe=recipe, calibration_dataset=images, progress=False)
+    assert quantizer.fit_result is not None
+    return quantizer.fit_result, quantized
 
 
 def check(fit: FitResult, quantized: Any, recipe: Recipe, blocks: int) -> None:
@@ -125,7 +126,7 @@ def test_it_follows_the_paper_and_says_what_was_measured(name: str) -> None:
     assert (activations.mode, activations.granularity, activations.observer) == ("static", "per_tensor", "minmax")
     assert recipe.quantization.registers.mode == "search"
     search = recipe.search
-    assert (search.strategy, search.blocks_before, search.max_delete) == ("v4", 3, 10)
+    assert (search.strategy, search.blocks_before, search.max_delete) == ("averaged_tokens", 3, 10)
     assert search.num_copies == tuple(float(tau) for tau in range(1, 16))
     assert recipe.model
     assert (recipe.dataset is None) == (recipe.model in reference.names())  # reference encoders render their own images

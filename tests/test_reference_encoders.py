@@ -15,7 +15,7 @@ from optimum_regcache.data.images import ImageInputs, class_names, object_boxes
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation import AccuracyObjective, CosineObjective, OutlierReport, measure_outliers
 from optimum_regcache.evaluation.objective import zero_shot_features
-from optimum_regcache.search import Workbench, mine_tokens, scan_sensitivity
+from optimum_regcache.search import TrialRunner, mine_tokens, scan_sensitivity
 
 INDUCED = ("clip-scenes-induced", "siglip-scenes-induced")
 SENSITIVE = 3
@@ -39,11 +39,11 @@ class Lab:
         labels = report.labels()
         assert labels is not None
         self.accuracy = AccuracyObjective(self.report, labels, text)
-        self.benches: dict[str, Workbench] = {}
+        self.benches: dict[str, TrialRunner] = {}
 
-    def bench(self, preset: str) -> Workbench:
+    def bench(self, preset: str) -> TrialRunner:
         if preset not in self.benches:
-            self.benches[preset] = Workbench(self.ref.model, RegCacheConfig.from_preset(preset), self.calibration)
+            self.benches[preset] = TrialRunner(self.ref.model, RegCacheConfig.from_preset(preset), self.calibration)
         return self.benches[preset]
 
     @property

@@ -15,7 +15,16 @@ from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.registers.replay import record_block_inputs, replaying
-from optimum_regcache.search import RegisterSearch, Setup, Trial, Workbench, mine_tokens, scan_sensitivity
+from optimum_regcache.search import (
+    Candidates,
+    Judges,
+    RegisterSearch,
+    Setup,
+    Trial,
+    TrialRunner,
+    mine_tokens,
+    scan_sensitivity,
+)
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.search import SearchRecord, _best
 
@@ -42,9 +51,16 @@ def engine(scores: dict[str, list[float]], confirm: dict[str, list[float]], conf
     """A search whose scores are given, so that only the decision is tested."""
     record = SearchRecord(None, "")
     model = tiny()
-    bench = Workbench(model, RegCacheConfig(activations={"mode": "dynamic"}), [])
+    bench = TrialRunner(model, RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [1], top=4, progress=False)
-    search = RegisterSearch(bench, config, mined, 1, None, None, 1, record, 4, ceiling, progress=False)  # type: ignore[arg-type]
+    search = RegisterSearch(
+        bench,
+        config,
+        Candidates(mined, 1, 1, 4),
+        Judges(None, None, ceiling),
+        record,
+        progress=False,  # type: ignore[arg-type]
+    )
     for setup in [Setup(), *search._prefix_setups(), Setup(count=1)]:
         record.scores[setup.key] = scores[kind(setup)]
         record.scores[f"confirm {setup.key}"] = confirm[kind(setup)]
@@ -83,9 +99,16 @@ def test_a_prefix_that_only_shows_with_deletion_is_found():
     scores |= {Setup(): 0.5, Setup(count=1): 0.4}
     for setup, score in scores.items():
         record.scores[setup.key] = record.scores[f"confirm {setup.key}"] = [score] * 4
-    bench = Workbench(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
+    bench = TrialRunner(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
-    search = RegisterSearch(bench, config, mined, 1, None, None, 1, record, 4, progress=False)  # type: ignore[arg-type]
+    search = RegisterSearch(
+        bench,
+        config,
+        Candidates(mined, 1, 1, 4),
+        Judges(None, None),
+        record,
+        progress=False,  # type: ignore[arg-type]
+    )
     result = search.run()
     assert result.best_prefix is not None
     assert result.best_prefix.setup.start_block == 0
@@ -120,7 +143,7 @@ def test_equal_scores_prefer_the_simpler_setup():
 def test_an_interrupted_search_resumes_to_the_identical_result(tmp_path, monkeypatch):
     whole = fit(work_dir=tmp_path / "whole")
     calls = {"count": 0}
-    original = Workbench.score
+    original = TrialRunner.score
 
     def interrupted(self, *args):
         calls["count"] += 1
@@ -128,7 +151,7 @@ def test_an_interrupted_search_resumes_to_the_identical_result(tmp_path, monkeyp
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(Workbench, "score", interrupted)
+    monkeypatch.setattr(TrialRunner, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(work_dir=tmp_path / "cut")
     assert len(json.loads((tmp_path / "cut" / "search.json").read_text())["scores"]) == 3
@@ -214,7 +237,7 @@ def test_mining_does_not_depend_on_the_batching():
 
 
 def test_replay_equals_a_full_pass_and_is_gone_afterwards():
-    bench = Workbench(tiny(), RegCacheConfig(), batches())
+    bench = TrialRunner(tiny(), RegCacheConfig(), batches())
     data = batches()
     objective = CosineObjective(bench.float_model, data)
     states = record_block_inputs(bench.float_model, data, 2)
@@ -227,7 +250,7 @@ def test_replay_equals_a_full_pass_and_is_gone_afterwards():
 
 
 def test_scales_are_recalibrated_for_every_configuration():
-    bench = Workbench(planted.build_planted_model(), RegCacheConfig(), [_planted_batch()])
+    bench = TrialRunner(planted.build_planted_model(), RegCacheConfig(), [_planted_batch()])
     quant = bench.quantized.get_submodule("vit.layers.3.mlp.fc2")
     bench.install(None, DeletionConfig())
     naive = float(quant.input_scale)
@@ -251,7 +274,7 @@ def test_a_score_that_is_no_number_never_wins():
 
 
 def test_a_float_model_that_overflows_is_said_so():
-    bench = Workbench(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
+    bench = TrialRunner(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
     objective = CosineObjective(bench.float_model, batches())
     objective.reference = objective.reference * float("nan")
     with pytest.raises(ValueError, match=r"features are not finite. Load it with dtype=torch.float32"):

@@ -15,11 +15,11 @@ from torch import nn
 from optimum_regcache import RegCacheConfig
 from optimum_regcache.encoders.sharing import own_tensors, replace_value, shared_copy
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.methods import quantize_with
+from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers.neurons import zero_register_neurons
 from optimum_regcache.rewrites.norms import rescale_norm, store
 from optimum_regcache.rewrites.rotation import rotate_heads, rotate_residual
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 CLIP, DINOV2, FULL_CLIP = TOWERS["clip"], TOWERS["dinov2"], COMPOSITES["clip_dual"]
 PLAIN = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})
@@ -61,14 +61,14 @@ def test_the_float_model_of_a_rewritten_encoder_without_biases_stays_as_it_is() 
 
 def test_plain_conversion_copies_no_weight_and_shares_nothing_of_the_encoder_in_the_end() -> None:
     model = CLIP.build()
-    result = quantize_with(model, PLAIN, None, [CLIP.inputs(seed=2)], progress=False)
+    result = quantize_with(model, resolve(PLAIN), None, [CLIP.inputs(seed=2)], progress=False)
     assert places(result.float_model) == places(model)
     assert not set(places(result.model).values()) & set(places(model).values())
 
 
 def test_what_lies_outside_the_encoder_is_shared() -> None:
     model = FULL_CLIP.build()
-    result = quantize_with(model, PLAIN, None, [CLIP.inputs(seed=2)], progress=False).model
+    result = quantize_with(model, resolve(PLAIN), None, [CLIP.inputs(seed=2)], progress=False).model
     tower, ours, theirs = find_tower(model).name, places(result), places(model)
     shared = {name for name in ours if ours[name] == theirs.get(name)}
     assert any(name.startswith("text_model.") for name in shared)
@@ -79,7 +79,7 @@ def test_what_lies_outside_the_encoder_is_shared() -> None:
 def test_only_what_a_method_rewrites_is_copied() -> None:
     model = CLIP.build()
     methods = [{"name": "smoothquant", "alphas": [0.8], "values": False, "max_tokens": 40}]
-    result = quantize_with(model, PLAIN.replace(methods=methods), None, [CLIP.inputs(seed=2)], progress=False)
+    result = quantize_with(model, resolve(PLAIN.replace(methods=methods)), None, [CLIP.inputs(seed=2)], progress=False)
     ours, theirs = places(result.float_model), places(model)
     moved = {name for name in theirs if ours[name] != theirs[name]}
     assert moved
@@ -90,7 +90,7 @@ def test_only_what_a_method_rewrites_is_copied() -> None:
 def test_casting_and_changing_the_result_leave_the_float_model_alone() -> None:
     model = CLIP.build().requires_grad_(True)
     before = fingerprint(model)
-    result = quantize_with(model, PLAIN, None, [CLIP.inputs(seed=2)], progress=False).model
+    result = quantize_with(model, resolve(PLAIN), None, [CLIP.inputs(seed=2)], progress=False).model
     with torch.no_grad():
         for parameter in find_tower(result).module.parameters():
             parameter.zero_()
@@ -100,7 +100,7 @@ def test_casting_and_changing_the_result_leave_the_float_model_alone() -> None:
 
 def test_training_the_float_model_afterwards_leaves_the_result_alone() -> None:
     model = CLIP.build()
-    result = quantize_with(model, PLAIN, None, [CLIP.inputs(seed=2)], progress=False).model
+    result = quantize_with(model, resolve(PLAIN), None, [CLIP.inputs(seed=2)], progress=False).model
     expected = CLIP.run(result)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,7 +110,7 @@ def test_training_the_float_model_afterwards_leaves_the_result_alone() -> None:
 
 def test_the_search_shares_the_weights_too() -> None:
     model = CLIP.build()
-    bench = Workbench(model, PLAIN, [CLIP.inputs(seed=2)])
+    bench = TrialRunner(model, PLAIN, [CLIP.inputs(seed=2)])
     assert places(bench.float_model) == places(model)
 
 

@@ -16,10 +16,10 @@ from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
-from optimum_regcache.search.fit import split_inputs
+from optimum_regcache.search.fit import QuantizationPlan, split_inputs
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.sensitivity import scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 def analyze_job(
@@ -28,30 +28,31 @@ def analyze_job(
     """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``.
 
     Sensitivity and mined tokens come from the reference images, outlier tokens and the loss by naive quantization from
-    the report images.
+    the report images. Methods shape the observers; nothing of theirs that is fitted takes part.
     """
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
+    recipe = QuantizationPlan.of(recipe).recipe
     inputs = ImageInputs(source.search_images, source.processor)
     parts = split_inputs(inputs, recipe.data, recipe.search.seed)
     calibration = list(parts.calibration.batches(recipe.data.batch_size))
     parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
     images = list(parts.selection.batches(recipe.data.batch_size))
-    bench = Workbench(source.model, recipe.quantization, calibration)
+    runner = TrialRunner(source.model, recipe.quantization, calibration)
     labels, text = accuracy_data(source, parts.selection, source.search_images)
-    objective = make_objective(recipe.search.objective, bench.float_model, images, labels, text)
+    objective = make_objective(recipe.search.objective, runner.float_model, images, labels, text)
     scan = scan_sensitivity(
-        bench.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
+        runner.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
     )
-    norms = measure_token_norms(bench.float_model, images)
+    norms = measure_token_norms(runner.float_model, images)
     site = recipe.search.score_site
-    mined = mine_tokens(bench.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
+    mined = mine_tokens(runner.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
     tokens = mined[scan.sensitive_block]
     report = ImageInputs(source.report_images, source.processor)
     unseen = list(report.batches(recipe.data.batch_size))
-    outliers = measure_outliers(bench.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
+    outliers = measure_outliers(runner.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
     rows = _plain_rows(
-        Reporter(bench, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
+        Reporter(runner, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
     )
     results: dict[str, Any] = {
         "model": source.name,

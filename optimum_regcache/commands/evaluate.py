@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,35 @@ from optimum_regcache.kernels import native
 from optimum_regcache.layers.linear import quant_linears
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and on which images.
+
+    Attributes:
+        model: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features are
+            those of the float original.
+        original: the float original; default: the one in the recipe beside the model.
+        dataset: images; default: those of the recipe.
+        template: zero-shot prompt.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    model: str
+    original: str | None = None
+    dataset: str | None = None
+    template: str | None = None
+    device: str = "cpu"
+
+
 def evaluate_job(
-    model_dir: str,
-    source_model: str | None,
-    dataset: str | None,
-    recipe: Recipe,
-    output: str | Path,
-    template: str | None = None,
-    device: str = "cpu",
-    metrics: Sequence[str] = (),
-    fused: bool = False,
+    subject: Subject, recipe: Recipe, output: str | Path, *, metrics: Sequence[str] = (), fused: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a saved model (float, quantized or exported); beside its float original if that is given or recorded.
 
     Args:
-        model_dir: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features
-            are those of the float original.
-        source_model: the float original; default: the one in the recipe beside the model.
-        dataset: images; default: those of the recipe.
+        subject: model and images.
         recipe: amounts and seed.
         output: JSON file.
-        template: zero-shot prompt.
-        device: ``cpu`` or ``cuda``.
         metrics: further metrics of the `evaluate` library, by name or path; they get predictions and labels.
         fused: evaluate the model twice more after `fuse`, with float32 and with int8 attention (simulated where this machine
             has no operator for it).
@@ -56,12 +64,13 @@ def evaluate_job(
         (results, text).
 
     Raises:
-        ValueError: ``metrics`` without labels.
+        ValueError: ``metrics`` without labels, or ``fused`` with an exported model.
     """
+    model_dir, device = subject.model, subject.device
     saved = saved_recipe(model_dir)
-    original = source_model or (model_dir if model_dir in reference.names() else saved.model)
-    base, data_name = original or model_dir, dataset or saved.dataset
-    source = open_source(base, data_name, recipe, template=template, device=device)
+    original = subject.original or (model_dir if model_dir in reference.names() else saved.model)
+    dataset = subject.dataset or saved.dataset
+    source = open_source(original or model_dir, dataset, recipe, template=subject.template, device=device)
     exported = is_exported(model_dir)
     if fused and exported:
         raise ValueError(f"--fused is for models that run in PyTorch; {model_dir} is exported.")
@@ -86,7 +95,9 @@ def evaluate_job(
         for name in metrics:
             results |= evaluate.load(name).compute(predictions=accuracy.predictions(model), references=labels) or {}
     elif metrics:
-        raise ValueError(f"Metrics {', '.join(metrics)} need labels that the model can predict; {dataset} gives none.")
+        raise ValueError(
+            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none."
+        )
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)
         results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())

@@ -11,7 +11,7 @@ from optimum_regcache.commands.sources import Source
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.norms import TokenNorms
-from optimum_regcache.evaluation.outliers import OUTLIER_RATIO
+from optimum_regcache.evaluation.outliers import REPORTED_RATIO
 from optimum_regcache.search.mining import mine_tokens
 
 
@@ -26,7 +26,7 @@ def _draw_outliers(source: Source, block: int, path: Path, count: int = 12) -> N
         if batch["pixel_values"].ndim != 4:
             return  # SigLIP2: patches of varying grids
         every = mine_tokens(source.model, [batch], [block], top=10**6, per_image=10**6, progress=False)[block]
-        number = int((every.norms >= OUTLIER_RATIO * every.norms.median()).sum())
+        number = int((every.norms >= REPORTED_RATIO * every.norms.median()).sum())
         pictures.append(_to_picture(batch["pixel_values"][0]))
         outliers.append(every.position[:number].tolist())
         others.append(every.position[number:3].tolist())

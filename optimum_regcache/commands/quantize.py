@@ -1,4 +1,4 @@
-"""The three jobs behind the command line: quantize, analyze, evaluate. Each returns what it wrote."""
+"""The job behind `optimum-cli regcache quantize`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data.images import ImageInputs
-from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.hub.loading import load_model
-from optimum_regcache.methods import configured, quantize_with
+from optimum_regcache.methods import quantize_with
 from optimum_regcache.quantizer import RegCacheQuantizer
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, resolve_config, search_config, split_inputs
+from optimum_regcache.search.fit import FitResult, QuantizationPlan, ReferenceImages, install_setup, search_config
+from optimum_regcache.search.run import QuantizationRun, run_plan
 from optimum_regcache.search.search import Setup
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 def quantize_job(
@@ -39,30 +39,14 @@ def quantize_job(
     begun = time.perf_counter()
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
-    quantizer = RegCacheQuantizer(source.model, source.processor)
-    config, fit = configured(recipe.quantization), None
-    data = replace(recipe.data, num_samples=min(recipe.data.num_samples, len(source.search_images)))
-    inputs = ImageInputs(source.search_images, source.processor)
-    calibration = list(split_inputs(inputs, data, recipe.search.seed).calibration.batches(data.batch_size))
-    if config.registers.mode == "search":
-        fit = quantizer.fit(
-            source.search_images,
-            config,
-            recipe.search,
-            data,
-            template=source.template,
-            work_dir=path / "search",
-            progress=progress,
-        )
-        config, cache = fit.config, fit.cache
-    else:
-        cache = quantizer.fixed_cache(config, inputs, data.batch_size) if config.registers.mode == "fixed" else None
-    quantized = quantize_with(source.model, config, cache, calibration, progress)
-    config = quantized.config
+    images = ReferenceImages(source.search_images, source.processor, template=source.template)
+    plan = QuantizationPlan.of(recipe)
+    run = run_plan(source.model, images, plan, work_dir=path / "search", progress=progress)
+    quantized, config, fit = run.quantized, run.quantized.config, run.fit
     given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
-    recipe = replace(recipe, quantization=config, model=source.name, dataset=given, notes="")
-    quantizer.save(quantized.model, path, recipe=recipe)
-    rows, notes = _report(source, recipe, fit, path, calibration, quantized.float_model, progress)
+    recipe = replace(run.recipe, model=source.name, dataset=given)
+    RegCacheQuantizer(source.model, source.processor).save(quantized.model, path, recipe=recipe)
+    rows, notes = _report(source, plan, run, path, progress)
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
@@ -89,20 +73,16 @@ def quantize_job(
 
 
 def _report(
-    source: Source,
-    recipe: Recipe,
-    fit: FitResult | None,
-    path: Path,
-    calibration: list[Batch],
-    float_twin: PreTrainedModel,
-    progress: bool,
+    source: Source, plan: QuantizationPlan, run: QuantizationRun, path: Path, progress: bool
 ) -> tuple[list[Row], list[str]]:
+    """The rows of the table, the last of them of the checkpoint in ``path``, and the notes below."""
     report = ImageInputs(source.report_images, source.processor)
     labels, text = accuracy_data(source, report, source.report_images)
-    config = recipe.quantization
-    bench = Workbench(source.model, search_config(config), calibration)
+    config, fit = run.quantized.config, run.fit
+    runner = TrialRunner(source.model, search_config(config), run.calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
-    reporter = Reporter(bench, list(report.batches(recipe.data.batch_size)), labels, text, sensitive)
+    batches = list(report.batches(plan.recipe.data.batch_size))
+    reporter = Reporter(runner, batches, labels, text, sensitive)
     rows = _plain_rows(reporter)
     notes = [source.note] if source.note else []
     if fit is not None:
@@ -119,16 +99,16 @@ def _report(
     if any(row.name == "per token" for row in rows):
         notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
     if config.methods:
-        rows += _method_rows(source, config, fit, reporter, calibration, progress)
+        rows += _method_rows(source, plan, run, reporter, progress)
         notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
     opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
     opened = opened.to(source.model.device)
     name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
     installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
-    rows.append(reporter.model_row(name, opened, float_twin, installed))
+    rows.append(reporter.model_row(name, opened, run.quantized.float_model, installed))
     notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
     if fit is not None:
-        _pictures(source, recipe, fit, reporter, path, notes)
+        _pictures(source, fit, reporter, path, notes)
     notes.append("norms: patch tokens, float model with the same registers, deletion and rewrites")
     notes.append(f"quantized: {config.protocol}")
     if config.simulated_reason:
@@ -142,17 +122,13 @@ def method_label(config: RegCacheConfig) -> str:
 
 
 def _method_rows(
-    source: Source,
-    config: RegCacheConfig,
-    fit: FitResult | None,
-    reporter: Reporter,
-    calibration: list[Batch],
-    progress: bool,
+    source: Source, plan: QuantizationPlan, run: QuantizationRun, reporter: Reporter, progress: bool
 ) -> list[Row]:
     """The methods without registers, and under the best prefix and the best deletion of the search."""
+    config, fit = run.quantized.config, run.fit
     setups: list[tuple[str, Setup, RegisterCache | None, DeletionConfig]] = []
     if config.registers.mode == "fixed" or config.deletion.active or fit is not None:
-        setups.append(("alone", Setup(), None, replace(config.deletion, block=None, count=0)))
+        setups.append(("alone", Setup(), None, DeletionConfig()))
     if fit is not None:
         best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
         for kind, (cache, deletion) in fit.variants.items():
@@ -161,8 +137,8 @@ def _method_rows(
                 setups.append((kind, trial.setup, cache, deletion))
     rows = []
     for kind, setup, cache, deletion in setups:
-        resolved = resolve_config(config, setup, cache, deletion, config.registers.kv_mode)
-        result = quantize_with(source.model, resolved, cache, calibration, progress)
+        installed = install_setup(plan.resolved, cache, deletion)
+        result = quantize_with(source.model, installed, cache, run.calibration, progress)
         name = f"{method_label(config)}, {kind}"
         rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
     return rows
@@ -171,11 +147,11 @@ def _method_rows(
 def _plain_rows(reporter: Reporter) -> list[Row]:
     """Float, and quantized with nothing installed."""
     rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
-    static = reporter.bench.config.activations.mode == "static"
+    static = reporter.runner.config.activations.mode == "static"
     return [*rows, reporter.dynamic_row("per token")] if static else rows
 
 
-def _pictures(source: Source, recipe: Recipe, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
+def _pictures(source: Source, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
     try:
         norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
         per_block = fit.sensitivity.per_block() if fit.sensitivity else {}

@@ -18,7 +18,7 @@ from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
 
@@ -54,7 +54,7 @@ class Reporter:
     """Measures variants on report images that no search or calibration saw.
 
     Args:
-        bench: models and calibration data.
+        runner: models and calibration data.
         batches: report images.
         labels, text_features: for accuracy; None to leave it out.
         sensitive_block: l_q.
@@ -62,14 +62,14 @@ class Reporter:
 
     def __init__(
         self,
-        bench: Workbench,
+        runner: TrialRunner,
         batches: list[Batch],
         labels: torch.Tensor | None,
         text_features: torch.Tensor | None,
         sensitive_block: int,
     ) -> None:
-        self.bench, self.batches, self.block = bench, batches, sensitive_block
-        self.cosine = CosineObjective(bench.float_model, batches)
+        self.runner, self.batches, self.block = runner, batches, sensitive_block
+        self.cosine = CosineObjective(runner.float_model, batches)
         self.accuracy = None if labels is None else AccuracyObjective(batches, labels, text_features)
         self.norms: dict[str, TokenNorms] = {}
         self._float_metric = 1.0
@@ -77,7 +77,7 @@ class Reporter:
     def _row(self, name: str, model: nn.Module, installed: str, float_twin: nn.Module | None = None) -> Row:
         cosine = float(self.cosine.scores(model).mean())
         accuracy = None if self.accuracy is None else float(self.accuracy.scores(model).mean())
-        norms = self.norms[name] = measure_token_norms(float_twin or self.bench.float_model, self.batches)
+        norms = self.norms[name] = measure_token_norms(float_twin or self.runner.float_model, self.batches)
         metric = cosine if accuracy is None else accuracy
         if name == "float":
             self._float_metric = metric
@@ -93,24 +93,24 @@ class Reporter:
 
     def float_row(self) -> Row:
         """The float model; must be asked for first, the recovery of the others refers to it."""
-        self.bench.reset()
-        return self._row("float", self.bench.float_model, "-")
+        self.runner.reset()
+        return self._row("float", self.runner.float_model, "-")
 
     def row(self, name: str, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
         """Install, recalibrate, measure."""
-        self.bench.install(cache, deletion)
-        row = self._row(name, self.bench.quantized, installed)
-        self.bench.reset()
+        self.runner.install(cache, deletion)
+        row = self._row(name, self.runner.quantized, installed)
+        self.runner.reset()
         return row
 
     def dynamic_row(self, name: str) -> Row:
         """Nothing installed, activation scales computed for each token at run time: outlier tokens then spoil only
         themselves, so this tells how much of the naive loss is theirs."""
-        config = self.bench.config
+        config = self.runner.config
         activations = replace(config.activations, mode="dynamic", granularity="per_token", observer="minmax")
-        bench = Workbench(self.bench.float_model, config.replace(activations=activations), [])
-        bench.install(None, DeletionConfig())
-        return self._row(name, bench.quantized, NOTHING)
+        runner = TrialRunner(self.runner.float_model, config.replace(activations=activations), [])
+        runner.install(None, DeletionConfig())
+        return self._row(name, runner.quantized, NOTHING)
 
     def model_row(self, name: str, model: nn.Module, float_twin: nn.Module, installed: str) -> Row:
         """Measure a finished model (for example one opened from disk); norms come from ``float_twin``, the float model with

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
+from typing import Any, Generic, TypeVar, overload
 
-import yaml
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_regcache.config.files import write_text
+from optimum_regcache.config.migrate import migrate_method, migrate_part
 from optimum_regcache.config.parts import (
     ActivationsConfig,
     AttentionConfig,
@@ -44,10 +42,49 @@ __all__ = [
 QUANT_METHOD = "regcache"
 FORMAT_VERSION = 1
 
+_T = TypeVar("_T")
 
-@dataclass
+
+class _Part(Generic[_T]):
+    """A field of `RegCacheConfig` that takes a part or a mapping, and gives the part."""
+
+    def __init__(self, cls: type[_T]) -> None:
+        self.cls, self.name = cls, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> _T: ...
+    def __get__(self, instance: object | None, owner: type) -> _T | None:
+        return None if instance is None else instance.__dict__[self.name]  # None: the default of the dataclass field
+
+    def __set__(self, instance: object, value: _T | dict[str, Any] | None) -> None:
+        instance.__dict__[self.name] = build_part(self.cls, migrate_part(self.name, value), self.name)
+
+
+class _Methods:
+    """The field ``methods``: takes names and mappings, gives mappings with ``name``."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> tuple[dict[str, Any], ...]: ...
+    def __get__(self, instance: object | None, owner: type) -> tuple[dict[str, Any], ...] | None:
+        return None if instance is None else instance.__dict__["methods"]
+
+    def __set__(self, instance: object, value: Sequence[str | dict[str, Any]] | None) -> None:
+        instance.__dict__["methods"] = _method_list(value)
+
+
+@dataclass(kw_only=True)
 class RegCacheConfig(QuantizationConfigMixin):
     """Configuration of a RegCache-quantized encoder (arXiv 2510.04547), stored as ``quantization_config``.
+
+    It does not change; :meth:`replace` makes another one. Whether every setting has an effect is checked when a model is
+    quantized, not here: a stored config opens whatever it holds beside what matters.
 
     Args:
         weights, activations, attention, registers, deletion, modules, rewrites: the parts, as dataclasses or mappings.
@@ -65,64 +102,53 @@ class RegCacheConfig(QuantizationConfigMixin):
         4
     """
 
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    registers: RegistersConfig = field(default_factory=RegistersConfig)
-    deletion: DeletionConfig = field(default_factory=DeletionConfig)
-    modules: ModulesConfig = field(default_factory=ModulesConfig)
-    rewrites: RewritesConfig = field(default_factory=RewritesConfig)
-    methods: tuple[dict[str, Any], ...] = ()
+    weights: _Part[WeightsConfig] = _Part(WeightsConfig)
+    activations: _Part[ActivationsConfig] = _Part(ActivationsConfig)
+    attention: _Part[AttentionConfig] = _Part(AttentionConfig)
+    registers: _Part[RegistersConfig] = _Part(RegistersConfig)
+    deletion: _Part[DeletionConfig] = _Part(DeletionConfig)
+    modules: _Part[ModulesConfig] = _Part(ModulesConfig)
+    rewrites: _Part[RewritesConfig] = _Part(RewritesConfig)
+    methods: _Methods = _Methods()
     version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        weights: WeightsConfig | dict | None = None,
-        activations: ActivationsConfig | dict | None = None,
-        attention: AttentionConfig | dict | None = None,
-        registers: RegistersConfig | dict | None = None,
-        deletion: DeletionConfig | dict | None = None,
-        modules: ModulesConfig | dict | None = None,
-        rewrites: RewritesConfig | dict | None = None,
-        methods: Sequence[str | dict[str, Any]] | None = None,
-        version: int = FORMAT_VERSION,
-        quant_method: str = QUANT_METHOD,
-        **unknown: Any,
-    ) -> None:
+    def __new__(cls, *args: Any, **values: Any) -> RegCacheConfig:
+        del args
+        unknown = sorted(str(name) for name in values if name not in cls.__dataclass_fields__)
         require(
             not unknown,
-            f"Unknown key{'s' if len(unknown) > 1 else ''} in RegCacheConfig: {', '.join(sorted(map(str, unknown)))}. "
+            f"Unknown key{'s' if len(unknown) > 1 else ''} in RegCacheConfig: {', '.join(unknown)}. "
             f"Known keys: {', '.join(sorted((*PARTS, 'methods')))}.",
         )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
         require(
-            quant_method == QUANT_METHOD,
-            f"This is a RegCacheConfig (quant_method 'regcache'); got quant_method {quant_method!r}.",
+            self.quant_method == QUANT_METHOD,
+            f"This is a RegCacheConfig (quant_method 'regcache'); got quant_method {self.quant_method!r}.",
         )
         require(
-            version == FORMAT_VERSION,
-            f"RegCacheConfig format version {version} is not supported (this release reads version {FORMAT_VERSION}). "
-            "Upgrade optimum-regcache, or quantize the model again.",
+            self.version == FORMAT_VERSION,
+            f"RegCacheConfig format version {self.version} is not supported (this release reads version "
+            f"{FORMAT_VERSION}). Upgrade optimum-regcache, or quantize the model again.",
         )
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.version = version
-        given = {
-            "weights": weights,
-            "activations": activations,
-            "attention": attention,
-            "registers": registers,
-            "deletion": deletion,
-            "modules": modules,
-            "rewrites": rewrites,
-        }
-        for name, cls in PARTS.items():
-            setattr(self, name, build_part(cls, given[name], name))
-        self.methods = _method_list(methods)
         require(
             not (self.registers.mode == "search" and self.deletion.active),
             "deletion.count is found by the search when registers.mode='search'. Set registers.mode to 'fixed' or 'none' "
             "to use your own deletion.",
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name not in self.__dataclass_fields__:
+            raise FrozenInstanceError(
+                f"A RegCacheConfig does not change, {name} cannot be set. Make another one with "
+                f"config.replace({name}=...)."
+            )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"A RegCacheConfig does not change, {name} cannot be deleted.")
 
     @classmethod
     def from_preset(cls, name: str) -> RegCacheConfig:
@@ -175,7 +201,7 @@ class RegCacheConfig(QuantizationConfigMixin):
             reasons.append("the attention products are simulated")
         if self.activations.post_activation == "twin":
             reasons.append("twin quantizers after GELU have no integer kernel")
-        if self.modules.sixteen_bit:
+        if self.modules.mixed_precision:
             reasons.append("16-bit inputs have no integer kernel")
         return "; ".join(reasons) or None
 
@@ -196,34 +222,8 @@ class RegCacheConfig(QuantizationConfigMixin):
         del use_diff
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def to_yaml(self, path: str | Path | None = None) -> str:
-        """YAML text; written to ``path`` as well if given."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        if path is not None:
-            write_text(path, text)
-        return text
 
-    @classmethod
-    def from_yaml(cls, source: str | Path) -> RegCacheConfig:
-        """Read a config written by `to_yaml`; ``source`` is a file.
-
-        Raises:
-            ValueError: not a mapping, or not a valid config.
-        """
-        data = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        require(isinstance(data, dict), f"{source} does not hold a mapping of RegCacheConfig fields.")
-        return cls(**data)
-
-
-PARTS: dict[str, type] = {
-    "weights": WeightsConfig,
-    "activations": ActivationsConfig,
-    "attention": AttentionConfig,
-    "registers": RegistersConfig,
-    "deletion": DeletionConfig,
-    "modules": ModulesConfig,
-    "rewrites": RewritesConfig,
-}
+PARTS: dict[str, type] = {name: f.cls for name, f in vars(RegCacheConfig).items() if isinstance(f, _Part)}
 
 
 def _method_list(methods: Sequence[str | dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:
@@ -235,7 +235,7 @@ def _method_list(methods: Sequence[str | dict[str, Any]] | None) -> tuple[dict[s
         entry = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise TypeError(f"methods must be a list of names or of mappings with 'name', got {entry!r}.")
-        found.append(dict(entry))
+        found.append({**entry, "name": migrate_method(entry["name"])})
     return tuple(found)
 
 

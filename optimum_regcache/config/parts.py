@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from optimum_regcache.config.validation import check_bits, check_types, one_of, require
 
+CALIBRATION_OUTLIER_RATIO = 5.0  # l_inf over the median: what a static scale need not cover; reports count fewer tokens
 ACTIVATION_OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "percentile_mse")
 
 
@@ -68,7 +69,7 @@ class ActivationsConfig:
     percentile: float = 99.99
     momentum: float = 0.9
     outlier_tokens: str = "clip"
-    outlier_ratio: float = 5.0
+    outlier_ratio: float = CALIBRATION_OUTLIER_RATIO
     post_activation: str = "uniform"
     mlp_out_offset: bool = False
     mlp_out_hadamard: bool = False
@@ -115,7 +116,8 @@ class RegistersConfig:
         blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
         num_registers: distinct rows of K and V per block.
         num_copies: tau; copies of a row are one row with logit bias ln(tau) (docs/method.md 5), so it need not be an integer.
-        kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone).
+        kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone), for
+            registers that are searched or mined for the given blocks.
     """
 
     mode: str = "search"
@@ -204,17 +206,17 @@ class ModulesConfig:
             stays float).
         ignore: glob patterns of module names that stay float, matched against the name within the encoder
             (``encoder.layers.11.mlp.fc2``) and against its end (``mlp.fc2``).
-        sixteen_bit: glob patterns (likewise) of linear layers whose input has 16 bits, static, per tensor and symmetric with
-            the absolute maximum; their weights keep the nominal bits.
+        mixed_precision: glob patterns (likewise) of linear layers whose input has 16 bits, static, per tensor and symmetric
+            with the absolute maximum; their weights keep the nominal bits.
     """
 
     patch_embedding: bool = False
     head: bool = False
     ignore: tuple[str, ...] = ()
-    sixteen_bit: tuple[str, ...] = ()
+    mixed_precision: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ignore", "sixteen_bit"):
+        for name in ("ignore", "mixed_precision"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"modules.{name} must be a list of patterns, got the string {getattr(self, name)!r}.")
         check_types(self, "modules")
@@ -234,7 +236,8 @@ class AttentionConfig:
         granularity: of query, key and value: ``per_tensor`` (scale [1]) or ``per_head`` (scale [H]).
         probabilities: ``uniform`` (2^b levels on [0, s]), ``twin`` (docs/method.md 11.4), ``log2`` or ``log_sqrt2``
             (docs/method.md 11.5).
-        observer: as in `ActivationsConfig`; for query, key, value and the upper end of the probabilities.
+        observer: as in `ActivationsConfig`, with its default percentile and momentum; for query, key, value and the upper end
+            of the probabilities.
     """
 
     quantize: bool = False

@@ -11,6 +11,7 @@ import yaml
 
 from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.config.files import write_text
+from optimum_regcache.config.migrate import migrate_field, migrate_recipe
 from optimum_regcache.config.validation import build_part, check_types, require
 
 
@@ -18,30 +19,34 @@ from optimum_regcache.config.validation import build_part, check_types, require
 class SearchConfig:
     """How registers and deletion are searched (docs/method.md 2 to 9).
 
+    How keys and values are computed is set by ``registers.kv_mode``, for searched and for fixed registers; a recipe of version
+    0.1.0 with ``search.kv_mode`` opens with the same meaning.
+
     Attributes:
-        strategy: ``v4`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of each start
-            block, then tau again for the best pair) or ``v2`` (single tokens of the sensitive block in place of start blocks).
+        strategy: ``averaged_tokens`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of
+            each start block, then tau again for the best pair) or ``single_token`` (single tokens of the sensitive block in
+            place of start blocks). Recipes of version 0.1.0 call them ``v4`` and ``v2``, and still open.
         objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
         sensitivity: ``linear`` (one linear layer quantized at a time) or ``block`` (all linears of a block).
         sensitivity_images: at most this many selection images are used by the scan.
         sensitive_block: skip the scan and take this block as l_q.
         score_site: tokens are ranked by l_inf at the ``block_input`` or at the ``fc2_input`` of the block.
-        blocks_before: how many blocks before l_q may be the start block (v4).
+        blocks_before: how many blocks before l_q may be the start block (``averaged_tokens``).
         scopes: ``onwards`` (prefix from the start block to the last block) and/or ``single`` (the start block only).
         num_copies: tau grid. The paper scans 1 to 15; the default is the same range on a coarser, roughly geometric grid,
             because tau enters as ln(tau).
         max_delete: largest k~ tried, at most a quarter of the patches.
-        top_tokens: tokens averaged per start block (v4), at most one per reference image on average.
-        num_candidates: single tokens tried (v2), at most one per reference image on average.
-        kv_mode: ``in_context`` or ``isolated``.
+        top_tokens: tokens averaged per start block (``averaged_tokens``), at most one per reference image on average.
+        num_candidates: single tokens tried (``single_token``), at most one per reference image on average.
         min_gain: smallest mean gain of the objective worth installing anything for.
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
         retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
             decision; each costs one run of all methods.
-        seed: order of images and sampling of normal tokens.
+        seed: division of the images into calibration, selection and confirmation parts, also where nothing is searched, and
+            sampling of normal tokens.
     """
 
-    strategy: str = "v4"
+    strategy: str = "averaged_tokens"
     objective: str = "cosine"
     sensitivity: str = "linear"
     sensitivity_images: int = 64
@@ -53,7 +58,6 @@ class SearchConfig:
     max_delete: int = 10
     top_tokens: int = 100
     num_candidates: int = 20
-    kv_mode: str = "in_context"
     min_gain: float = 0.001
     noise_sigmas: float = 2.0
     retune: bool = False
@@ -63,11 +67,10 @@ class SearchConfig:
         check_types(self, "search")
         object.__setattr__(self, "num_copies", tuple(float(c) for c in self.num_copies))
         for name, allowed in (
-            ("strategy", ("v2", "v4")),
+            ("strategy", ("averaged_tokens", "single_token")),
             ("objective", ("cosine", "accuracy")),
             ("sensitivity", ("linear", "block")),
             ("score_site", ("block_input", "fc2_input")),
-            ("kv_mode", ("in_context", "isolated")),
         ):
             value = getattr(self, name)
             require(value in allowed, f"search.{name} must be one of {', '.join(allowed)}; got {value!r}.")
@@ -93,12 +96,15 @@ class SearchConfig:
 class DataConfig:
     """How much data each step sees. The three parts never share an image.
 
+    The reference images are divided in the same way whether registers are searched, given or left out, so that the scales are
+    calibrated on the same images.
+
     Attributes:
         num_samples: reference images for calibration and search together.
         calibration_fraction: share of them for the activation scales (at least 1, at most 128 images).
         confirm_fraction: share of the remaining images held back from the ranking of configurations; the best ones have to
             beat "install nothing" on these.
-        num_report: images of the report, from another split.
+        num_report: images of the command line's report, from another split.
         batch_size: images per forward pass.
     """
 
@@ -130,7 +136,7 @@ class Recipe:
         notes: free text: what was measured with this recipe, or that it was not measured yet.
     """
 
-    quantization: RegCacheConfig = field(default_factory=RegCacheConfig)
+    quantization: RegCacheConfig = field(default_factory=lambda: RegCacheConfig())
     search: SearchConfig = field(default_factory=SearchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
@@ -144,7 +150,7 @@ class Recipe:
         Raises:
             ValueError: unknown keys or bad values, named.
         """
-        values = dict(values)
+        values = migrate_recipe(values)
         preset = values.pop("preset", None)
         base = RegCacheConfig.from_preset(preset) if preset is not None else RegCacheConfig()
         quantization = values.pop("quantization", None)
@@ -203,7 +209,7 @@ class Recipe:
         for text in assignments:
             path, equals, value = text.partition("=")
             require(bool(equals), f"Expected section.field=value, got {text!r}.")
-            *parents, leaf = path.split(".")
+            *parents, leaf = migrate_field(path).split(".")
             node: Any = data
             for part in parents:
                 require(isinstance(node, dict) and part in node, f"Unknown recipe field {path!r}.")

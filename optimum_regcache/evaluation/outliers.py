@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from optimum_regcache.encoders.passes import Batch, leading_tokens, visit_tokens
 from optimum_regcache.encoders.tower import find_tower
 
-OUTLIER_RATIO = 20.0
+REPORTED_RATIO = 20.0  # l_inf over the median: what reports call an outlier; calibration leaves out more tokens
 MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches
 Boxes = Sequence[Sequence[float]]
 
@@ -25,7 +25,7 @@ Boxes = Sequence[Sequence[float]]
 @dataclass(frozen=True)
 class OutlierReport:
     """Outlier tokens of a set of images, block by block. A token is an outlier if its l_inf norm is at least
-    :data:`OUTLIER_RATIO` times the median patch token of its image; CLS, trained registers and padding do not count.
+    :data:`REPORTED_RATIO` times the median patch token of its image; CLS, trained registers and padding do not count.
 
     Attributes:
         ratio: float [blocks], largest token over median token at the block's input, median over images.
@@ -57,7 +57,7 @@ class OutlierReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible."""
-        result: dict[str, Any] = {"outlier_ratio": OUTLIER_RATIO, "first_block": self.first_block}
+        result: dict[str, Any] = {"outlier_ratio": REPORTED_RATIO, "first_block": self.first_block}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             result[name] = [round(float(v), 5) for v in value] if isinstance(value, torch.Tensor) else value
@@ -69,13 +69,13 @@ class OutlierReport:
         fc2 = f"fc2 input: largest token {float(self.fc2_ratio[worst]):.0f}x the median in block {worst}"
         if self.first_block is None:
             return [
-                f"no block input with outlier tokens (>= {OUTLIER_RATIO:g}x the median) in half of the images; largest token, "
+                f"no block input with outlier tokens (>= {REPORTED_RATIO:g}x the median) in half of the images; largest token, "
                 f"median over images: {float(self.ratio.max()):.1f}x",
                 fc2,
             ]
         block = self.block
         lines = [
-            f"outlier tokens (>= {OUTLIER_RATIO:g}x the median) from the input of block {self.first_block} on; at block "
+            f"outlier tokens (>= {REPORTED_RATIO:g}x the median) from the input of block {self.first_block} on; at block "
             f"{block}: {float(self.per_image[block]):.1f} an image, largest {float(self.ratio[block]):.0f}x the median"
         ]
         if self.cosine is not None and self.normal_cosine is not None:
@@ -145,7 +145,7 @@ def measure_outliers(
         key: [(n / n.nanmedian(1, keepdim=True).values).nan_to_num(0.0) for n in parts] for key, parts in norms.items()
     }
     largest = {key: torch.cat([r.amax(1) for r in parts]) for key, parts in ratios.items()}
-    counts = [torch.cat([(r >= OUTLIER_RATIO).sum(1) for r in ratios["block", b]]).float() for b in range(depth)]
+    counts = [torch.cat([(r >= REPORTED_RATIO).sum(1) for r in ratios["block", b]]).float() for b in range(depth)]
     ratio = torch.stack([largest["block", b].median() for b in range(depth)])
     peak = int(ratio.argmax())
     image = torch.arange(sum(len(t) for t in tops[peak]))
@@ -172,5 +172,5 @@ def _background(ratios: list[torch.Tensor], boxes: Boxes | None) -> tuple[float 
     outside = outside_box(torch.tensor([list(map(float, box)) for box in boxes]), values.shape[1])
     if outside is None:
         return None, None
-    found = values >= OUTLIER_RATIO
+    found = values >= REPORTED_RATIO
     return float(outside[found].float().mean()) if found.any() else None, float(outside.float().mean())

@@ -134,7 +134,7 @@ def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
         if reason is not None:
             raise ValueError(
                 f"Layer {layer} cannot be exported: {reason} Quantize with static uniform activations of at most 8 bits, "
-                "for example the preset w8a8 without ptq4vit and sixteen_bit."
+                "for example the preset w8a8 without ptq4vit and mixed_precision."
             )
     runtime = prepare_tower(model)
     if runtime.deletion.active and runtime.deletion.rule == "threshold":

@@ -14,10 +14,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
+from optimum_regcache.config.effects import require_effect
 from optimum_regcache.encoders.compat import loaded_key_names, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.hub.structure import check_complete, install_structure
+from optimum_regcache.hub.dequantize import dequantize_modules
+from optimum_regcache.hub.structure import check_complete, install_structure, validate_positions
 from optimum_regcache.layers.install import quantize_modules
+from optimum_regcache.registers import prepare_tower, set_deletion
 
 _OWN_STATE = (
     "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
@@ -26,30 +29,54 @@ _OWN_STATE = (
 
 
 class RegCacheHfQuantizer(HfQuantizer):
-    """Rebuilds the quantized module tree before the weights are loaded and checks it afterwards."""
+    """Rebuilds the quantized module tree before the weights are loaded and checks it afterwards.
+
+    A float model is quantized after its weights are loaded, if its config needs no images: dynamic activations, no registers
+    to be searched or mined, no methods.
+    """
 
     requires_calibration = True
     quantization_config: RegCacheConfig
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise ValueError(
-                "RegCache needs calibration images, so a float model cannot be quantized by from_pretrained("
-                "quantization_config=RegCacheConfig(...)). Use RegCacheQuantizer.from_pretrained(model).quantize("
-                "calibration_dataset=...), or `optimum-cli regcache quantize`."
-            )
+            reason = _image_user(quantization_config)
+            if reason is not None:
+                raise ValueError(
+                    f"RegCache needs calibration images ({reason}), so a float model cannot be quantized by from_pretrained("
+                    "quantization_config=RegCacheConfig(...)). Use RegCacheQuantizer.from_pretrained(model).quantize("
+                    "calibration_dataset=...), or `optimum-cli regcache quantize`; or the preset 'w8a8-dynamic' with "
+                    "registers.mode='none', which needs none."
+                )
+            require_effect(quantization_config)
+            self.requires_calibration = False
         super().__init__(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            return model
         quantize_modules(model, self.quantization_config, empty=True)
         install_structure(model, self.quantization_config)
         _check_files(kwargs.get("checkpoint_files"), model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            validate_positions(model, self.quantization_config)
+            prepare_tower(model)
+            quantize_modules(model, self.quantization_config)
+            set_deletion(model, self.quantization_config.deletion)
         check_complete(model)
         model.requires_grad_(False)
         _share_with_vision_config(model, self.quantization_config)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """A float model of the same class; see `optimum_regcache.hub.dequantize`."""
+        dequantize_modules(model, self.quantization_config, dtype or model.dtype)
+        vision_config = getattr(model.config, "vision_config", None)
+        if vision_config is not None and hasattr(vision_config, "quantization_config"):
+            del vision_config.quantization_config
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -62,6 +89,19 @@ class RegCacheHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _image_user(config: RegCacheConfig) -> str | None:
+    """What of ``config`` cannot be made without images; None if nothing."""
+    if config.methods:
+        return f"methods {', '.join(m['name'] for m in config.methods)}"
+    if config.registers.mode != "none":
+        return f"registers.mode={config.registers.mode!r}"
+    if config.activations.mode == "static":
+        return "static activations"
+    if config.attention.quantize:
+        return "quantized attention products"
+    return "modules.mixed_precision" if config.modules.mixed_precision else None
 
 
 def _check_files(files: Any, model: Any) -> None:

@@ -28,8 +28,8 @@ def config_sites(model: nn.Module, config: RegCacheConfig) -> list[Site]:
 
 def site_activations(config: RegCacheConfig, site: Site) -> ActivationsConfig:
     """How the input of one module is quantized: special forms are for the MLP output projections only, and the modules named
-    in ``modules.sixteen_bit`` get 16 bits."""
-    if any(matches(site.path, pattern) for pattern in config.modules.sixteen_bit):
+    in ``modules.mixed_precision`` get 16 bits."""
+    if any(matches(site.path, pattern) for pattern in config.modules.mixed_precision):
         return ActivationsConfig(bits=16)
     if site.role == "activation":
         return config.activations
@@ -65,9 +65,11 @@ def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = 
         empty: leave the new modules without weights, for a checkpoint to be loaded into.
     """
     sites = config_sites(model, config)
-    unused = [p for p in config.modules.sixteen_bit if not any(matches(site.path, p) for site in sites)]
+    unused = [p for p in config.modules.mixed_precision if not any(matches(site.path, p) for site in sites)]
     if unused:
-        raise ValueError(f"modules.sixteen_bit pattern(s) {', '.join(unused)} match no module that would be quantized.")
+        raise ValueError(
+            f"modules.mixed_precision pattern(s) {', '.join(unused)} match no module that would be quantized."
+        )
     for site in sites:
         module: Any = model.get_submodule(site.name)
         kind = QuantPatchEmbedding if site.kind == "patch_embedding" else QuantLinear

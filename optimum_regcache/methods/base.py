@@ -22,7 +22,7 @@ from optimum_regcache.registers.replay import Recorded, capture_inputs, walk_blo
 
 
 @dataclass
-class Fit:
+class PipelineState:
     """State of one run of the pipeline.
 
     Attributes:
@@ -133,6 +133,7 @@ class Method:
         provides: what only one method of a pipeline may decide: ``input scales``, ``weight codes``, or "" for neither.
         cache_effect: what it does to stored registers.
         excludes: name of another method -> why the two make no sense together.
+        finds: (part, field) of the config that it fills in from the images.
         needs_images: it looks at calibration images.
         needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
     """
@@ -142,6 +143,7 @@ class Method:
     provides: ClassVar[str] = ""
     cache_effect: ClassVar[str] = "none"
     excludes: ClassVar[dict[str, str]] = {}
+    finds: ClassVar[tuple[tuple[str, str], ...]] = ()
     needs_images: ClassVar[bool] = True
     needs_static: ClassVar[bool] = False
 
@@ -152,29 +154,34 @@ class Method:
         """Name and parameters, JSON-compatible."""
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
 
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        """Parameters that have no effect under ``config``, each with the reason."""
+        del config
+        return {}
+
     # stages, in the order in which they run
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         """What the method asks of the config; needs no data."""
         return config
 
-    def select(self, fit: Fit) -> None:
+    def select(self, fit: PipelineState) -> None:
         """Choose layers or units by looking at the float model; may change ``fit.config``."""
 
-    def rewrite(self, fit: Fit) -> None:
+    def rewrite(self, fit: PipelineState) -> None:
         """Function-preserving changes of the float model and its registers that need no statistics."""
 
-    def smooth(self, fit: Fit) -> None:
+    def smooth(self, fit: PipelineState) -> None:
         """Function-preserving changes that are fitted to activations."""
 
-    def scales(self, fit: Fit) -> None:
+    def scales(self, fit: PipelineState) -> None:
         """Choose scales of weights and activations of the quantized model."""
 
-    def round(self, fit: Fit) -> None:
+    def round(self, fit: PipelineState) -> None:
         """Choose weight codes."""
 
-    def noise(self, fit: Fit) -> None:
+    def noise(self, fit: PipelineState) -> None:
         """Add offsets to inputs."""
 
-    def correct(self, fit: Fit) -> None:
+    def correct(self, fit: PipelineState) -> None:
         """Correct biases."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from optimum_regcache.layers.linear import shift_bias
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BiasCorrection(Method):
     name: ClassVar[str] = "bias_correction"
     paper: ClassVar[str] = "bias correction (arXiv 1906.04721, 4.2)"
 
-    def correct(self, fit: Fit) -> None:
+    def correct(self, fit: PipelineState) -> None:
         skipped = []
         walks = zip(fit.walk(fit.result, "bias correction"), fit.walk(fit.model, None), strict=True)
         for (ours, group), (theirs, _) in walks:

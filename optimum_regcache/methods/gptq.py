@@ -9,7 +9,7 @@ import torch
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.math.uniform import code_range
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GPTQ(Method):
             f"gptq.token_weights must be none or inverse_energy, got {self.token_weights!r}.",
         )
 
-    def round(self, fit: Fit) -> None:
+    def round(self, fit: PipelineState) -> None:
         for known, group in fit.walk(fit.result, "GPTQ"):
             x = fit.inputs(fit.result, group, known, self.max_tokens)
             rounded = fit.quant_linear(group.names[0]).rounded_input(x)
@@ -54,21 +54,35 @@ class GPTQ(Method):
                 codes = gptq_codes(
                     layer.rotated_weight(fit.float_linear(name).weight),
                     hessian,
-                    layer.weight_scale,
-                    torch.zeros_like(layer.weight_scale) if zero is None else zero,
-                    layer.weights.bits,
+                    WeightGrid(
+                        layer.weight_scale,
+                        torch.zeros_like(layer.weight_scale) if zero is None else zero,
+                        layer.weights.bits,
+                    ),
                     self.damping,
                     self.order_by_hessian,
                 )
                 layer.set_codes(codes)
 
 
+@dataclass(frozen=True)
+class WeightGrid:
+    """The values that a weight may take.
+
+    Attributes:
+        scale, zero_point: [out] or [1], for signed codes.
+        bits: 2 to 8.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    bits: int
+
+
 def gptq_codes(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bits: int,
+    grid: WeightGrid,
     damping: float = 0.01,
     order_by_hessian: bool = True,
     block: int = 128,
@@ -81,8 +95,7 @@ def gptq_codes(
     Args:
         weight: float [out, in].
         hessian: float64 [in, in], X^T X.
-        scale, zero_point: [out] or [1], for signed codes.
-        bits: 2 to 8.
+        grid: fixed scales and zero points.
         damping: lambda over the mean diagonal.
         order_by_hessian: start with the columns of the largest diagonal.
         block: columns per block.
@@ -99,8 +112,8 @@ def gptq_codes(
     mean = h.diagonal().mean().clamp(min=1e-12)
     h.diagonal().add_(damping * mean)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    lowest, highest = code_range(bits, True)
-    step, zero = scale.double().expand(len(w)), zero_point.double().expand(len(w))
+    lowest, highest = code_range(grid.bits, True)
+    step, zero = grid.scale.double().expand(len(w)), grid.zero_point.double().expand(len(w))
     codes = torch.zeros_like(w)
     for start in range(0, size, block):
         end = min(start + block, size)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.layers.linear import QuantLinear, shift_bias
-from optimum_regcache.methods.base import Fit, Group, Method
+from optimum_regcache.methods.base import Group, Method, PipelineState
 from optimum_regcache.methods.output_mse import search_input_scales
 from optimum_regcache.rewrites.norms import map_registers, separate_projections
 
@@ -78,11 +78,17 @@ class NoisyQuant(Method):
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         return config.replace(activations={"mlp_out_offset": True})
 
-    def scales(self, fit: Fit) -> None:
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        if self.draws > 0 and self.ranges > 0:
+            return {}
+        names = ("skip_by_prediction", "seed", "ranges" if self.draws <= 0 else "draws")
+        return dict.fromkeys(names, f"draws={self.draws} and ranges={self.ranges} try no noise, only the mean shift")
+
+    def scales(self, fit: PipelineState) -> None:
         if not any(method.provides == "input scales" for method in fit.methods):
             search_input_scales(fit, 100, self.max_tokens)
 
-    def noise(self, fit: Fit) -> None:
+    def noise(self, fit: PipelineState) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         gains = {}
         for known, group in fit.walk(fit.model, "NoisyQuant"):
@@ -137,12 +143,12 @@ class _OutputError:
         return float(F.linear(difference, self.weight).pow(2).mean())
 
 
-def _value_projection(fit: Fit, block: int) -> Any:
+def _value_projection(fit: PipelineState, block: int) -> Any:
     tower = find_tower(fit.result)
     return tower.attention(block).get_submodule(separate_projections(tower)[2])
 
 
-def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:
+def _foldable(fit: PipelineState, group: Group, layers: list[QuantLinear]) -> bool:
     """Whether the vector can be added in front of the group and taken out behind it."""
     if any(layer.bias is None for layer in layers):
         return False
@@ -151,7 +157,7 @@ def _foldable(fit: Fit, group: Group, layers: list[QuantLinear]) -> bool:
     return layers[0].input_offset is not None or fit.norm_of(group) is not None
 
 
-def _install(fit: Fit, group: Group, layers: list[QuantLinear], offset: torch.Tensor) -> None:
+def _install(fit: PipelineState, group: Group, layers: list[QuantLinear], offset: torch.Tensor) -> None:
     """Add ``offset`` in front of the group in the quantized model, and take ``W^ offset`` out of the biases."""
     if group.role == "activation":
         layers[0].input_offset = offset.clone()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.parts import CALIBRATION_OUTLIER_RATIO
 from optimum_regcache.methods.base import Method
 
 
@@ -20,7 +21,7 @@ class Oracle(Method):
         outlier_ratio: tokens of more than this many times the median l_inf norm of their image do not set the static scale.
     """
 
-    outlier_ratio: float = 5.0
+    outlier_ratio: float = CALIBRATION_OUTLIER_RATIO
     name: ClassVar[str] = "oracle"
     paper: ClassVar[str] = "RegCache (arXiv 2510.04547), oracle rows of its tables"
     provides: ClassVar[str] = "input scales"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.methods._search.scale import SearchSpace, search_group
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class OutputMSE(Method):
             activations={"observer": "mse"}, weights={"observer": "mse"}, attention={"observer": "mse"}
         )
 
-    def scales(self, fit: Fit) -> None:
+    def scales(self, fit: PipelineState) -> None:
         search_input_scales(fit, self.candidates, self.max_tokens)
 
 
-def search_input_scales(fit: Fit, candidates: int, max_tokens: int) -> None:
+def search_input_scales(fit: PipelineState, candidates: int, max_tokens: int) -> None:
     """Set the input scale of every quantized layer of the blocks by the error of its output; weights stay as they are."""
     space = SearchSpace(1 / candidates, 1 + 1 / candidates, candidates, rounds=1, weights=False)
     for known, group in fit.walk(fit.model, "scales by output error"):

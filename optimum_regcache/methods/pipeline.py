@@ -1,11 +1,11 @@
-"""The order in which methods work together (docs/method.md 10), which combinations are refused, and the fit itself.
+"""The order in which methods work together (docs/method.md 10), and the fit itself.
 
 | stage | what happens | who takes part |
 |---|---|---|
 | configure | structure of the checkpoint, before any data is seen | all |
 | search | sensitive block, registers, tau, k~, with round to nearest (`optimum_regcache.search.fit`) | |
 | install | registers and deletion into a float copy | |
-| select | layers or units are chosen | sixteen_bit, test_time_registers |
+| select | layers or units are chosen | mixed_precision, test_time_registers |
 | rewrite | rotations, neurons silenced; function preserved, registers transformed along | rotation, test_time_registers |
 | smooth | norms and values rescaled to the statistics with registers active | smoothquant, repq_vit |
 | build | modules replaced, weights rounded to nearest, static scales calibrated | observers (rtn, percentile, mse, ...) |
@@ -30,16 +30,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from optimum_regcache.calibration.calibrate import calibrate
-from optimum_regcache.config import RegCacheConfig, RewritesConfig
+from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.sharing import own_tensors, shared_copy
+from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
 from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
-from optimum_regcache.methods.base import Fit, Method
-from optimum_regcache.methods.registry import build_methods
+from optimum_regcache.methods.base import PipelineState
+from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 
 STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct")
@@ -65,58 +66,9 @@ class Quantized:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check_composition(methods: Sequence[Method]) -> None:
-    """Refuse combinations that make no sense.
-
-    Raises:
-        ValueError: two methods that decide the same thing or exclude each other, or a method given twice, with the reason.
-    """
-    names = [method.name for method in methods]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    require(not repeated, f"Method given twice: {', '.join(repeated)}.")
-    deciders: dict[str, list[str]] = {}
-    for method in methods:
-        if method.provides:
-            deciders.setdefault(method.provides, []).append(method.name)
-        for other, reason in method.excludes.items():
-            require(other not in names, f"{method.name} cannot be combined with {other}: {reason}")
-    for what, several in deciders.items():
-        require(len(several) == 1, f"{' and '.join(several)} both decide the {what}; use one of them.")
-
-
-def configured(config: RegCacheConfig) -> RegCacheConfig:
-    """``config`` with everything its methods ask of it; applying it again changes nothing.
-
-    Raises:
-        ValueError: an unknown method or parameter; see `check_composition`; or a method that needs static activations
-            under dynamic ones.
-    """
-    methods = build_methods(config)
-    check_composition(methods)
-    # what only methods set: left over from others when a saved recipe is edited
-    config = config.replace(rewrites=RewritesConfig())
-    if methods:
-        forms = {
-            "outlier_tokens": "clip",
-            "post_activation": "uniform",
-            "mlp_out_offset": False,
-            "mlp_out_hadamard": False,
-        }
-        config = config.replace(activations=forms)
-    for method in methods:
-        config = method.configure(config)
-    unfit = [method.name for method in methods if method.needs_static and config.activations.mode == "dynamic"]
-    require(
-        not unfit,
-        f"{', '.join(unfit)} fit something to stored activation scales, but activations are dynamic: their scale is "
-        "another one for each token. Use static activations, or leave these methods out.",
-    )
-    return config.replace(methods=tuple(method.to_dict() for method in methods))
-
-
 def quantize_with(
     model: PreTrainedModel,
-    config: RegCacheConfig,
+    resolved: ResolvedConfig,
     cache: RegisterCache | None,
     batches: Sequence[Batch],
     progress: bool = True,
@@ -129,24 +81,24 @@ def quantize_with(
 
     Args:
         model: float model, unchanged.
-        config: registers are ``fixed`` or ``none``; its methods may stand in any order and need not be `configured`.
+        resolved: of a config whose registers are ``fixed`` or ``none``, see `optimum_regcache.methods.resolution`.
         cache: the registers for ``fixed``.
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
 
     Raises:
-        ValueError: see `configured`; a method that cannot work on this model, or config and cache that disagree, with
-            the reason.
+        ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
     """
-    methods, config = build_methods(config), configured(config)
+    methods, config = resolved.methods, resolved.config
     validate_positions(model, config)
     check_cache(config, cache)
-    require(bool(batches) or not needs_images(config), f"{image_users(config)} need calibration images.")
+    _check_head(model, config)
+    require(bool(batches) or not resolved.needs_images, f"{resolved.image_users} need calibration images.")
     twin = shared_copy(model).eval()
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = Fit(config, tuple(methods), twin, list(batches), progress=progress)
+    fit = PipelineState(config, methods, twin, list(batches), progress=progress)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()
@@ -158,18 +110,6 @@ def quantize_with(
         seconds[stage] = time.perf_counter() - begun
     attach_quantizer(fit.result, fit.config)
     return Quantized(fit.result, fit.config, fit.model, fit.measured, seconds)
-
-
-def needs_images(config: RegCacheConfig) -> bool:
-    """Whether a fit looks at calibration images: static scales, attention operands, or a method that does."""
-    static = config.activations.mode == "static" or config.attention.quantize or bool(config.modules.sixteen_bit)
-    return static or any(method.needs_images for method in build_methods(config))
-
-
-def image_users(config: RegCacheConfig) -> str:
-    """Who needs them, for a message."""
-    names = [method.name for method in build_methods(config) if method.needs_images]
-    return f"The methods {', '.join(names)}" if names else "Static activations"
 
 
 def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
@@ -185,7 +125,20 @@ def check_cache(config: RegCacheConfig, cache: RegisterCache | None) -> None:
     require(agree, f"registers.mode={r.mode!r} and the register cache disagree (blocks, num_registers or num_copies).")
 
 
-def _build(fit: Fit) -> None:
+def _check_head(model: PreTrainedModel, config: RegCacheConfig) -> None:
+    """Make sure that ``modules.head`` finds something.
+
+    Raises:
+        ValueError: the model has no layer outside the blocks that it could mean.
+    """
+    if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
+        raise ValueError(
+            f"modules.head=True has no effect: {type(model).__name__} has no projection, classifier or pooling linear. Leave "
+            "it out."
+        )
+
+
+def _build(fit: PipelineState) -> None:
     """Replace the modules of a copy, weights rounded to nearest, and calibrate the static scales."""
     qparams = calibrate(fit.model, fit.config, fit.batches) | fit.input_qparams
     fit.quantized = shared_copy(fit.model)

@@ -14,7 +14,7 @@ from optimum_regcache.layers.attention import attention_products, install_produc
 from optimum_regcache.methods._search.gradients import squared_gradients
 from optimum_regcache.methods._search.product import search_products
 from optimum_regcache.methods._search.scale import SearchSpace, search_group
-from optimum_regcache.methods.base import Fit, Method, linear_groups
+from optimum_regcache.methods.base import Method, PipelineState, linear_groups
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PTQ4ViT(Method):
     provides: ClassVar[str] = "input scales"
     needs_static: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {
-        "sixteen_bit": "the twin quantizer takes care of the MLP output projections.",
+        "mixed_precision": "the twin quantizer takes care of the MLP output projections.",
     }
 
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
@@ -62,7 +62,10 @@ class PTQ4ViT(Method):
             attention={"symmetric": True, "observer": "minmax", "granularity": "per_head", "probabilities": form},
         )
 
-    def scales(self, fit: Fit) -> None:
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        return {} if config.attention.quantize else {"product_images": "the attention products stay float"}
+
+    def scales(self, fit: PipelineState) -> None:
         groups = linear_groups(fit.model, fit.config)
         batches = first_images(fit.batches, self.max_images)
         names = [name for group in groups for name in group.names]
@@ -75,7 +78,7 @@ class PTQ4ViT(Method):
         if fit.config.attention.quantize:
             self._search_products(fit, first_images(batches, self.product_images), space)
 
-    def _search_products(self, fit: Fit, batches: list[Batch], space: SearchSpace) -> None:
+    def _search_products(self, fit: PipelineState, batches: list[Batch], space: SearchSpace) -> None:
         install_products(fit.model, fit.config.attention, bypass=True)
         try:
             for name, products in tqdm(

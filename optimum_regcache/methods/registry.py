@@ -10,6 +10,7 @@ from optimum_regcache.methods.base import Method
 from optimum_regcache.methods.bias_correction import BiasCorrection
 from optimum_regcache.methods.dynamic import Dynamic
 from optimum_regcache.methods.gptq import GPTQ
+from optimum_regcache.methods.mixed_precision import MixedPrecision
 from optimum_regcache.methods.mse import MSE
 from optimum_regcache.methods.noisyquant import NoisyQuant
 from optimum_regcache.methods.oracle import Oracle
@@ -19,7 +20,6 @@ from optimum_regcache.methods.ptq4vit import PTQ4ViT
 from optimum_regcache.methods.repq_vit import RepQViT
 from optimum_regcache.methods.rotation import Rotation
 from optimum_regcache.methods.rtn import RTN
-from optimum_regcache.methods.sixteen_bit import SixteenBit
 from optimum_regcache.methods.smoothquant import SmoothQuant
 from optimum_regcache.methods.test_time_registers import TestTimeRegisters
 
@@ -40,7 +40,7 @@ METHODS: dict[str, type[Method]] = {
         Rotation,
         BiasCorrection,
         TestTimeRegisters,
-        SixteenBit,
+        MixedPrecision,
     )
 }
 

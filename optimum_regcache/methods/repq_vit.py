@@ -9,7 +9,7 @@ import torch
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.math.uniform import percentile_mse_range
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.rewrites import rescale_norm
 
 
@@ -81,7 +81,7 @@ class RepQViT(Method):
             attention={"granularity": "per_tensor", "probabilities": "log_sqrt2", **free},
         )
 
-    def smooth(self, fit: Fit) -> None:
+    def smooth(self, fit: PipelineState) -> None:
         bits, found = fit.config.activations.bits, {}
         for known, group in fit.walk(fit.model, "RepQ-ViT norms"):
             number = fit.norm_of(group)

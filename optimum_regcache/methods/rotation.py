@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.rewrites.rotation import rotate_heads, rotate_residual
 
 
@@ -38,7 +38,10 @@ class Rotation(Method):
     def configure(self, config: RegCacheConfig) -> RegCacheConfig:
         return config.replace(rewrites={"rotation": self.residual}, activations={"mlp_out_hadamard": self.mlp})
 
-    def rewrite(self, fit: Fit) -> None:
+    def unread(self, config: RegCacheConfig) -> dict[str, str]:
+        return {} if self.residual or self.heads else {"seed": "the Hadamard transform alone draws no random signs"}
+
+    def rewrite(self, fit: PipelineState) -> None:
         if self.residual:
             rotate_residual(fit.model, self.seed)
         if self.heads:

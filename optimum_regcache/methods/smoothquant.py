@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.math.uniform import choose_qparams, dynamic_qparams, fake_quantize, weight_qparams
-from optimum_regcache.methods.base import Fit, Group, Method
+from optimum_regcache.methods.base import Group, Method, PipelineState
 from optimum_regcache.rewrites import rescale_norm, rescale_values
 
 
@@ -34,7 +34,7 @@ class SmoothQuant(Method):
     paper: ClassVar[str] = "SmoothQuant (arXiv 2211.10438)"
     cache_effect: ClassVar[str] = "register values are divided by the factors of the value projection"
 
-    def smooth(self, fit: Fit) -> None:
+    def smooth(self, fit: PipelineState) -> None:
         chosen = {}
         for known, group in fit.walk(fit.model, "SmoothQuant"):
             number = fit.norm_of(group)
@@ -50,7 +50,7 @@ class SmoothQuant(Method):
                 rescale_norm(fit.tower, group.block, number, factor)
         fit.measured[self.name] = {"alpha": chosen}
 
-    def _best(self, fit: Fit, group: Group, x: torch.Tensor) -> tuple[float | None, torch.Tensor | None]:
+    def _best(self, fit: PipelineState, group: Group, x: torch.Tensor) -> tuple[float | None, torch.Tensor | None]:
         weight = torch.cat([fit.float_linear(name).weight.detach().float() for name in group.names])
         best: tuple[float | None, torch.Tensor | None] = (None, None)
         least = _error(x, weight, fit.config)

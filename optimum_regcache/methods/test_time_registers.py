@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.validation import one_of, require
-from optimum_regcache.methods.base import Fit, Method
+from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.registers import get_register_cache, set_deletion, set_registers
 from optimum_regcache.registers.neurons import (
     find_register_neurons,
@@ -36,6 +36,7 @@ class TestTimeRegisters(Method):
     top_k: int = 10
     name: ClassVar[str] = "test_time_registers"
     paper: ClassVar[str] = "Vision Transformers Don't Need Trained Registers (arXiv 2506.08010)"
+    finds: ClassVar[tuple[tuple[str, str], ...]] = (("rewrites", "register_neurons"),)
     cache_effect: ClassVar[str] = "kv: installs a cache of its own unless RegCache's is there; token: none"
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class TestTimeRegisters(Method):
         one_of(self.name, "variant", self.variant, ("kv", "token"))
         require(self.top_k >= 1, f"test_time_registers.top_k must be at least 1, got {self.top_k}.")
 
-    def select(self, fit: Fit) -> None:
+    def select(self, fit: PipelineState) -> None:
         installed, deletion = get_register_cache(fit.model), fit.config.deletion
         set_registers(fit.model, None)
         set_deletion(fit.model, DeletionConfig())

@@ -1,18 +1,20 @@
 """The RegCache search: sensitivity, mining, and the choice of registers and deletion."""
 
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
-from optimum_regcache.search.search import RegisterSearch, SearchResult, Setup, Trial
+from optimum_regcache.search.search import Candidates, Judges, RegisterSearch, SearchResult, Setup, Trial
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 __all__ = [
+    "Candidates",
+    "Judges",
     "MinedTokens",
     "RegisterSearch",
     "SearchResult",
     "SensitivityReport",
     "Setup",
     "Trial",
-    "Workbench",
+    "TrialRunner",
     "mine_tokens",
     "scan_sensitivity",
 ]

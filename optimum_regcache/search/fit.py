@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,102 @@ import torch
 from torch import nn
 
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
+from optimum_regcache.config.effects import require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.images import ImageInputs, class_names, split_reference
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower, has_classifier
-from optimum_regcache.evaluation.objective import Objective, make_objective, zero_shot_features
-from optimum_regcache.methods import configured, quantize_with
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, Objective, make_objective, zero_shot_features
+from optimum_regcache.methods import ResolvedConfig, quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
-from optimum_regcache.search.search import RegisterSearch, SearchRecord, SearchResult, Setup
+from optimum_regcache.search.search import (
+    Candidates,
+    FinalScorer,
+    Judges,
+    RegisterSearch,
+    SearchRecord,
+    SearchResult,
+    Setup,
+)
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """Images for calibration and search, as the caller has them.
+
+    Attributes:
+        dataset: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``.
+        processor: of the model; for images and for zero-shot accuracy.
+        collator: builds a batch from items.
+        template: zero-shot prompt for ``objective="accuracy"``.
+    """
+
+    dataset: Any
+    processor: Any = None
+    collator: Collator | None = None
+    template: str = DEFAULT_TEMPLATE
+
+    @cached_property
+    def inputs(self) -> ImageInputs:
+        """Model inputs, one image each."""
+        return ImageInputs(self.dataset, self.processor, self.collator)
+
+    def split(self, data: DataConfig, seed: int) -> ReferenceParts:
+        """Their division by `split_inputs`."""
+        return split_inputs(self.inputs, data, seed)
+
+
+@dataclass(frozen=True)
+class ReferenceParts:
+    """Reference images divided into three parts that share none.
+
+    Attributes:
+        calibration: for the activation scales.
+        selection: configurations are ranked on these.
+        confirmation: the best have to beat "install nothing" on these.
+        everything: the three together, in the order of the data set.
+    """
+
+    calibration: ImageInputs
+    selection: ImageInputs
+    confirmation: ImageInputs
+    everything: ImageInputs
+
+
+def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
+    """Seeded division of at most ``data.num_samples`` inputs."""
+    inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
+    split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
+    return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A recipe whose config is resolved; :meth:`of` makes one, once, at the entrance.
+
+    Attributes:
+        recipe: the recipe, its quantization being that of ``resolved``.
+        resolved: the config with its methods.
+    """
+
+    recipe: Recipe
+    resolved: ResolvedConfig
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> QuantizationPlan:
+        """The plan for ``recipe``.
+
+        Raises:
+            ValueError: settings that contradict each other or have no effect.
+        """
+        resolved = resolve(recipe.quantization)
+        return cls(recipe.with_quantization(resolved.config), resolved)
 
 
 @dataclass(frozen=True)
@@ -36,30 +119,35 @@ class FitResult:
     """What `RegCacheQuantizer.fit` found.
 
     Attributes:
-        config: resolved config; registers are ``fixed`` or ``none``.
+        resolved: config with the positions that were found; registers are ``fixed`` or ``none``.
         cache: the registers, None if nothing is installed.
         sensitivity: the scan, None if the block was given.
         sensitive_block: l_q.
         mined: start block -> mined tokens.
         search: the search.
         variants: registers and deletion of the best ``prefix only`` and ``delete only`` setups, for the report.
-        calibration: the images set aside for the activation scales.
+        parts: the images.
         requested, settings, data: the arguments of the fit.
         seconds: duration of each stage.
     """
 
-    config: RegCacheConfig
+    resolved: ResolvedConfig
     cache: RegisterCache | None
     sensitivity: SensitivityReport | None
     sensitive_block: int
     mined: dict[int, MinedTokens]
     search: SearchResult
     variants: dict[str, tuple[RegisterCache | None, DeletionConfig]]
-    calibration: ImageInputs
+    parts: ReferenceParts
     requested: RegCacheConfig
     settings: SearchConfig
     data: DataConfig
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> RegCacheConfig:
+        """The config with the positions that were found."""
+        return self.resolved.config
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible record of the fit."""
@@ -81,94 +169,65 @@ class FitResult:
         }
 
 
-@dataclass(frozen=True)
-class ReferenceParts:
-    """Reference images divided into three parts that share none.
-
-    Attributes:
-        calibration: for the activation scales.
-        selection: configurations are ranked on these.
-        confirmation: the best have to beat "install nothing" on these.
-    """
-
-    calibration: ImageInputs
-    selection: ImageInputs
-    confirmation: ImageInputs
-
-
-def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
-    """Seeded division of at most ``data.num_samples`` inputs."""
-    inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
-    split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
-    return ReferenceParts(*(inputs.subset(positions) for positions in split))
-
-
 def fit_registers(
     model: nn.Module,
-    processor: Any,
-    dataset: Any,
-    config: RegCacheConfig,
-    search: SearchConfig,
-    data: DataConfig,
+    images: ReferenceImages,
+    plan: QuantizationPlan,
     *,
-    data_collator: Collator | None,
-    template: str,
-    work_dir: str | Path | None,
-    progress: bool,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
 ) -> FitResult:
-    """Run sensitivity, mining and search; the arguments are those of `RegCacheQuantizer.fit`."""
-    config = configured(config)
-    parts = split_inputs(ImageInputs(dataset, processor, data_collator), data, search.seed)
-    calibration, selection, confirmation = (
-        list(p.batches(data.batch_size)) for p in (parts.calibration, parts.selection, parts.confirmation)
-    )
-    by_label = search.objective == "accuracy"
-    text = _text_features(model, processor, dataset, template) if by_label else None
-    bench = Workbench(model, search_config(config), calibration)
-    depth, seconds = len(find_tower(bench.float_model).blocks), {}
+    """Run sensitivity, mining and search.
 
-    def objective(part: ImageInputs, batches: list[Batch]) -> Objective:
-        labels = part.labels() if by_label else None
-        if labels is not None:
-            labels = labels[: sum(len(b["pixel_values"]) for b in batches)]
-        return make_objective(search.objective, bench.float_model, batches, labels, text)
+    Args:
+        model: float model, unchanged.
+        images: reference images.
+        plan: what to search for and how.
+        work_dir: directory for the record of finished trials; call again with the same one to resume.
+        progress: show progress bars.
 
-    selecting, confirming = objective(parts.selection, selection), objective(parts.confirmation, confirmation)
+    Raises:
+        ValueError: settings that do not fit the model or the data, or that the search would not read.
+    """
+    resolved, search, data, seconds = plan.resolved, plan.recipe.search, plan.recipe.data, {}
+    require_search_effect(search, resolved.config)
+    parts = images.split(data, search.seed)
+    calibration, selection = (list(p.batches(data.batch_size)) for p in (parts.calibration, parts.selection))
+    runner = TrialRunner(model, search_config(resolved.config), calibration)
+    text = _text_features(model, images) if search.objective == "accuracy" else None
+    scoring = _Scoring(runner, search.objective, text)
+    judges = scoring.judges(parts, selection, data.batch_size)
     begun = time.perf_counter()
-    scan = None
+    depth, scan = len(find_tower(runner.float_model).blocks), None
     if search.sensitive_block is None:
-        scanned = objective(parts.selection, selection[: -(-search.sensitivity_images // data.batch_size)])
-        scan = scan_sensitivity(
-            bench.float_model, bench.config, calibration, scanned, search.sensitivity, progress=progress
-        )
+        scanned = selection[: -(-search.sensitivity_images // data.batch_size)]
+        scan = scoring.scan(parts.selection, scanned, search.sensitivity, progress)
     sensitive = scan.sensitive_block if scan else int(search.sensitive_block or 0)
     require(sensitive < depth, f"search.sensitive_block={sensitive}, but the encoder has blocks 0 to {depth - 1}.")
     seconds["sensitivity"] = time.perf_counter() - begun
     begun = time.perf_counter()
-    first = sensitive if search.strategy == "v2" else max(0, sensitive - search.blocks_before)
+    averaged = search.strategy == "averaged_tokens"
+    first = max(0, sensitive - search.blocks_before) if averaged else sensitive
     mined = mine_tokens(
-        bench.float_model,
+        runner.float_model,
         calibration + selection,
         list(range(first, sensitive + 1)),
-        top=search.top_tokens if search.strategy == "v4" else search.num_candidates,
+        top=search.top_tokens if averaged else search.num_candidates,
         score_site=search.score_site,
         seed=search.seed,
         progress=progress,
     )
     seconds["mining"] = time.perf_counter() - begun
     begun = time.perf_counter()
+    if resolved.methods:
+        judges = replace(judges, final=_final_scorer(model, resolved, calibration))
+    most = min(search.max_delete, smallest_patch_count(runner, calibration[0]) // 4)
     engine = RegisterSearch(
-        bench,
+        runner,
         search,
-        mined,
-        sensitive,
-        selecting,
-        confirming,
-        max_delete=min(search.max_delete, smallest_patch_count(bench, calibration[0]) // 4),
-        record=_open_record(model, work_dir, config, search, data, parts, sensitive, text),
-        num_blocks=depth,
-        ceiling=float(selecting.scores(bench.float_model).mean()),
-        final=_final_scorer(model, config, search, calibration) if config.methods else None,
+        Candidates(mined, sensitive, most, depth),
+        judges,
+        _open_record(work_dir, model, plan.recipe, parts, sensitive, text),
         progress=progress,
     )
     result = engine.run()
@@ -176,10 +235,45 @@ def fit_registers(
     cache, deletion = engine.cache(result.chosen), engine.deletion(result.chosen)
     best = {"prefix only": result.best_prefix, "delete only": result.best_delete}
     variants = {k: (engine.cache(t.setup), engine.deletion(t.setup)) for k, t in best.items() if t is not None}
-    resolved = resolve_config(config, result.chosen, cache, deletion, search.kv_mode)
     return FitResult(
-        resolved, cache, scan, sensitive, mined, result, variants, parts.calibration, config, search, data, seconds
-    )
+        install_setup(resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, parts,
+        resolved.config, search, data, seconds,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Makes objectives of the kind that the search maximises.
+
+    Attributes:
+        runner: holds the float model that they compare with.
+        kind: `SearchConfig.objective`.
+        text: text features, where labels are predicted from them.
+    """
+
+    runner: TrialRunner
+    kind: str
+    text: torch.Tensor | None
+
+    def objective(self, part: ImageInputs, batches: list[Batch]) -> Objective:
+        """On the first ``batches`` of ``part``."""
+        labels = part.labels() if self.kind == "accuracy" else None
+        if labels is not None:
+            labels = labels[: sum(len(b["pixel_values"]) for b in batches)]
+        return make_objective(self.kind, self.runner.float_model, batches, labels, self.text)
+
+    def judges(self, parts: ReferenceParts, selection: list[Batch], size: int) -> Judges:
+        """For the batches of the selection part, and the confirmation part in batches of ``size``."""
+        selecting = self.objective(parts.selection, selection)
+        confirming = self.objective(parts.confirmation, list(parts.confirmation.batches(size)))
+        return Judges(selecting, confirming, float(selecting.scores(self.runner.float_model).mean()))
+
+    def scan(self, part: ImageInputs, batches: list[Batch], granularity: str, progress: bool) -> SensitivityReport:
+        """Sensitivity on ``batches``."""
+        scanned, runner = self.objective(part, batches), self.runner
+        return scan_sensitivity(
+            runner.float_model, runner.config, runner.calibration, scanned, granularity, progress=progress
+        )
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:
@@ -198,44 +292,41 @@ def search_config(config: RegCacheConfig) -> RegCacheConfig:
         ),
         registers=config.registers,
         deletion=config.deletion,
-        modules=replace(config.modules, sixteen_bit=()),
+        modules=replace(config.modules, mixed_precision=()),
     )
 
 
-def _final_scorer(
-    model: Any, config: RegCacheConfig, search: SearchConfig, calibration: list[Batch]
-) -> Callable[[Setup, RegisterCache | None, DeletionConfig, Objective], torch.Tensor]:
+def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: list[Batch]) -> FinalScorer:
     """Scores a setup with the complete final quantizer instead of round to nearest."""
 
     def score(
         setup: Setup, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective
     ) -> torch.Tensor:
-        resolved = resolve_config(config, setup, cache, deletion, search.kv_mode)
-        return objective.scores(quantize_with(model, resolved, cache, calibration, progress=False).model)
+        del setup
+        installed = install_setup(resolved, cache, deletion)
+        return objective.scores(quantize_with(model, installed, cache, calibration, progress=False).model)
 
     return score
 
 
-def _text_features(model: Any, processor: Any, dataset: Any, template: str) -> torch.Tensor | None:
+def _text_features(model: Any, images: ReferenceImages) -> torch.Tensor | None:
     from datasets import Dataset
 
     if has_classifier(model):
         return None
-    names = class_names(dataset) if isinstance(dataset, Dataset) else None
+    names = class_names(images.dataset) if isinstance(images.dataset, Dataset) else None
     if names is None:
         raise ValueError(
             "objective='accuracy' needs class names: a datasets.Dataset whose label column is a ClassLabel. Use "
             "objective='cosine' otherwise."
         )
-    return zero_shot_features(model, processor, names, template)
+    return zero_shot_features(model, images.processor, names, images.template)
 
 
 def _open_record(
-    model: nn.Module,
     work_dir: str | Path | None,
-    config: RegCacheConfig,
-    search: SearchConfig,
-    data: DataConfig,
+    model: nn.Module,
+    recipe: Recipe,
     parts: ReferenceParts,
     sensitive: int,
     text_features: torch.Tensor | None,
@@ -244,15 +335,15 @@ def _open_record(
     if work_dir is None:
         return SearchRecord(None, "")
     Path(work_dir).mkdir(parents=True, exist_ok=True)
-    plain = Recipe(search=search, data=replace(data, num_report=1)).to_dict()  # the report changes no score
+    plain = replace(recipe, data=replace(recipe.data, num_report=1)).to_dict()  # the report changes no score
     versions = [version(p) for p in ("optimum-regcache", "torch", "transformers")]
     device = str(next(model.parameters()).device)
-    settings = [config.to_dict(), plain["search"], plain["data"], sensitive, versions, device]
+    settings = [plain["quantization"], plain["search"], plain["data"], sensitive, versions, device]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
     tensors = dict(model.state_dict())
-    labels = parts.selection.labels() if search.objective == "accuracy" else None
+    labels = parts.selection.labels() if recipe.search.objective == "accuracy" else None
     extra = {"text features": text_features, "labels": labels}
     tensors |= {name: value for name, value in extra.items() if value is not None}
     for name, tensor in tensors.items():
@@ -260,12 +351,12 @@ def _open_record(
     return SearchRecord(Path(work_dir) / "search.json", digest.hexdigest()[:32])
 
 
-def smallest_patch_count(bench: Workbench, batch: Batch) -> int:
+def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:
     """Patches of the smallest image of a batch (padding left out)."""
     mask = batch.get("pixel_attention_mask")
     if mask is not None:
         return int(mask.sum(1).min())
-    tower = find_tower(bench.float_model)
+    tower = find_tower(runner.float_model)
     if tower.family.packed:  # nothing can be deleted
         return 0
     seen: list[int] = []
@@ -278,22 +369,15 @@ def smallest_patch_count(bench: Workbench, batch: Batch) -> int:
     return seen[0] - tower.num_prefix_tokens
 
 
-def resolve_config(
-    config: RegCacheConfig,
-    chosen: Setup,
-    cache: RegisterCache | None,
-    deletion: DeletionConfig,
-    kv_mode: str,
-) -> RegCacheConfig:
-    """``config`` with the searched positions filled in."""
+def install_setup(resolved: ResolvedConfig, cache: RegisterCache | None, deletion: DeletionConfig) -> ResolvedConfig:
+    """``resolved`` with the positions of registers and deletion filled in."""
     if cache is None:
-        registers = RegistersConfig(mode="none")
-    else:
-        registers = RegistersConfig(
-            mode="fixed",
-            blocks=cache.blocks,
-            num_registers=cache.num_registers,
-            num_copies=chosen.num_copies,
-            kv_mode=kv_mode,
-        )
-    return config.replace(registers=registers, deletion=deletion)
+        return resolved.installing(RegistersConfig(mode="none"), deletion)
+    registers = RegistersConfig(
+        mode="fixed",
+        blocks=cache.blocks,
+        num_registers=cache.num_registers,
+        num_copies=cache.num_copies,
+        kv_mode=resolved.config.registers.kv_mode,
+    )
+    return resolved.installing(registers, deletion)

@@ -57,7 +57,7 @@ class MinedTokens:
         return cross_cosine(self.normal_states, torch.arange(len(self.normal_states)))
 
     def average(self, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
-        """v4: K and V averaged over all mined tokens, after projection (docs/method.md 4)."""
+        """K and V averaged over all mined tokens, after projection (strategy ``averaged_tokens``, docs/method.md 4)."""
         return RegisterCache(
             {b: self.keys[b].mean(0).unsqueeze(1) for b in blocks},
             {b: self.values[b].mean(0).unsqueeze(1) for b in blocks},
@@ -65,7 +65,7 @@ class MinedTokens:
         )
 
     def single(self, index: int, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
-        """v2: K and V of one mined token."""
+        """K and V of one mined token (strategy ``single_token``)."""
         require(0 <= index < len(self.norms), f"There are {len(self.norms)} mined tokens, no number {index}.")
         return RegisterCache(
             {b: self.keys[b][index].unsqueeze(1) for b in blocks},
@@ -121,7 +121,7 @@ class _Recorder:
 
 
 @torch.inference_mode()
-def mine_tokens(
+def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its name)
     float_model: nn.Module,
     batches: Iterable[Batch],
     blocks: list[int],

@@ -18,7 +18,7 @@ from optimum_regcache.config.recipe import SearchConfig
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
-from optimum_regcache.search.workbench import Workbench
+from optimum_regcache.search.trials import TrialRunner
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Setup:
     Attributes:
         start_block: l_p; None for no prefix.
         scope: ``onwards`` or ``single``.
-        candidate: v2: number of the mined token; None for the average.
+        candidate: number of the mined token (strategy ``single_token``); None for the average.
         num_copies: tau.
         count: k~.
     """
@@ -154,43 +154,68 @@ class SearchRecord:
             write_text(self.path, json.dumps({"fingerprint": self.fingerprint, "scores": self.scores}))
 
 
-class RegisterSearch:
-    """Searches with the quantizer of the workbench.
+@dataclass(frozen=True)
+class Candidates:
+    """What may be installed.
 
-    Args:
-        bench: models and calibration data.
-        config: search settings.
+    Attributes:
         mined: start block -> mined tokens.
         delete_block: l_del, the sensitive block.
+        max_delete: largest k~.
+        num_blocks: blocks of the encoder.
+    """
+
+    mined: dict[int, MinedTokens]
+    delete_block: int
+    max_delete: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who decides.
+
+    Attributes:
         selection, confirmation: objectives on disjoint images: configurations are ranked on the first; the best must beat
             "install nothing" on the second.
-        max_delete: largest k~.
-        record: finished trials.
         ceiling: mean selection score of the float model.
         final: scores (setup, registers, deletion, objective) with the final quantizer; configurations are then ranked with
-            round to nearest, but confirmed, and tuned again if ``config.retune``, with it.
+            round to nearest, but confirmed, and tuned again if ``search.retune``, with it.
+    """
+
+    selection: Objective
+    confirmation: Objective
+    ceiling: float = 1.0
+    final: FinalScorer | None = None
+
+
+class RegisterSearch:
+    """Searches with the quantizer of the trial runner.
+
+    Args:
+        runner: models and calibration data.
+        config: search settings.
+        candidates: what may be installed.
+        judges: who decides.
+        record: finished trials.
         progress: show a progress bar.
     """
 
     def __init__(
         self,
-        bench: Workbench,
+        runner: TrialRunner,
         config: SearchConfig,
-        mined: dict[int, MinedTokens],
-        delete_block: int,
-        selection: Objective,
-        confirmation: Objective,
-        max_delete: int,
+        candidates: Candidates,
+        judges: Judges,
         record: SearchRecord,
-        num_blocks: int,
-        ceiling: float = 1.0,
-        final: FinalScorer | None = None,
+        *,
         progress: bool = True,
     ) -> None:
-        self.bench, self.config, self.mined = bench, config, mined
-        self.delete_block, self.num_blocks, self.max_delete = delete_block, num_blocks, max_delete
-        self.selection, self.confirmation, self.record = selection, confirmation, record
-        self.ceiling, self.final, self.progress = ceiling, final, progress
+        self.runner, self.config, self.record, self.progress = runner, config, record, progress
+        self.mined, self.delete_block = candidates.mined, candidates.delete_block
+        self.max_delete, self.num_blocks = candidates.max_delete, candidates.num_blocks
+        self.selection, self.confirmation = judges.selection, judges.confirmation
+        self.ceiling, self.final = judges.ceiling, judges.final
         self.trials: dict[str, Trial] = {}
         self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
 
@@ -199,12 +224,12 @@ class RegisterSearch:
         if setup.start_block is None:
             return None
         tokens, blocks = self.mined[setup.start_block], setup.blocks(self.num_blocks)
-        if self.config.kv_mode == "isolated":
+        if self.runner.config.registers.kv_mode == "isolated":
             key = (setup.start_block, setup.candidate)
             if key not in self._isolated:
                 state = tokens.states.mean(0) if setup.candidate is None else tokens.states[setup.candidate]
                 every = tuple(range(setup.start_block, self.num_blocks))
-                self._isolated[key] = isolated_cache(self.bench.float_model, state, setup.start_block, every)
+                self._isolated[key] = isolated_cache(self.runner.float_model, state, setup.start_block, every)
             return self._isolated[key].restricted(blocks, setup.num_copies)
         if setup.candidate is None:
             cache = tokens.average(blocks, self.num_blocks)
@@ -213,15 +238,14 @@ class RegisterSearch:
         return cache.restricted(blocks, setup.num_copies)
 
     def deletion(self, setup: Setup) -> DeletionConfig:
-        """The deletion of a configuration, with rule and fill of the workbench's config."""
-        template = self.bench.config.deletion
+        """The deletion of a configuration, with rule and fill of the trial runner's config."""
         if not setup.count:
-            return replace(template, block=None, count=0)
-        return replace(template, block=self.delete_block, count=setup.count)
+            return DeletionConfig()
+        return replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
 
     def _prefix_setups(self) -> list[Setup]:
         c = self.config
-        if c.strategy == "v2":
+        if c.strategy == "single_token":
             block = self.delete_block
             numbers: list[int | None] = list(range(min(c.num_candidates, len(self.mined[block].norms))))
             starts = [(block, n) for n in numbers]
@@ -237,7 +261,7 @@ class RegisterSearch:
     def _evaluate(self, setup: Setup, bar: Any) -> Trial:
         scores = self.record.get(setup.key)
         if scores is None:
-            scores = self.bench.score(self.cache(setup), self.deletion(setup), self.selection)
+            scores = self.runner.score(self.cache(setup), self.deletion(setup), self.selection)
             self.record.put(setup.key, scores)
         trial = self.trials[setup.key] = Trial(setup, scores)
         bar.set_postfix_str(f"{setup.describe()}: {trial.mean:.4f}", refresh=False)
@@ -304,7 +328,7 @@ class RegisterSearch:
         if scores is None:
             cache, deletion = self.cache(setup), self.deletion(setup)
             if self.final is None:
-                scores = self.bench.score(cache, deletion, objective)
+                scores = self.runner.score(cache, deletion, objective)
             else:
                 scores = self.final(setup, cache, deletion, objective)
             self.record.put(key, scores)

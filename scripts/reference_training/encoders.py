@@ -153,7 +153,7 @@ def num_prefix_tokens(kind: str) -> int:
     return int(kind == "clip")
 
 
-def encode(
+def encode(  # noqa: PLR0913 (everything that training may vary, each with its name)
     model: Any,
     pixels: torch.Tensor,
     *,

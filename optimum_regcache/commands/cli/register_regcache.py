@@ -59,11 +59,22 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
             recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
         )
     if getattr(args, "method", None):
-        recipe = recipe.with_quantization(recipe.quantization.replace(methods=tuple(dict.fromkeys(args.method))))
+        from optimum_regcache.methods import without_methods
+
+        names = tuple(dict.fromkeys(args.method))  # what the recipe's own methods set goes with them
+        recipe = recipe.with_quantization(without_methods(recipe.quantization).replace(methods=names))
     if getattr(args, "quantize_attention", False):
         attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
         recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
     recipe = recipe.override([*assignments, *args.assignments])
+    if hasattr(args, "no_registers") and recipe.quantization.registers.mode != "search":
+        unread = [a for a in (*assignments, *args.assignments) if a.startswith("search.") and "search.seed=" not in a]
+        unread = [a for a in unread if not a.startswith("search.kv_mode=")]  # the old name of a field of the registers
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)} has no effect: nothing is searched with registers.mode="
+                f"{recipe.quantization.registers.mode!r}. Use registers.mode='search', or leave it out."
+            )
     return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
 
 
@@ -109,7 +120,8 @@ class QuantizeCommand(_Command):
         parser.add_argument(
             "--method", nargs="+", action="extend", metavar="NAME",
             help="quantization methods, several work together: rtn (default), percentile, mse, output_mse, dynamic, oracle, "
-            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, rotation, bias_correction, sixteen_bit, test_time_registers; "
+            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, rotation, bias_correction, mixed_precision, "
+            "test_time_registers; "
             "parameters through --set quantization.methods=[{name: gptq, damping: 0.1}]",
         )  # fmt: skip
         parser.add_argument(
@@ -162,18 +174,18 @@ class EvaluateCommand(_Command):
         )
 
     def job(self) -> None:
-        from optimum_regcache.commands.evaluate import evaluate_job
+        from optimum_regcache.commands.evaluate import Subject, evaluate_job
         from optimum_regcache.data.reference import DEFAULT
 
+        unread = [f"--{name}" for name in ("preset", "objective") if getattr(self.args, name) is not None]
+        if unread:
+            raise ValueError(f"{', '.join(unread)} has no effect: evaluate opens a finished model. Leave it out.")
         model, dataset = self.args.model or DEFAULT, self.args.dataset
         self.args.model = self.args.dataset = None
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
-        _, text = evaluate_job(
-            model, args.float_model, dataset, recipe, args.output, args.template, args.device, args.metric,
-            args.fused,
-        )  # fmt: skip
-        print(text)
+        subject = Subject(model, args.float_model, dataset, args.template, args.device)
+        print(evaluate_job(subject, recipe, args.output, metrics=args.metric, fused=args.fused)[1])
 
 
 class ExportCommand(_Command):

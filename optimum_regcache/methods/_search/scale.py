@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.math.nonuniform import twin_signed
 from optimum_regcache.math.uniform import choose_qparams, fake_quantize
-from optimum_regcache.methods.base import Fit, Group
+from optimum_regcache.methods.base import Group, PipelineState
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def first_best(errors: torch.Tensor) -> int:
 
 
 def search_group(
-    fit: Fit,
+    fit: PipelineState,
     group: Group,
     x: torch.Tensor,
     space: SearchSpace,

@@ -14,7 +14,7 @@ from optimum_regcache.layers.install import assign_input_qparams, quantize_modul
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 
 
-class Workbench:
+class TrialRunner:
     """Calibrates and scores configurations that share their weights.
 
     Weights are quantized once; activation scales are found anew for every configuration (docs/method.md 8).

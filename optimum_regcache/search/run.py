@@ -1,0 +1,122 @@
+"""From a float model, images and a recipe to a quantized model: the one way, for Python and the command line.
+
+divide the images -> search registers and deletion, or mine the given ones, or neither -> quantize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.recipe import DataConfig, Recipe
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.methods import Quantized, quantize_with
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.fit import FitResult, QuantizationPlan, ReferenceImages, ReferenceParts, fit_registers
+from optimum_regcache.search.mining import isolated_cache, mine_tokens
+
+
+@dataclass(frozen=True)
+class QuantizationRun:
+    """What came out of a plan.
+
+    Attributes:
+        recipe: the recipe with the config of the result, and without notes: nothing was measured with it yet.
+        quantized: the model, its config and what the methods found.
+        cache: the registers that were installed, None if none were.
+        fit: the search, None if nothing was searched.
+        calibration: the batches that the activation scales come from; empty if no images were given.
+    """
+
+    recipe: Recipe
+    quantized: Quantized
+    cache: RegisterCache | None
+    fit: FitResult | None
+    calibration: list[Batch]
+
+
+def run_plan(
+    model: PreTrainedModel,
+    images: ReferenceImages | None,
+    plan: QuantizationPlan,
+    *,
+    known: FitResult | None = None,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> QuantizationRun:
+    """Quantize a copy of ``model`` as ``plan`` says.
+
+    The images are divided by the recipe's ``data`` and ``search.seed`` whatever ``registers.mode`` is, and scales are
+    calibrated on the calibration part, so the same recipe on the same images gives the same bits.
+
+    Args:
+        model: float model, unchanged.
+        images: reference images; may be None if ``known`` holds some, or if nothing looks at any.
+        plan: what to make and how.
+        known: an earlier fit of this model. It answers a search of the same config and settings, and gives its registers to a
+            config that describes them.
+        work_dir: directory for the record of finished trials.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: images that are needed and missing, or settings that do not fit.
+    """
+    recipe, resolved = plan.recipe, plan.resolved
+    parts = images.split(recipe.data, recipe.search.seed) if images is not None else known.parts if known else None
+    fit, mode = None, resolved.config.registers.mode
+    if mode == "search":
+        fit = known if known is not None and answers(known, recipe) else None
+        if fit is None:
+            if images is None:
+                raise ValueError(
+                    "registers.mode='search' needs images: pass calibration_dataset, call fit() first, or set "
+                    "registers.mode='none' for plain quantization."
+                )
+            fit = fit_registers(model, images, plan, work_dir=work_dir, progress=progress)
+        resolved, cache = fit.resolved, fit.cache
+    elif mode == "fixed":
+        cache = _fixed_registers(model, resolved.config, parts, recipe.data, known)
+    else:
+        cache = None
+    if resolved.needs_images and parts is None:
+        raise ValueError(
+            f"{resolved.image_users} need calibration images: pass calibration_dataset, or use the preset 'w8a8-dynamic'."
+        )
+    calibration = list(parts.calibration.batches(recipe.data.batch_size)) if parts is not None else []
+    quantized = quantize_with(model, resolved, cache, calibration, progress)
+    recipe = replace(recipe, quantization=quantized.config, notes="")
+    return QuantizationRun(recipe, quantized, cache, fit, calibration)
+
+
+def answers(fit: FitResult, recipe: Recipe) -> bool:
+    """Whether ``fit`` is the search that the resolved ``recipe`` asks for. How many images a pass takes does not matter."""
+    data = replace(recipe.data, batch_size=fit.data.batch_size, num_report=fit.data.num_report)
+    return (fit.requested, fit.settings, fit.data) == (recipe.quantization, recipe.search, data)
+
+
+def _fixed_registers(
+    model: PreTrainedModel,
+    config: RegCacheConfig,
+    parts: ReferenceParts | None,
+    data: DataConfig,
+    known: FitResult | None,
+) -> RegisterCache:
+    """The registers of ``known`` if they are those of ``config``, else mined from all images for the given blocks."""
+    r = config.registers
+    if known is not None and known.cache is not None and known.config.registers == r:
+        return known.cache
+    if parts is None:
+        raise ValueError("registers.mode='fixed' mines its registers from images: pass calibration_dataset.")
+    require(r.num_registers == 1, "Mining gives one register per block; registers.num_registers must be 1.")
+    depth = len(find_tower(model).blocks)
+    require(r.blocks[-1] < depth, f"registers.blocks={list(r.blocks)}, but the encoder has blocks 0 to {depth - 1}.")
+    start = r.blocks[0]
+    mined = mine_tokens(model, parts.everything.batches(data.batch_size), [start], progress=False)[start]
+    if r.kv_mode == "isolated":
+        return isolated_cache(model, mined.states.mean(0), start, r.blocks).restricted(r.blocks, r.num_copies)
+    return mined.average(r.blocks, depth).restricted(r.blocks, r.num_copies)

@@ -1,0 +1,302 @@
+"""No setting is ignored in silence: a changed value changes the result, or is refused with the reason.
+
+The table has a row for every field of every config part and every parameter of every method; a new field without one fails
+the first test. What counts as result: tensors and outputs of the model, what the methods measured, everything the search
+recorded. The config itself does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+
+from optimum_regcache import Recipe, SearchConfig
+from optimum_regcache.commands.sources import open_source
+from optimum_regcache.config.model import PARTS
+from optimum_regcache.config.recipe import DataConfig
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reference import planted
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.methods import METHODS
+from optimum_regcache.search.fit import QuantizationPlan, ReferenceImages
+from optimum_regcache.search.run import run_plan
+
+# Contexts: recipe fields besides the one that changes.
+NONE = {"quantization.registers.mode": "none"}
+FIXED = {"quantization.registers": {"mode": "fixed", "blocks": [1]}}
+SEARCH = {
+    "search.num_copies": [2],
+    "search.max_delete": 1,
+    "search.sensitive_block": 1,
+    "search.sensitivity": "linear",
+    "data.batch_size": 2,
+}
+SCAN = {**SEARCH, "search.sensitive_block": None}
+DYNAMIC = {**NONE, "quantization.activations.mode": "dynamic"}
+ATTENTION = {**NONE, "quantization.attention.quantize": True}
+DELETION = {**NONE, "quantization.deletion": {"block": 1, "count": 3}}
+THRESHOLD = {**NONE, "quantization.deletion": {"block": 1, "count": 6, "rule": "threshold", "kappa": 1.05}}
+
+
+def with_(context: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """``context`` and settings such as ``activations__observer="mse"``."""
+    return {**context, **{f"quantization.{k.replace('__', '.')}": v for k, v in settings.items()}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One changed value: ``refused`` is the expected message, None where the result must change."""
+
+    value: Any
+    context: tuple[tuple[str, str], ...]
+    refused: str | None = None
+    model: str = "clip"
+
+
+def changes(value: Any, context: dict[str, Any] = NONE, model: str = "clip") -> Case:
+    return Case(value, tuple((k, json.dumps(v)) for k, v in context.items()), None, model)
+
+
+def refused(value: Any, message: str, context: dict[str, Any] = NONE) -> Case:
+    return Case(value, tuple((k, json.dumps(v)) for k, v in context.items()), message)
+
+
+def unread(value: Any, context: dict[str, Any] = NONE) -> Case:
+    return refused(value, "has no effect", context)
+
+
+TABLE: dict[str, list[Case]] = {
+    "weights.bits": [changes(4)],
+    "weights.granularity": [changes("per_tensor")],
+    "weights.observer": [changes("mse"), unread("mse", with_(NONE, methods=["rtn"]))],
+    "weights.symmetric": [changes(False), unread(False, with_(NONE, methods=["ptq4vit"]))],
+    "activations.bits": [changes(4)],
+    "activations.mode": [changes("dynamic"), unread("dynamic", with_(NONE, methods=["rtn"]))],
+    "activations.granularity": [
+        changes("per_token", DYNAMIC),
+        refused("per_token", "needs activations.mode='dynamic'"),
+    ],
+    "activations.symmetric": [changes(False), unread(False, with_(NONE, methods=["oracle"]))],
+    "activations.observer": [
+        changes("mse"),
+        unread("mse", DYNAMIC),
+        *(unread("moving_average", with_(NONE, methods=[m])) for m in ("rtn", "mse", "percentile", "repq_vit")),
+    ],
+    "activations.percentile": [
+        changes(90.0, with_(NONE, activations__observer="percentile")),
+        unread(90.0),
+        unread(90.0, with_(NONE, methods=["percentile"])),
+    ],
+    "activations.momentum": [
+        changes(0.1, with_({**NONE, "data.batch_size": 1}, activations__observer="moving_average")),
+        unread(0.1),
+    ],
+    "activations.outlier_tokens": [changes("per_token"), unread("per_token", with_(NONE, methods=["gptq"]))],
+    "activations.outlier_ratio": [changes(1.05, with_(NONE, activations__outlier_tokens="per_token")), unread(1.05)],
+    "activations.post_activation": [changes("twin"), unread("twin", with_(NONE, methods=["gptq"]))],
+    "activations.mlp_out_offset": [unread(True)],
+    "activations.mlp_out_hadamard": [changes(True), unread(True, with_(NONE, methods=["gptq"]))],
+    "attention.quantize": [changes(True)],
+    "attention.bits": [changes(4, ATTENTION), unread(4)],
+    "attention.symmetric": [changes(False, ATTENTION), unread(False)],
+    "attention.granularity": [changes("per_head", ATTENTION), unread("per_head")],
+    "attention.probabilities": [changes("log2", ATTENTION), unread("log2")],
+    "attention.observer": [changes("mse", ATTENTION), unread("mse")],
+    "registers.mode": [changes("none", {})],
+    "registers.blocks": [changes([0, 1], FIXED), refused([1], "contradicts registers.mode='none'")],
+    "registers.num_registers": [
+        refused(2, "Mining gives one register per block", FIXED),
+        unread(2),
+        unread(2, SEARCH),
+    ],
+    "registers.num_copies": [changes(3.0, FIXED), unread(3.0), unread(8.0, SEARCH)],
+    "registers.kv_mode": [changes("isolated", FIXED), changes("isolated", SEARCH), unread("isolated")],
+    "deletion.block": [changes(0, DELETION), unread(1), unread(1, SEARCH)],
+    "deletion.count": [changes(2, DELETION), refused(2, "found by the search", with_(SEARCH, deletion__block=1))],
+    "deletion.score": [changes("l2", DELETION), unread("l2")],
+    "deletion.rule": [changes("threshold", DELETION), unread("threshold")],
+    "deletion.kappa": [changes(1.3, THRESHOLD), unread(1.3), unread(1.3, DELETION), unread(1.3, SEARCH)],
+    "deletion.fill": [changes("none", DELETION), unread("none")],
+    "modules.patch_embedding": [changes(True)],
+    "modules.head": [changes(True, NONE, "clip_dual"), unread(True)],
+    "modules.ignore": [changes(["mlp.fc2"]), refused(["fc9"], "match no module")],
+    "modules.mixed_precision": [changes(["mlp.fc2"]), refused(["fc9"], "match no module")],
+    "rewrites.rotation": [unread(True)],
+    "rewrites.register_neurons": [unread(["0:1"])],
+    "search.strategy": [changes("single_token", SEARCH)],
+    "search.objective": [changes("accuracy", SEARCH, "vit_classifier")],
+    "search.sensitivity": [changes("block", SCAN), unread("block", {"search.sensitive_block": 1})],
+    "search.sensitivity_images": [changes(2, SCAN), unread(2, SEARCH)],
+    "search.sensitive_block": [changes(0, SEARCH), refused(9, "encoder has blocks 0 to 1", SEARCH)],
+    "search.score_site": [changes("fc2_input", SEARCH)],
+    "search.blocks_before": [changes(0, SEARCH), unread(0, {**SEARCH, "search.strategy": "single_token"})],
+    "search.scopes": [changes(["single"], SEARCH)],
+    "search.num_copies": [changes([3], SEARCH)],
+    "search.max_delete": [changes(2, SEARCH)],
+    "search.top_tokens": [changes(2, SEARCH), unread(2, {**SEARCH, "search.strategy": "single_token"})],
+    "search.num_candidates": [changes(2, {**SEARCH, "search.strategy": "single_token"}), unread(2, SEARCH)],
+    "search.min_gain": [changes(7.0, SEARCH)],
+    "search.noise_sigmas": [changes(99.0, SEARCH)],
+    "search.retune": [changes(True, with_(SEARCH, methods=["mse"])), unread(True, SEARCH)],
+    "search.seed": [changes(1, SEARCH), changes(1), changes(1, FIXED)],
+    "data.num_samples": [changes(6), changes(6, SEARCH)],
+    "data.calibration_fraction": [changes(0.7), changes(0.7, SEARCH)],
+    "data.confirm_fraction": [changes(0.7, SEARCH)],
+    "data.batch_size": [changes(1, with_(NONE, activations__observer="moving_average"))],
+    "data.num_report": [changes(3, {"data.num_samples": 4, "data.num_report": 2})],
+}
+W4 = {**NONE, "quantization.weights.bits": 4, "quantization.activations.bits": 4}
+PARAMETERS: dict[str, dict[str, list[Case]]] = {
+    "percentile": {"percentile": [changes(90.0)]},
+    "output_mse": {"candidates": [changes(7, W4)], "max_tokens": [changes(8, W4)]},
+    "oracle": {"outlier_ratio": [changes(1.05)]},
+    "ptq4vit": {
+        "candidates": [changes(7, W4)],
+        "low": [changes(0.3, W4)],
+        "high": [changes(0.9, W4)],
+        "rounds": [changes(1, W4)],
+        "twin": [changes(False, W4)],
+        "weight_granularity": [changes("per_channel", W4)],
+        "draws": [changes(2, W4)],
+        "max_images": [changes(1, W4)],
+        "max_tokens": [changes(8, W4)],
+        "product_images": [changes(1, with_(W4, attention__quantize=True)), unread(1, W4)],
+        "seed": [changes(1, W4)],
+    },
+    "repq_vit": {"max_tokens": [changes(8, W4)]},
+    "noisyquant": {
+        "shifts": [changes(3, W4)],
+        "draws": [changes(9, {**W4, "parameters": {"skip_by_prediction": False}})],
+        "ranges": [changes(3, W4)],
+        "skip_by_prediction": [changes(False, W4)],
+        "max_tokens": [changes(8, W4)],
+        "seed": [changes(1, W4)],
+    },
+    "smoothquant": {
+        "alphas": [changes([0.3], W4)],
+        "values": [changes(False, W4)],
+        "max_tokens": [changes(8, W4)],
+    },
+    "gptq": {
+        "damping": [changes(1.0, W4)],
+        "order_by_hessian": [changes(False, W4)],
+        "token_weights": [changes("inverse_energy", W4)],
+        "max_tokens": [changes(8, W4)],
+    },
+    "rotation": {
+        "residual": [changes(False)],
+        "heads": [changes(False)],
+        "mlp": [changes(False)],
+        "seed": [changes(1)],
+    },
+    "bias_correction": {"max_tokens": [changes(8, W4)]},
+    "test_time_registers": {"variant": [changes("token", NONE, "planted")], "top_k": [changes(1, NONE, "planted")]},
+    "mixed_precision": {"layers": [changes(1)]},
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "ptq4vit": {"candidates": 20, "rounds": 2, "draws": 1, "max_images": 4, "max_tokens": 40},
+    "output_mse": {"candidates": 20, "max_tokens": 40},
+    "noisyquant": {"shifts": 8, "draws": 2, "ranges": 4, "max_tokens": 40},
+    "smoothquant": {"alphas": [0.5, 0.8], "max_tokens": 40},
+    "test_time_registers": {"top_k": 2},
+}
+
+
+def rows() -> list[Any]:
+    found = [(name, None, case) for name, cases in TABLE.items() for case in cases]
+    for method, parameters in PARAMETERS.items():
+        found += [(f"{method}.{name}", method, case) for name, cases in parameters.items() for case in cases]
+    return [pytest.param(*row, id=f"{row[0]}={row[2].value}-{i}") for i, row in enumerate(found)]
+
+
+def test_every_field_and_parameter_has_a_row() -> None:
+    parts = {**PARTS, "search": SearchConfig, "data": DataConfig}
+    assert set(TABLE) == {f"{part}.{f.name}" for part, cls in parts.items() for f in fields(cls)}
+    parameters = {name: {f.name for f in fields(cls)} for name, cls in METHODS.items()}
+    assert {name: set(row) for name, row in PARAMETERS.items()} == {n: p for n, p in parameters.items() if p}
+
+
+def recipe_of(name: str, method: str | None, case: Case, changed: bool) -> Recipe:
+    """The context, and the changed value if ``changed``."""
+    settings = {path: json.loads(text) for path, text in case.context}
+    part, _, field_name = name.partition(".")
+    fixed = settings.pop("parameters", {})
+    if method is not None:
+        parameters = {**QUICK.get(method, {}), **fixed, **({field_name: case.value} if changed else {})}
+        settings["quantization.methods"] = [{"name": method, **parameters}]
+    elif changed:
+        settings[name if part in ("search", "data") else f"quantization.{name}"] = case.value
+    data = Recipe(data=DataConfig(num_samples=8, batch_size=4)).to_dict()
+    for path, value in settings.items():
+        *parents, leaf = path.split(".")
+        node: Any = data
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = {**node[leaf], **value} if isinstance(value, dict) else value
+    return Recipe.from_dict(data)
+
+
+def model_and_pixels(name: str) -> tuple[Any, torch.Tensor]:
+    """A float model, and eight images for it."""
+    if name == "planted":  # has register neurons
+        inputs = ImageInputs(planted.load_dataset("calibration", 8), planted.build_processor())
+        return planted.build_planted_model(), next(inputs.batches(8))["pixel_values"]
+    size = {"num_hidden_layers": 2} if name != "clip_dual" else {}
+    return MODELS[name].build(**size), MODELS[name].inputs(seed=3, batch=8)["pixel_values"]
+
+
+@cache
+def outcome(model_name: str, recipe_text: str, folder: Path) -> str:
+    """Fingerprint of everything that a recipe gives, but the config."""
+    recipe = Recipe.from_dict(json.loads(recipe_text))
+    model, pixels = model_and_pixels(model_name)
+    items = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(pixels)]
+    work = folder / hashlib.sha256((model_name + recipe_text).encode()).hexdigest()[:16]
+    run = run_plan(model, ReferenceImages(items), QuantizationPlan.of(recipe), work_dir=work, progress=False)
+    digest = hashlib.sha256(json.dumps(run.quantized.measured, sort_keys=True).encode())
+    for name, tensor in run.quantized.model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    with torch.no_grad():
+        output = find_tower(run.quantized.model).module(pixels[:3] * 1.1).last_hidden_state
+    digest.update(output.contiguous().numpy().tobytes())
+    if run.fit is not None:
+        record = {
+            **run.fit.to_dict(),
+            "seconds": None,
+            "scores": json.loads((work / "search.json").read_text())["scores"],
+        }
+        digest.update(json.dumps(record, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.mark.parametrize(("name", "method", "case"), rows())
+def test_a_changed_setting_changes_the_result_or_is_refused(
+    name: str, method: str | None, case: Case, folder: Path
+) -> None:
+    if case.refused is not None:
+        with pytest.raises(ValueError, match=case.refused) as error:
+            outcome(case.model, json.dumps(recipe_of(name, method, case, True).to_dict()), folder)
+        if case.refused == "has no effect":
+            assert str(error.value).startswith(name)
+        return
+    before, after = (recipe_of(name, method, case, changed) for changed in (False, True))
+    assert before != after, "the table must change the value"
+    if name == "data.num_report":
+        counts = [len(open_source("planted-outlier", None, recipe).report_images) for recipe in (before, after)]
+        assert counts == [2, 3]
+        return
+    first, second = (outcome(case.model, json.dumps(recipe.to_dict()), folder) for recipe in (before, after))
+    assert first != second, f"{name}={case.value!r} changed nothing"
