@@ -106,12 +106,6 @@ def _heading(axes: Any, x: float, y: float, title: str, subtitle: str) -> None:
 
 def _text(axes: Any, at: tuple[float, float], text: str, colour: str, size: float, **style: str) -> None:
     weight, align = style.get("weight", "normal"), style.get("align", "left")
-    axes.text(x, y - 0.7, title, color=INK, fontsize=15, fontweight="bold")
-    axes.text(x, y - 3.9, subtitle, color=GREY, fontsize=10)
-
-
-def _text(axes: Any, x: float, y: float, text: str, colour: str, size: float, *, weight: str = "normal",
-          align: str = "left") -> None:  # fmt: skip
     axes.text(*at, text, color=colour, fontsize=size, fontweight=weight, ha=align, va="center", linespacing=1.35)
 
 
