@@ -17,7 +17,7 @@ from optimum_regcache.data.reference import planted
 from optimum_regcache.kernels.onednn import machine_reason
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import quant_linears
-from optimum_regcache.methods import METHODS, build_methods, quantize_with, resolve, without_methods
+from optimum_regcache.methods import METHODS, build_methods, quantize_with, resolve
 from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
 from optimum_regcache.methods.base import linear_groups
 from optimum_regcache.methods.mixed_precision import MixedPrecision
@@ -178,7 +178,7 @@ def test_round_trip_is_bit_exact(tiny: TinyModel, pipeline: Any, attention: bool
 
 @every_pipeline
 def test_plain_scales_and_weights_run_in_integers_and_the_others_say_so(pipeline: Any) -> None:
-    result = fitted(CLIP, config(pipeline, bits=8, deletion={"count": 0}))
+    result = fitted(CLIP, config(pipeline, bits=8, deletion={"block": None, "count": 0}))
     set_backend(result.model, "simulated")
     simulated = CLIP.run(result.model)
     if result.config.simulated_reason is not None:
@@ -241,45 +241,6 @@ def test_the_command_line_quantizes_with_methods(
     with pytest.raises(SystemExit):
         command("--method", "mse", "rtn", "--output", str(tmp_path))
     assert "rtn and mse both decide the input scales" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (
-            {"rewrites": {"rotation": True}},
-            r"rewrites\.rotation=True has no effect: methods set it, and none of those given",
-        ),
-        (
-            {"rewrites": {"register_neurons": ["0:1"]}},
-            r"rewrites\.register_neurons=\['0:1'\] has no effect: methods set it",
-        ),
-        (
-            {"activations": {"mlp_out_hadamard": True}},
-            r"activations\.mlp_out_hadamard=True has no effect: methods set it",
-        ),
-        ({"activations": {"outlier_tokens": "per_token"}}, r"activations\.outlier_tokens='per_token' has no effect"),
-        (
-            {"activations": {"observer": "mse"}},
-            r"observer='mse' has no effect: the method rtn sets it to 'minmax'",
-        ),
-    ],
-)
-def test_what_other_methods_set_is_refused(parts: Any, message: str) -> None:
-    """A saved recipe whose methods are edited: rewrites and forms belong to the methods that set them."""
-    with pytest.raises(ValueError, match=message + r".*choose other methods than \['rtn'\]\."):
-        resolve(config(["rtn"], **parts))
-
-
-@every_pipeline
-def test_methods_take_with_them_what_they_set(pipeline: Any) -> None:
-    plain = config([])
-    assert without_methods(resolve(config(pipeline)).config) == plain
-
-
-def test_what_a_method_found_before_is_looked_for_again() -> None:
-    found = config(["mixed_precision"], modules={"mixed_precision": ["mlp.fc2"]})
-    assert resolve(found).config.modules.mixed_precision == ()
 
 
 def test_mixed_precision_layers_of_a_dual_model_are_found_in_its_tower_alone(tmp_path: Path) -> None:
@@ -346,7 +307,9 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     from optimum_regcache.methods.base import PipelineState
     from optimum_regcache.methods.noisyquant import _install
 
-    plain = config([{"name": "noisyquant", **QUICK["noisyquant"]}], activations={"bits": 16}, deletion={"count": 0})
+    plain = config(
+        [{"name": "noisyquant", **QUICK["noisyquant"]}], activations={"bits": 16}, deletion={"block": None, "count": 0}
+    )
     result = fitted(CLIP, plain)
     for _, layer in quant_linears(result.model):  # room for the vector, and for what calibration did not see
         layer.set_input_qparams(layer.input_scale * 2, layer.input_zero_point)

@@ -109,9 +109,10 @@ def without_methods(config: RegCacheConfig) -> RegCacheConfig:
     """``config`` without its methods and without what they had set, for others to take their place."""
     methods = build_methods(config)
     plain = _without_findings(config, methods, warn=False).replace(rewrites=RewritesConfig(), methods=())
+    defaults: dict[str, dict[str, Any]] = {}
     for part, name in _made_by(methods, config):
-        plain = plain.replace(**{part: {name: default_of(PARTS[part], name)}})
-    return plain
+        defaults.setdefault(part, {})[name] = default_of(PARTS[part], name)
+    return plain.replace(**defaults)
 
 
 def _configure(config: RegCacheConfig, methods: Sequence[Method]) -> tuple[RegCacheConfig, dict[tuple[str, str], str]]:
