@@ -44,6 +44,8 @@ def run_tower(tower: Tower, batch: Batch) -> Any:
     inputs = move(batch, tower.module)
     if tower.family.packed:
         return tower.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    if "pixel_attention_mask" in inputs:
+        inputs[tower.family.padding_mask] = inputs.pop("pixel_attention_mask")
     return tower.module(**inputs)
 
 
