@@ -42,6 +42,9 @@ _TEXT = {
     "eos_token_id": 31,
 }
 
+# before transformers 5.6 CLIPVisionModel and its relatives hold their tower under this name
+TOWER_INSIDE = "vision_model" if hasattr(hf.models.clip.modeling_clip, "CLIPVisionTransformer") else ""
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -157,8 +160,10 @@ _LABELS = {"num_labels": 5}
 TOWERS: dict[str, TinyModel] = {
     m.name: m
     for m in (
-        TinyModel("clip", _config(hf.CLIPVisionConfig, **_VISION), hf.CLIPVisionModel, image_inputs),
-        TinyModel("siglip", _config(hf.SiglipVisionConfig, **_VISION), hf.SiglipVisionModel, image_inputs, lead=0),
+        TinyModel("clip", _config(hf.CLIPVisionConfig, **_VISION), hf.CLIPVisionModel, image_inputs, TOWER_INSIDE),
+        TinyModel(
+            "siglip", _config(hf.SiglipVisionConfig, **_VISION), hf.SiglipVisionModel, image_inputs, TOWER_INSIDE, lead=0
+        ),
         TinyModel(
             "siglip2",
             _config(
@@ -166,6 +171,7 @@ TOWERS: dict[str, TinyModel] = {
             ),
             hf.Siglip2VisionModel,
             siglip2_inputs,
+            TOWER_INSIDE,
             lead=0,
         ),
         TinyModel("dinov2", _config(hf.Dinov2Config, **_DINOV2), hf.Dinov2Model, image_inputs),

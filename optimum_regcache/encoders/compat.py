@@ -62,6 +62,17 @@ def share_checkpoint_conversion(new_class: str, native_class: type[PreTrainedMod
             return
 
 
+def accept_bare_names(model: PreTrainedModel, tower: str) -> None:
+    """Let ``model``, which is no more than its vision tower, load checkpoints whose names leave that part out.
+
+    Args:
+        model: about to be loaded.
+        tower: the tower's name in it, "" since transformers 5.6; before, files name it and those of later releases need not.
+    """
+    if tower and [name for name, _ in model.named_children()] == [tower]:
+        model.base_model_prefix = tower  # transformers adds it to names that are unknown without it
+
+
 def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
     """Names in ``model`` under which `from_pretrained` would load the checkpoint tensors called ``names``.
 

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.config.effects import require_effect
-from optimum_regcache.encoders.compat import loaded_key_names, mark_quantized
+from optimum_regcache.encoders.compat import accept_bare_names, loaded_key_names, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
 from optimum_regcache.hub.dequantize import dequantize_modules
@@ -66,6 +66,7 @@ class RegCacheHfQuantizer(HfQuantizer):
             return model
         quantize_modules(model, self.quantization_config, empty=True)
         install_structure(model, self.quantization_config)
+        accept_bare_names(model, find_tower(model).name)
         _check_files(_checkpoint_files(model, kwargs), model)
         return model
 
