@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help='the whole suite instead of the tests marked "core"')
     parser.add_argument("--again", action="store_true", help="repeat results that are there already")
     parser.add_argument("--jobs", type=int, default=2, help="test processes")
+    parser.add_argument("--discard", action="store_true", help="delete every environment after its last line")
     parser.add_argument(
         "--work", type=Path, default=ROOT / ".version-matrix", help="environments; can be deleted any time"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +19,13 @@ CORE = {
         "quantizer", "register_cache", "registers", "surgery", "versions",
     )
 }  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m core`` other files are not even imported: they may need packages that an environment lacks."""
+    wanted = re.match(r"core\b", config.getoption("markexpr") or "") is not None
+    name = collection_path.name
+    return True if wanted and name.startswith("test_") and name.endswith(".py") and name not in CORE else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ much wider than transformers initialises them, so that attention is far from uni
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ _TEXT = {
 
 # before transformers 5.6 CLIPVisionModel and its relatives hold their tower under this name
 TOWER_INSIDE = "vision_model" if hasattr(hf.models.clip.modeling_clip, "CLIPVisionTransformer") else ""
+TOWER_PREFIX = f"{TOWER_INSIDE}." if TOWER_INSIDE else ""
 
 Inputs = dict[str, torch.Tensor]
 
@@ -162,7 +164,12 @@ TOWERS: dict[str, TinyModel] = {
     for m in (
         TinyModel("clip", _config(hf.CLIPVisionConfig, **_VISION), hf.CLIPVisionModel, image_inputs, TOWER_INSIDE),
         TinyModel(
-            "siglip", _config(hf.SiglipVisionConfig, **_VISION), hf.SiglipVisionModel, image_inputs, TOWER_INSIDE, lead=0
+            "siglip",
+            _config(hf.SiglipVisionConfig, **_VISION),
+            hf.SiglipVisionModel,
+            image_inputs,
+            TOWER_INSIDE,
+            lead=0,
         ),
         TinyModel(
             "siglip2",
@@ -288,6 +295,13 @@ DINOV2_BACKBONE = TinyModel(
     image_inputs,
     output="feature_maps",
 )
+
+
+def run_block(block: Any, states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Output of a block without a mask; not every release's blocks take one."""
+    if "attention_mask" in inspect.signature(block.forward).parameters:
+        kwargs["attention_mask"] = None
+    return block(states, **kwargs)
 
 
 def random_cache(

@@ -79,12 +79,17 @@ class EncoderFamily:
     def current_name(self, path: str) -> str:
         """What the newest layout of this family calls the module ``path`` (relative to the tower). Patterns are matched with
         that name, so that a recipe or checkpoint means the same with every release of transformers."""
-        newest = next(row for row in FAMILIES if row.name == self.name)
+        newest = self.newest_layout
         if newest is self or not path.startswith(f"{self.blocks}."):
             return path
         number, _, rest = path.removeprefix(f"{self.blocks}.").partition(".")
         here, there = self._block_parts(), newest._block_parts()
         return f"{newest.blocks}.{number}.{dict(zip(here, there, strict=True)).get(rest, rest)}"
+
+    @property
+    def newest_layout(self) -> EncoderFamily:
+        """The row of this family for the newest release of transformers."""
+        return next(row for row in FAMILIES if row.name == self.name)
 
     def _block_parts(self) -> tuple[str, ...]:
         attention = (f"{self.attention}.{name}" for name in (*self.projections, self.out))

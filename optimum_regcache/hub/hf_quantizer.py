@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -38,6 +39,7 @@ class RegCacheHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: RegCacheConfig
+    _shapes: dict[str, torch.Size] = {}  # noqa: RUF012 (replaced, never changed)
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -68,10 +70,13 @@ class RegCacheHfQuantizer(HfQuantizer):
         install_structure(model, self.quantization_config)
         accept_bare_names(model, find_tower(model).name)
         _check_files(_checkpoint_files(model, kwargs), model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            _check_shapes(model, self._shapes)
+        else:
             validate_positions(model, self.quantization_config)
             prepare_tower(model)
             quantize_modules(model, self.quantization_config)
@@ -180,6 +185,22 @@ def _check_files(paths: list[Path], model: Any) -> None:
         raise ValueError(
             f"The checkpoint is incomplete: {', '.join(missing[:8])}{more} missing. Download it again, or quantize the model "
             "again."
+        )
+
+
+def _check_shapes(model: Any, shapes: dict[str, torch.Size]) -> None:
+    """Most releases of transformers load a tensor of any shape into a quantized model.
+
+    Raises:
+        ValueError: a tensor has not the shape that the config promises.
+    """
+    bad = [(name, t.shape) for name, t in model.state_dict().items() if name in shapes and t.shape != shapes[name]]
+    if bad:
+        name, found = bad[0]
+        raise ValueError(
+            f"The checkpoint is damaged or belongs to another config: {', '.join(n for n, _ in bad[:8])}"
+            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} of another shape ({name}: expected "
+            f"{list(shapes[name])}, got {list(found)}). Download it again, or quantize the model again."
         )
 
 
