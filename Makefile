@@ -3,18 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# the lower bound of setup.cfg for torch, 2.9, is several GB with CUDA: OLDEST="torch==2.9.1 transformers==5.4.0" tests it
+OLDEST ?= torch==2.13.0 transformers==5.4.0
 OUT ?= regcache-out
 # the extra "docs" of setup.cfg, without the package and its requirements
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo test slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo test oldest slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
 # two processes; the tests of one file stay together
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# what shows that a combination of versions works, with the oldest transformers, in an environment of its own
+oldest: $(VENV)-oldest/ready
+	$(VENV)-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "core and not slow"
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow
@@ -53,10 +59,16 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
+$(VENV)-oldest/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST)
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) -e ".[test]"
+	touch $@
+
 $(VENV)-docs/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_TOOLS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs site $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-oldest .version-matrix site $(OUT) build dist *.egg-info

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimum_regcache.config import (
+from optimum_regcache.encoders.versions import check_transformers
+
+check_transformers()  # before anything that an old release lacks is imported
+
+from optimum_regcache.config import (  # noqa: E402
     ActivationsConfig,
     DeletionConfig,
     ModulesConfig,
@@ -16,8 +20,8 @@ from optimum_regcache.config import (
     RegistersConfig,
     WeightsConfig,
 )
-from optimum_regcache.hub.hf_quantizer import register
-from optimum_regcache.registers import RegisterCache
+from optimum_regcache.hub.hf_quantizer import register  # noqa: E402
+from optimum_regcache.registers import RegisterCache  # noqa: E402
 
 if TYPE_CHECKING:
     from optimum_regcache.config.recipe import Recipe, SearchConfig

@@ -6,6 +6,7 @@ much wider than transformers initialises them, so that attention is far from uni
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ _TEXT = {
     "bos_token_id": 30,
     "eos_token_id": 31,
 }
+
+# before transformers 5.6 CLIPVisionModel and its relatives hold their tower under this name
+TOWER_INSIDE = "vision_model" if hasattr(hf.models.clip.modeling_clip, "CLIPVisionTransformer") else ""
+TOWER_PREFIX = f"{TOWER_INSIDE}." if TOWER_INSIDE else ""
 
 Inputs = dict[str, torch.Tensor]
 
@@ -157,8 +162,15 @@ _LABELS = {"num_labels": 5}
 TOWERS: dict[str, TinyModel] = {
     m.name: m
     for m in (
-        TinyModel("clip", _config(hf.CLIPVisionConfig, **_VISION), hf.CLIPVisionModel, image_inputs),
-        TinyModel("siglip", _config(hf.SiglipVisionConfig, **_VISION), hf.SiglipVisionModel, image_inputs, lead=0),
+        TinyModel("clip", _config(hf.CLIPVisionConfig, **_VISION), hf.CLIPVisionModel, image_inputs, TOWER_INSIDE),
+        TinyModel(
+            "siglip",
+            _config(hf.SiglipVisionConfig, **_VISION),
+            hf.SiglipVisionModel,
+            image_inputs,
+            TOWER_INSIDE,
+            lead=0,
+        ),
         TinyModel(
             "siglip2",
             _config(
@@ -166,6 +178,7 @@ TOWERS: dict[str, TinyModel] = {
             ),
             hf.Siglip2VisionModel,
             siglip2_inputs,
+            TOWER_INSIDE,
             lead=0,
         ),
         TinyModel("dinov2", _config(hf.Dinov2Config, **_DINOV2), hf.Dinov2Model, image_inputs),
@@ -282,6 +295,13 @@ DINOV2_BACKBONE = TinyModel(
     image_inputs,
     output="feature_maps",
 )
+
+
+def run_block(block: Any, states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Output of a block without a mask; not every release's blocks take one."""
+    if "attention_mask" in inspect.signature(block.forward).parameters:
+        kwargs["attention_mask"] = None
+    return block(states, **kwargs)
 
 
 def random_cache(

@@ -9,6 +9,13 @@ import numpy as np
 import torch
 
 
+def part(attention: torch.nn.Module, role: str) -> torch.nn.Module:
+    """A projection of an attention module (``query``, ``key``, ``value``, ``out``), whatever this release calls it."""
+    names = {"out": ("out_proj", "o_proj", "output.dense")}.get(role, (f"{role[0]}_proj", f"attention.{role}"))
+    modules = dict(attention.named_modules())
+    return next(modules[name] for name in names if name in modules)
+
+
 def epilogue_attention(
     attention: Any,
     hidden: torch.Tensor,
@@ -32,7 +39,7 @@ def epilogue_attention(
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (keys.shape[0], keys.shape[2])).transpose(1, 2)
 
-    q, k, v = (heads(getattr(attention, f"{name}_proj")(hidden)) for name in "qkv")
+    q, k, v = (heads(part(attention, name)(hidden)) for name in ("query", "key", "value"))
     if angles is not None:
         q, k = (rotated(x, *angles) for x in (q, k))
     scale = 1 / math.sqrt(keys.shape[2])
@@ -42,8 +49,7 @@ def epilogue_attention(
     log_sum_exp = logits.logsumexp(-1, keepdim=True)
     p = torch.sigmoid((q * keys).sum(-1, keepdim=True) * scale + math.log(tau) - log_sum_exp)
     output = (1 - p) * (logits.softmax(-1) @ v) + p * values
-    out = getattr(attention, "out_proj", None) or attention.o_proj
-    return out(output.transpose(1, 2).flatten(2))
+    return part(attention, "out")(output.transpose(1, 2).flatten(2))
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -335,7 +335,8 @@ def test_what_fuse_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fused"), [*((name, name != "dinov3") for name in models.TOWERS), ("clip", False), ("dinov2_swiglu", False)]
+    ("name", "fused"),
+    [*((name, name != "dinov3") for name in models.TOWERS), ("clip", False), ("dinov2_swiglu", False)],
 )
 def test_int8_compiles_into_one_graph_for_all_batch_sizes(name: str, fused: bool) -> None:
     tiny = models.TOWERS[name]

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import BLOCKS, HEAD_DIM, HEADS, MODELS, TOWERS, TinyModel, random_cache
-from references import epilogue_attention
+from models import (
+    BLOCKS,
+    HEAD_DIM,
+    HEADS,
+    MODELS,
+    TOWER_INSIDE,
+    TOWER_PREFIX,
+    TOWERS,
+    TinyModel,
+    random_cache,
+)
+from references import epilogue_attention, part
 from torch import nn
 
 from optimum_regcache import DeletionConfig, RegisterCache
@@ -34,9 +44,15 @@ def everything(tiny: TinyModel, model: Any) -> list[torch.Tensor]:
     with torch.no_grad():
         output = model(**tiny.inputs(), output_hidden_states=True, output_attentions=True)
     output = output.get("vision_model_output", output)
-    assert len(output.hidden_states) == BLOCKS + 1
-    assert len(output.attentions) == BLOCKS
+    if not (TOWER_INSIDE and tiny.name == "siglip_dual"):  # releases before 5.6 collect nothing there
+        assert len(output.hidden_states) == BLOCKS + 1
+        assert len(output.attentions) == BLOCKS
     return [t for v in output.values() for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, torch.Tensor)]
+
+
+def first(output: Any) -> torch.Tensor:
+    """The attention module's result; before the weights, if it returns those too."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def content(tiny: TinyModel, output: torch.Tensor) -> torch.Tensor:
@@ -96,7 +112,7 @@ def test_one_biased_row_equals_tau_rows_equals_epilogue(tiny: TinyModel, impleme
         attention = find_tower(biased).attention(index)
 
         def note(module: Any, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            seen[index] = args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"), output[0]
+            seen[index] = args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"), first(output)
 
         attention.register_forward_hook(note, with_kwargs=True)
     for model in (biased, repeated):
@@ -125,9 +141,9 @@ def test_large_logit_bias_leaves_only_the_register(tiny: TinyModel) -> None:
     cache = random_cache((3,), num_copies=1e30)
     model = with_registers(tiny, cache)
     attention, seen = find_tower(model).attention(3), []
-    attention.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    attention.register_forward_hook(lambda module, args, output: seen.append(first(output)))
     tiny.run(model)
-    out = getattr(attention, "out_proj", None) or attention.o_proj
+    out = part(attention, "out")
     with torch.no_grad():
         expected = out(cache.rows(3)[1].flatten())
     torch.testing.assert_close(seen[0], expected.expand_as(seen[0]), rtol=1e-5, atol=1e-5)
@@ -277,7 +293,9 @@ def test_registers_are_ordinary_buffers_in_the_model_dtype() -> None:
     model = CLIP.build().to(torch.bfloat16)
     set_registers(model, cache)
     names = [n for n in model.state_dict() if "register" in n]
-    assert names == [f"encoder.layers.{b}.self_attn.register_{kind}" for b in (1, 3) for kind in ("key", "value")]
+    assert names == [
+        f"{TOWER_PREFIX}encoder.layers.{b}.self_attn.register_{kind}" for b in (1, 3) for kind in ("key", "value")
+    ]
     stored = get_register_cache(model)
     assert (stored.blocks, stored.num_registers, stored.num_copies) == ((1, 3), 2, 2.5)
     for b in stored.blocks:
@@ -309,7 +327,7 @@ def test_new_registers_replace_old_ones() -> None:
 
 def test_set_registers_errors() -> None:
     model = CLIP.build()
-    with pytest.raises(ValueError, match="The register cache is for 6 blocks, CLIPVisionModel has 4"):
+    with pytest.raises(ValueError, match=r"The register cache is for 6 blocks, CLIPVision\w+ has 4"):
         set_registers(model, random_cache(num_blocks=6))
     for heads, width in ((2, HEAD_DIM), (HEADS, 8)):
         rows = {1: torch.zeros(heads, 1, width)}

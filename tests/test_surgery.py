@@ -64,7 +64,8 @@ def test_missing_qparams_are_an_error_unless_dynamic() -> None:
     model = CLIP.build()
     quantize_modules(model, config())
     message = (
-        r"No activation statistics for encoder\.layers\.0\.mlp\.fc2: the calibration batches never reached it\. Check "
+        r"No activation statistics for (vision_model\.)?encoder\.layers\.0\.mlp\.fc2: the calibration batches never reached "
+        r"it\. Check "
         r"modules\.ignore and the calibration data\."
     )
     with pytest.raises(ValueError, match=message):

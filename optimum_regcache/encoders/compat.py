@@ -1,4 +1,5 @@
-"""The only file that touches names of transformers that are not public. Checked against the pinned version range."""
+"""The only file that touches names of transformers that are not public, and the only one that knows how they differ between
+releases (5.4 to 5.24). What can be probed is probed; version numbers are not asked."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ import torch
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import output_capturing
+from transformers.utils import logging, output_capturing
+
+from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, requirement
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 EXPORT_ATTENTION = "regcache_export"  # registered by export/onnx.py, in use while a model is traced
@@ -57,20 +62,45 @@ def share_checkpoint_conversion(new_class: str, native_class: type[PreTrainedMod
             return
 
 
+def accept_bare_names(model: PreTrainedModel, tower: str) -> None:
+    """Let ``model``, which is no more than its vision tower, load checkpoints whose names leave that part out.
+
+    Args:
+        model: about to be loaded.
+        tower: the tower's name in it, "" since transformers 5.6; before, files name it and those of later releases need not.
+    """
+    if tower and [name for name, _ in model.named_children()] == [tower]:
+        model.base_model_prefix = tower  # transformers adds it to names that are unknown without it
+
+
 def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
-    """Names in ``model`` under which `from_pretrained` would load the checkpoint tensors called ``names``."""
+    """Names in ``model`` under which `from_pretrained` would load the checkpoint tensors called ``names``.
+
+    Raises:
+        ValueError: this release of transformers renames in a way that is not known here.
+    """
+    try:
+        return _loaded_key_names(model, names)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            "The checkpoint cannot be checked for missing tensors: this release of transformers renames tensors in a way "
+            f'that is not known here ({error}). Install a tested one: pip install "{requirement("transformers")}" (tested: '
+            f"{' to '.join(TESTED_TRANSFORMERS)})."
+        ) from error
+
+
+def _loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
     target: Any = model
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state, found = model.state_dict(), set()
+    rename = core_model_loading.rename_source_key  # by position: the name of the prefix argument differs
     for name in names:
-        renamed, pattern = core_model_loading.rename_source_key(
-            name, renamings, converters, target.base_model_prefix, state
-        )
+        renamed, pattern = rename(name, renamings, converters, target.base_model_prefix, state)
         if renamed not in state and name in state:
-            renamed, pattern = core_model_loading.rename_source_key(name, [], [], target.base_model_prefix, state)
+            renamed, pattern = rename(name, [], [], target.base_model_prefix, state)
         if pattern is None:
             found.add(renamed)
         else:  # one stored tensor becomes several
@@ -91,8 +121,12 @@ def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:
 
 
 def attention_weights_wanted() -> bool:
-    """Whether the model call under way collects attention weights (``output_attentions=True``)."""
-    collector = output_capturing._active_collector
+    """Whether the model call under way collects attention weights (``output_attentions=True``); yes where it cannot be told,
+    which costs speed (fused blocks step aside) and never a result."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None:
+        logger.warning_once("This release of transformers does not tell whether attention weights are wanted: unfused.")
+        return True
     if torch.compiler.is_compiling() and not collector.compiling:  # a context variable cannot be traced
         return False
     wanted = collector.get()

@@ -5,7 +5,7 @@ To add a family, add a row to :data:`FAMILIES` (and a subclass in ``models/`` if
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,7 @@ class EncoderFamily:
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
         rotary: query and key of patches are rotated by their position before the attention interface is called.
         packed: the patches of all images of a batch stand in one sequence [N, D], their grids in ``image_grid_thw``.
+        padding_mask: the tower's argument for the padding mask, if it takes one.
     """
 
     name: str
@@ -54,6 +55,7 @@ class EncoderFamily:
     always_mask: bool = False
     rotary: bool = False
     packed: bool = False
+    padding_mask: str = "pixel_attention_mask"
 
     def num_prefix_tokens(self, config: Any) -> int:
         """CLS plus trained registers: never deleted, never a register candidate."""
@@ -73,6 +75,25 @@ class EncoderFamily:
         attention = submodule(first, self.attention)
         names = (*self.projections, self.out)
         return attention is not None and all(submodule(attention, name) is not None for name in names)
+
+    def current_name(self, path: str) -> str:
+        """What the newest layout of this family calls the module ``path`` (relative to the tower). Patterns are matched with
+        that name, so that a recipe or checkpoint means the same with every release of transformers."""
+        newest = self.newest_layout
+        if newest is self or not path.startswith(f"{self.blocks}."):
+            return path
+        number, _, rest = path.removeprefix(f"{self.blocks}.").partition(".")
+        here, there = self._block_parts(), newest._block_parts()
+        return f"{newest.blocks}.{number}.{dict(zip(here, there, strict=True)).get(rest, rest)}"
+
+    @property
+    def newest_layout(self) -> EncoderFamily:
+        """The row of this family for the newest release of transformers."""
+        return next(row for row in FAMILIES if row.name == self.name)
+
+    def _block_parts(self) -> tuple[str, ...]:
+        attention = (f"{self.attention}.{name}" for name in (*self.projections, self.out))
+        return (*attention, *self.mlp_in, *self.mlp_out)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -142,10 +163,35 @@ FAMILIES: tuple[EncoderFamily, ...] = (
     ),
 )  # fmt: skip
 
+_OLD_PROJECTIONS = ("attention.query", "attention.key", "attention.value")
+_OLD_VIT: dict[str, Any] = {
+    **_VIT,
+    "projections": _OLD_PROJECTIONS,
+    "mlp_in": ("intermediate.dense",),
+    "mlp_out": ("output.dense",),
+}
+
+# layouts of earlier releases; the rows above come first
+FAMILIES += (
+    # before 5.6 the tower is a part of its model
+    replace(FAMILIES[0], towers=("CLIPVisionTransformer",)),
+    replace(FAMILIES[1], towers=("SiglipVisionTransformer",)),
+    replace(FAMILIES[2], towers=("Siglip2VisionTransformer",), padding_mask="attention_mask"),
+    # before 5.18
+    replace(FAMILIES[3], projections=_OLD_PROJECTIONS, out="output.dense"),
+    replace(FAMILIES[4], projections=_OLD_PROJECTIONS, out="output.dense"),
+    # before 5.9
+    EncoderFamily("ViT", ("ViTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT),
+    EncoderFamily("DeiT", ("DeiTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT, cls_tokens=2),
+)
+
 # linear heads on the model around the tower
 OUTER_HEADS = ("visual_projection", "classifier", "cls_classifier", "distillation_classifier")
 
 
 def supported_encoders() -> str:
     """Readable list for messages."""
-    return "; ".join(f"{f.name} ({', '.join(f.towers)})" for f in FAMILIES)
+    towers: dict[str, dict[str, None]] = {}
+    for row in FAMILIES:
+        towers.setdefault(row.name, {}).update(dict.fromkeys(row.towers))
+    return "; ".join(f"{name} ({', '.join(classes)})" for name, classes in towers.items())

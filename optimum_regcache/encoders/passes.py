@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.encoders.tower import Tower, find_tower, takes_mask
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,6 +44,8 @@ def run_tower(tower: Tower, batch: Batch) -> Any:
     inputs = move(batch, tower.module)
     if tower.family.packed:
         return tower.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    if "pixel_attention_mask" in inputs:
+        inputs[tower.family.padding_mask] = inputs.pop("pixel_attention_mask")
     return tower.module(**inputs)
 
 
@@ -60,9 +62,10 @@ def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[st
         lengths = torch.tensor([0, 1], dtype=torch.int32, device=state.device)
         return state.reshape(1, -1), {"cu_seqlens": lengths, "position_embeddings": angles}
     hidden = state.reshape(1, 1, -1)
+    given: dict[str, Any] = {"attention_mask": None} if takes_mask(tower.blocks[0]) else {}
     if tower.family.rotary:  # no patches: the token is a leading one, which is not rotated
-        return hidden, {"attention_mask": None, "position_embeddings": (state.new_empty(0, width),) * 2}
-    return hidden, {"attention_mask": None}
+        given["position_embeddings"] = (state.new_empty(0, width),) * 2
+    return hidden, given
 
 
 def image_features(model: Any, batch: Batch) -> torch.Tensor:

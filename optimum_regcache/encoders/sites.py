@@ -22,7 +22,7 @@ class Site:
         block: 0-based block, None outside the blocks.
         role: what feeds it: ``norm1`` (query, key, value), ``attention`` (output projection), ``norm2`` (MLP input),
             ``activation`` (MLP output projection), ``other``.
-        path: its name within the encoder; patterns match this.
+        path: its name within the encoder, as the newest release of transformers names it; patterns match this.
     """
 
     parent: str
@@ -47,7 +47,7 @@ def quantization_sites(
         ValueError: an ``ignore`` pattern that matches nothing.
     """
     tower = find_tower(model)
-    candidates: list[tuple[str, str, int | None]] = []  # (name relative to tower or model, kind, block)
+    candidates: list[tuple[str, str, int | None]] = []  # (name relative to the tower, kind, block)
     outer: list[str] = []
     if patch_embedding:
         candidates.append((tower.family.patch_embedding, "patch_embedding", None))
@@ -59,25 +59,25 @@ def quantization_sites(
             (path, "linear", None) for path in tower.family.head if submodule(tower.module, path) is not None
         ]
         outer = [path for path in OUTER_HEADS if tower.name and hasattr(submodule(model, path), "in_features")]
+    current = {c[0]: tower.family.current_name(c[0]) for c in candidates}
     unused = [
         p
         for p in ignore
-        if not any(matches(c[0], p) for c in candidates)
+        if not any(matches(name, p) for name in current.values())
         and not any(fnmatch(o, p) for o in (OUTER_HEADS if head else ()))
     ]
     if unused:
         raise ValueError(
             f"modules.ignore pattern{'s' if len(unused) > 1 else ''} {', '.join(unused)} match no module that would be "
-            f"quantized. Examples of names: {', '.join(c[0] for c in candidates[-4:])}."
+            f"quantized. Examples of names: {', '.join(list(current.values())[-4:])}."
         )
-    kept = [c for c in candidates if not any(matches(c[0], p) for p in ignore)]
+    kept = [c for c in candidates if not any(matches(current[c[0]], p) for p in ignore)]
     sites = []
     for path, kind, block in kept:
         full = f"{tower.name}.{path}" if tower.name else path
         parent, _, attribute = full.rpartition(".")
-        sites.append(
-            Site(parent, attribute, kind, block, "other" if block is None else _role(tower.family, path), path)
-        )
+        role = "other" if block is None else _role(tower.family, path)
+        sites.append(Site(parent, attribute, kind, block, role, current[path]))
     sites += [Site("", path, "linear", None, path=path) for path in outer if not any(fnmatch(path, p) for p in ignore)]
     return sites
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,11 @@ def find_tower(model: nn.Module) -> Tower:
         f"{type(model).__name__} contains no supported vision encoder. Supported: {supported_encoders()}. "
         "They may also be the vision tower of a larger model."
     )
+
+
+def takes_mask(block: nn.Module) -> bool:
+    """Whether the forward of a block has an argument ``attention_mask``."""
+    return "attention_mask" in inspect.signature(block.forward).parameters
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -15,8 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.config.effects import require_effect
-from optimum_regcache.encoders.compat import loaded_key_names, mark_quantized
+from optimum_regcache.encoders.compat import accept_bare_names, loaded_key_names, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
 from optimum_regcache.hub.dequantize import dequantize_modules
 from optimum_regcache.hub.structure import check_complete, install_structure, validate_positions
 from optimum_regcache.layers.install import quantize_modules
@@ -37,6 +39,7 @@ class RegCacheHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: RegCacheConfig
+    _shapes: dict[str, torch.Size] = {}  # noqa: RUF012 (replaced, never changed)
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -52,16 +55,28 @@ class RegCacheHfQuantizer(HfQuantizer):
             self.requires_calibration = False
         super().__init__(quantization_config, **kwargs)
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called before anything is loaded.
+
+        Raises:
+            ImportError: a package is missing or too old; names it and the pip command.
+        """
+        check_environment()
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             return model
         quantize_modules(model, self.quantization_config, empty=True)
         install_structure(model, self.quantization_config)
-        _check_files(kwargs.get("checkpoint_files"), model)
+        accept_bare_names(model, find_tower(model).name)
+        _check_files(_checkpoint_files(model, kwargs), model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            _check_shapes(model, self._shapes)
+        else:
             validate_positions(model, self.quantization_config)
             prepare_tower(model)
             quantize_modules(model, self.quantization_config)
@@ -104,7 +119,31 @@ def _image_user(config: RegCacheConfig) -> str | None:
     return "modules.mixed_precision" if config.modules.mixed_precision else None
 
 
-def _check_files(files: Any, model: Any) -> None:
+def _checkpoint_files(model: Any, given: dict[str, Any]) -> list[Path]:
+    """The safetensors files that are about to be loaded; empty where the weights come from elsewhere.
+
+    Args:
+        model: that is being loaded.
+        given: keyword arguments of the hook. transformers 5.4 to 5.24 pass ``checkpoint_files``; a release that does not is
+            no reason to skip the check, so the checkpoint's own folder is looked up then.
+
+    Raises:
+        ValueError: the files cannot be found, so that damage could not be noticed.
+    """
+    if "checkpoint_files" in given:
+        return [Path(f) for f in given["checkpoint_files"] or () if str(f).endswith(".safetensors")]
+    folder = Path(str(getattr(model.config, "_name_or_path", "") or ""))
+    found = sorted(folder.glob("*.safetensors")) if folder.name and folder.is_dir() else []
+    if not found:
+        raise ValueError(
+            "The checkpoint cannot be checked for missing tensors: this release of transformers does not say which files it "
+            "loads. Download the checkpoint and give from_pretrained the folder, or install a tested release: "
+            f'pip install "{requirement("transformers")}" (tested: {" to ".join(TESTED_TRANSFORMERS)}).'
+        )
+    return found
+
+
+def _check_files(paths: list[Path], model: Any) -> None:
     """Compare the names in the checkpoint with those that the config promises, after transformers' own renaming.
 
     Transformers would only warn about a missing tensor and initialise it at random.
@@ -114,7 +153,6 @@ def _check_files(files: Any, model: Any) -> None:
     """
     from safetensors import safe_open
 
-    paths = [Path(f) for f in files or () if str(f).endswith(".safetensors")]
     if not paths:
         return
     names: list[str] = []
@@ -147,6 +185,22 @@ def _check_files(files: Any, model: Any) -> None:
         raise ValueError(
             f"The checkpoint is incomplete: {', '.join(missing[:8])}{more} missing. Download it again, or quantize the model "
             "again."
+        )
+
+
+def _check_shapes(model: Any, shapes: dict[str, torch.Size]) -> None:
+    """Most releases of transformers load a tensor of any shape into a quantized model.
+
+    Raises:
+        ValueError: a tensor has not the shape that the config promises.
+    """
+    bad = [(name, t.shape) for name, t in model.state_dict().items() if name in shapes and t.shape != shapes[name]]
+    if bad:
+        name, found = bad[0]
+        raise ValueError(
+            f"The checkpoint is damaged or belongs to another config: {', '.join(n for n, _ in bad[:8])}"
+            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} of another shape ({name}: expected "
+            f"{list(shapes[name])}, got {list(found)}). Download it again, or quantize the model again."
         )
 
 

@@ -42,6 +42,9 @@ class RegisterLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.get_seq_length()
 
+    def get_max_cache_shape(self) -> int:  # what transformers before 5.13 calls it
+        return self.get_seq_length()
+
 
 class RegisterCache(Cache):
     """K and V of the universal outlier token for some blocks (RegCache, arXiv 2510.04547; docs/method.md 4).

@@ -8,14 +8,13 @@ bit-identical.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import attention_caller
-from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.tower import find_tower, takes_mask
 from optimum_regcache.registers.attention import attach
 from optimum_regcache.registers.block import BlockMixin, EmbeddingsMixin
 from optimum_regcache.registers.cache import RegisterCache
@@ -37,9 +36,9 @@ def prepare_tower(model: torch.nn.Module) -> TowerRuntime:
     runtime.first_block = tower.blocks[0]
     swap(embeddings, EmbeddingsMixin, runtime)
     for index, block in enumerate(tower.blocks):
-        takes_mask = "attention_mask" in inspect.signature(block.forward).parameters
+        masked = takes_mask(block)
         swapped = swap(block, BlockMixin, runtime)
-        swapped.block_index, swapped.takes_mask = index, takes_mask
+        swapped.block_index, swapped.takes_mask = index, masked
         swapped.register_buffer("rotation", None)
         attention = tower.attention(index)
         attach(attention, attention_caller(attention), runtime, index)

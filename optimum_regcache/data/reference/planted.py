@@ -27,6 +27,8 @@ from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from optimum_regcache.encoders.tower import Tower, find_tower
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -113,7 +115,13 @@ def build_processor() -> Any:
     return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)
 
 
-def _random_block(block: Any, generator: torch.Generator, channels: slice, gain: float) -> None:
+def _linears(tower: Tower, block: int) -> tuple[Any, ...]:
+    """Query, key, value and output projection of attention, and both layers of the MLP."""
+    out = tower.attention(block).get_submodule(tower.family.out)
+    return (*tower.projections(block), out, *tower.norm_consumers(block, 1), tower.mlp_out(block))
+
+
+def _random_block(linears: tuple[Any, ...], generator: torch.Generator, channels: slice, gain: float) -> None:
     """Random attention and MLP that read and write only ``channels``."""
     width = channels.stop - channels.start
 
@@ -124,39 +132,39 @@ def _random_block(block: Any, generator: torch.Generator, channels: slice, gain:
         shape = linear.weight[rows, columns].shape
         linear.weight[rows, columns] = torch.randn(shape, generator=generator) * std
 
-    attention = block.attention
-    fill(attention.q_proj, channels, None, 0.6 * width**-0.5)
-    fill(attention.k_proj, channels, None, 0.6 * width**-0.5)
-    fill(attention.v_proj, channels, None, width**-0.5)
-    fill(attention.o_proj, None, channels, gain * _WIDTH**-0.5)
-    fill(block.mlp.fc1, channels, None, 1.2 * width**-0.5)
-    fill(block.mlp.fc2, None, channels, gain * _HIDDEN**-0.5)
+    query, key, value, out, fc1, fc2 = linears
+    fill(query, channels, None, 0.6 * width**-0.5)
+    fill(key, channels, None, 0.6 * width**-0.5)
+    fill(value, channels, None, width**-0.5)
+    fill(out, None, channels, gain * _WIDTH**-0.5)
+    fill(fc1, channels, None, 1.2 * width**-0.5)
+    fill(fc2, None, channels, gain * _HIDDEN**-0.5)
 
 
-def _plant(block: Any, generator: torch.Generator) -> None:
+def _plant(linears: tuple[Any, ...], generator: torch.Generator) -> None:
     """The sink head, the exploding neurons and the class-carrying MLP."""
-    attention, mlp, head = block.attention, block.mlp, _WIDTH // _HEADS
+    (query, key, value, out, fc1, fc2), head = linears, _WIDTH // _HEADS
     # head 0: constant query, key = darkness; value = darkness above that of a dark token
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+    for projection in (query, key, value):
         projection.weight[:head] = 0
         projection.bias[:head] = 0
-    attention.q_proj.bias[0] = 1.0
-    attention.k_proj.weight[0, _DARKNESS] = SINK_LOGIT * head**0.5
-    attention.v_proj.weight[0, _DARKNESS] = 1.0 / VALUE_SPAN
-    attention.v_proj.bias[0] = -VALUE_OFFSET / VALUE_SPAN
-    attention.o_proj.weight[:, :head] = 0
-    attention.o_proj.weight[_GATE, 0] = 1.0
+    query.bias[0] = 1.0
+    key.weight[0, _DARKNESS] = SINK_LOGIT * head**0.5
+    value.weight[0, _DARKNESS] = 1.0 / VALUE_SPAN
+    value.bias[0] = -VALUE_OFFSET / VALUE_SPAN
+    out.weight[:, :head] = 0
+    out.weight[_GATE, 0] = 1.0
     # exploding neurons: darkness against the sink signal
     neurons = list(_NEURONS)
-    mlp.fc1.weight[neurons] = 0
-    mlp.fc1.bias[neurons] = EXPLOSION * THRESHOLD
-    mlp.fc1.weight[neurons, _DARKNESS] = EXPLOSION * DARKNESS_WEIGHT
-    mlp.fc1.weight[neurons, _GATE] = -EXPLOSION
-    mlp.fc2.weight.zero_()
-    mlp.fc2.weight[_MASSIVE, neurons] = 0.1
+    fc1.weight[neurons] = 0
+    fc1.bias[neurons] = EXPLOSION * THRESHOLD
+    fc1.weight[neurons, _DARKNESS] = EXPLOSION * DARKNESS_WEIGHT
+    fc1.weight[neurons, _GATE] = -EXPLOSION
+    fc2.weight.zero_()
+    fc2.weight[_MASSIVE, neurons] = 0.1
     rest = [i for i in range(_HIDDEN) if i not in neurons]
-    shape = mlp.fc2.weight[_OUTPUT][:, rest].shape
-    mlp.fc2.weight[_OUTPUT.start : _OUTPUT.stop, rest[0] :] = torch.randn(shape, generator=generator) * 0.35
+    shape = fc2.weight[_OUTPUT][:, rest].shape
+    fc2.weight[_OUTPUT.start : _OUTPUT.stop, rest[0] :] = torch.randn(shape, generator=generator) * 0.35
 
 
 @lru_cache(maxsize=1)
@@ -189,11 +197,12 @@ def _built() -> ViTForImageClassification:
     vit.embeddings.position_embeddings.zero_()
     tokens = vit.embeddings.position_embeddings.shape[1]
     vit.embeddings.position_embeddings[0, :, _CONTENT] = torch.randn(tokens, content, generator=generator)
-    for index, block in enumerate(vit.layers):
+    tower = find_tower(vit)
+    for index in range(len(tower.blocks)):
         channels = _CONTENT if index <= PLANTED_BLOCK else _OUTPUT
-        _random_block(block, generator, channels, 0.3)
+        _random_block(_linears(tower, index), generator, channels, 0.3)
         if index == PLANTED_BLOCK:
-            _plant(block, generator)
+            _plant(_linears(tower, index), generator)
     _fit_classifier(model)
     return model
 
