@@ -9,7 +9,7 @@ from typing import Any
 
 from optimum_regcache.config.model import PARTS, RegCacheConfig
 from optimum_regcache.config.recipe import SearchConfig
-from optimum_regcache.config.validation import require
+from optimum_regcache.config.validation import plain, require
 
 
 def default_of(part: type, name: str) -> Any:
@@ -76,7 +76,7 @@ def require_search_unused(search: SearchConfig, config: RegCacheConfig) -> None:
 
 
 def _plain(value: Any) -> str:
-    return repr(list(value) if isinstance(value, tuple) else value)
+    return repr(plain(value))
 
 
 def _unread(config: RegCacheConfig) -> Iterator[tuple[str, tuple[str, ...], str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_regcache.config.validation import require
+from optimum_regcache.config.validation import is_mapping, require
 
 FIELDS = {
     "quantization.modules.sixteen_bit": "quantization.modules.mixed_precision",
@@ -23,7 +23,7 @@ def migrate_part(name: str, values: Any) -> Any:
     Raises:
         ValueError: a field under its old and its new name at once.
     """
-    if name != "modules" or not isinstance(values, dict) or "sixteen_bit" not in values:
+    if name != "modules" or not is_mapping(values) or "sixteen_bit" not in values:
         return values
     require(
         "mixed_precision" not in values,
@@ -50,9 +50,9 @@ def migrate_recipe(values: dict[str, Any]) -> dict[str, Any]:
     """
     values = dict(values)
     quantization, search = values.get("quantization"), values.get("search")
-    if isinstance(quantization, dict):
+    if is_mapping(quantization):
         values["quantization"] = quantization = {k: migrate_part(k, v) for k, v in quantization.items()}
-    if not isinstance(search, dict):
+    if not is_mapping(search):
         return values
     search = values["search"] = dict(search)
     if search.get("strategy") in STRATEGIES:
@@ -64,12 +64,12 @@ def migrate_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 def _with_kv_mode(quantization: Any, kv_mode: Any) -> Any:
     if quantization is None:
-        quantization = {}
-    if not isinstance(quantization, dict):  # a complete config
+        return {"registers": {"kv_mode": kv_mode}}
+    if not is_mapping(quantization):  # a complete config
         searched = quantization.registers.mode == "search"
         return quantization.replace(registers={"kv_mode": kv_mode}) if searched else quantization
-    registers = quantization.get("registers") or {}
-    if not isinstance(registers, dict):
+    registers: Any = quantization.get("registers") or {}
+    if not is_mapping(registers):
         return quantization
     if registers.get("mode", "search") != "search":
         return quantization

@@ -7,9 +7,9 @@ travels as ``quantization_config`` inside ``config.json`` and, with the search s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,7 +23,7 @@ from optimum_regcache.config.parts import (
     RewritesConfig,
     WeightsConfig,
 )
-from optimum_regcache.config.validation import build_part, require
+from optimum_regcache.config.validation import build_part, is_mapping, plain, require
 
 __all__ = [
     "FORMAT_VERSION",
@@ -173,7 +173,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         for name, value in parts.items():
             if value is None:
                 continue
-            if isinstance(value, dict) and name in PARTS:
+            if is_mapping(value) and name in PARTS:
                 known = {f.name for f in fields(current[name])}
                 bad = sorted(set(value) - known)
                 require(not bad, f"Unknown key in {name}: {', '.join(bad)}. Known keys: {', '.join(sorted(known))}.")
@@ -196,7 +196,7 @@ class RegCacheConfig(QuantizationConfigMixin):
     def simulated_reason(self) -> str | None:
         """Why the result is no plain set of scales and weights, so that (a part of) it is simulated in float everywhere;
         None if every quantized product can run in integers."""
-        reasons = []
+        reasons: list[str] = []
         if self.attention.quantize:
             reasons.append("the attention products are simulated")
         if self.activations.post_activation == "twin":
@@ -210,7 +210,7 @@ class RegCacheConfig(QuantizationConfigMixin):
         data: dict[str, Any] = {"quant_method": self.quant_method, "version": self.version}
         for name in PARTS:
             part = asdict(getattr(self, name))
-            data[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
+            data[name] = {k: plain(v) for k, v in part.items()}
         data["methods"] = [dict(m) for m in self.methods]
         return data
 
@@ -223,17 +223,18 @@ class RegCacheConfig(QuantizationConfigMixin):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-PARTS: dict[str, type] = {name: f.cls for name, f in vars(RegCacheConfig).items() if isinstance(f, _Part)}
+PARTS: dict[str, type[Any]] = {
+    name: cast("_Part[Any]", f).cls for name, f in vars(RegCacheConfig).items() if isinstance(f, _Part)
+}
 
 
-def _method_list(methods: Sequence[str | dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:
+def _method_list(methods: Any) -> tuple[dict[str, Any], ...]:
     """Each method as a mapping with ``name``."""
-    if isinstance(methods, (str, dict)):
-        methods = [methods]
-    found = []
-    for entry in methods or ():
+    entries: Iterable[Any] = [methods] if isinstance(methods, (str, dict)) else methods or ()
+    found: list[dict[str, Any]] = []
+    for entry in entries:
         entry = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        if not is_mapping(entry) or not isinstance(entry.get("name"), str):
             raise TypeError(f"methods must be a list of names or of mappings with 'name', got {entry!r}.")
         found.append({**entry, "name": migrate_method(entry["name"])})
     return tuple(found)

@@ -12,7 +12,7 @@ import yaml
 from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.config.files import write_text
 from optimum_regcache.config.migrate import migrate_field, migrate_recipe
-from optimum_regcache.config.validation import build_part, check_types, require
+from optimum_regcache.config.validation import build_part, check_types, is_mapping, plain, require
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Recipe:
             require(preset is None, "A recipe has either 'preset' or a complete RegCacheConfig, not both.")
             base = quantization
         elif quantization is not None:
-            if not isinstance(quantization, dict):
+            if not is_mapping(quantization):
                 raise TypeError(f"quantization must be a mapping, got {type(quantization).__name__}.")
             parts = {k: v for k, v in quantization.items() if k not in ("quant_method", "version")}
             RegCacheConfig(**{k: v for k, v in quantization.items() if k in ("quant_method", "version")})
@@ -212,9 +212,9 @@ class Recipe:
             *parents, leaf = migrate_field(path).split(".")
             node: Any = data
             for part in parents:
-                require(isinstance(node, dict) and part in node, f"Unknown recipe field {path!r}.")
+                require(is_mapping(node) and part in node, f"Unknown recipe field {path!r}.")
                 node = node[part]
-            require(isinstance(node, dict) and leaf in node, f"Unknown recipe field {path!r}.")
+            require(is_mapping(node) and leaf in node, f"Unknown recipe field {path!r}.")
             node[leaf] = yaml.safe_load(value)
         return Recipe.from_dict(data)
 
@@ -224,16 +224,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mapping that `from_dict` reads."""
-        plain = {
-            name: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(getattr(self, name)).items()}
-            for name in ("search", "data")
-        }
+        parts = {name: {k: plain(v) for k, v in asdict(getattr(self, name)).items()} for name in ("search", "data")}
         return {
             "model": self.model,
             "dataset": self.dataset,
             "notes": self.notes,
             "quantization": self.quantization.to_dict(),
-            **plain,
+            **parts,
         }
 
     def save(self, path: str | Path) -> None:

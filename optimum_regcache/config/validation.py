@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 _Part = TypeVar("_Part")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -14,6 +14,16 @@ def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def is_mapping(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether ``value`` is a dict, as JSON and YAML hold them."""
+    return isinstance(value, dict)
+
+
+def plain(value: Any) -> Any:
+    """What JSON and YAML hold in place of ``value``: a list for a tuple."""
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
 
 
 def one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -32,7 +42,7 @@ def build_part(cls: type[_Part], values: _Part | dict[str, Any] | None, owner: s
         return cls()
     if isinstance(values, cls):
         return values
-    if not isinstance(values, dict):
+    if not is_mapping(values):
         raise TypeError(f"{owner} must be a mapping or a {cls.__name__}, got {type(values).__name__}.")
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known, key=str)
@@ -60,12 +70,13 @@ def check_types(part: Any, owner: str) -> None:
     Raises:
         TypeError: a field of another type.
     """
-    hints = get_type_hints(type(part))
+    hints = get_type_hints(cast("type[Any]", type(part)))
     for name in (f.name for f in fields(part)):
         value, hint = getattr(part, name), hints[name]
         if get_origin(hint) is tuple:
             kind = get_args(hint)[0]
-            good = isinstance(value, (list, tuple)) and all(_is(v, kind) for v in value)
+            items = cast("list[Any]", value) if isinstance(value, (list, tuple)) else None
+            good = items is not None and all(_is(v, kind) for v in items)
             expected = f"a list, each {_NAMES[kind]}"
             if good:
                 object.__setattr__(part, name, tuple(value))
@@ -78,7 +89,7 @@ def check_types(part: Any, owner: str) -> None:
             raise TypeError(f"{owner}.{name} must be {expected}, got {value!r}.")
 
 
-def check_bits(owner: str, bits: int, sixteen: bool = False) -> None:
+def check_bits(owner: str, bits: object, sixteen: bool = False) -> None:
     """Raise ``ValueError`` unless ``bits`` is an integer from 2 to 8, or 16 where ``sixteen`` allows it."""
     good = isinstance(bits, int) and (2 <= bits <= 8 or (sixteen and bits == 16))
     require(good, f"{owner}.bits must be an integer from 2 to 8{' or 16' if sixteen else ''}, got {bits!r}.")

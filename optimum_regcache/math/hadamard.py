@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 
@@ -153,7 +154,7 @@ def orthogonal_matrix(channels: int, seed: int = 0) -> torch.Tensor:
         bits = torch.randint(0, 2, (channels, 1), generator=generator, device="cpu")
         return (2.0 * bits.double() - 1) * hadamard_matrix(channels) * channels**-0.5
     gaussian = torch.randn(channels, channels, generator=generator, dtype=torch.float64, device="cpu")
-    q, r = torch.linalg.qr(gaussian)
+    q, r = cast("Any", torch.linalg).qr(gaussian)
     return q * r.diagonal().sign()
 
 

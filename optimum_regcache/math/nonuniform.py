@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ def activation_minimum(name: str) -> float:
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-4.0, 0.0, 400_001, dtype=torch.float64)
-    lowest = float(ACT2FN[name](x).min())
+    function: Any = ACT2FN[name]
+    lowest = float(function(x).min())
     if not -1.0 < lowest < 0.0:
         raise ValueError(f"Activation {name!r} has no negative minimum; twin quantizers are for GELU-like functions.")
     return lowest

@@ -163,16 +163,16 @@ def _row_qparams(rows: torch.Tensor, bits: int, observer: str, symmetric: bool) 
 
 def row_parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of a few rows each of ``rows`` [rows, values]: what is computed row by row then needs little memory."""
-    return rows.split(max(1, PART_VALUES // max(rows.shape[1], 1)))
+    return torch.split(rows, max(1, PART_VALUES // max(rows.shape[1], 1)))
 
 
 def packed_weight(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
     """:func:`pack_codes` of the :func:`weight_codes` of ``weight`` [out, in], a few rows at a time."""
     parts = row_parts(weight)
     sizes = [len(part) for part in parts]
-    scales, zeros = (v.reshape(-1).expand(len(weight)).split(sizes) for v in (scale, zero_point))
+    scales, zeros = (torch.split(v.reshape(-1).expand(len(weight)), sizes) for v in (scale, zero_point))
     words = weight.new_empty(len(weight), -(-weight.shape[1] // codes_per_word(bits)), dtype=torch.int32)
-    for target, w, s, z in zip(words.split(sizes), parts, scales, zeros, strict=True):
+    for target, w, s, z in zip(torch.split(words, sizes), parts, scales, zeros, strict=True):
         target.copy_(pack_codes(weight_codes(w, s, z, bits), bits))
     return words
 
