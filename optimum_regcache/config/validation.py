@@ -79,7 +79,7 @@ def check_types(part: Any, owner: str) -> None:
             good = items is not None and all(_is(v, kind) for v in items)
             expected = f"a list, each {_NAMES[kind]}"
             if good:
-                object.__setattr__(part, name, tuple(value))
+                object.__setattr__(part, name, tuple(items or ()))
         else:
             optional = get_origin(hint) in (Union, UnionType)
             kind = get_args(hint)[0] if optional else hint

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,10 +23,10 @@ EXPORT_ATTENTION = "regcache_export"  # registered by export/onnx.py, in use whi
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
     """Let attention modules find ``function`` under ``name``."""
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    ALL_ATTENTION_FUNCTIONS.register(name, function)  # pyright: ignore[reportUnknownMemberType]
 
 
-def base_attention(config: Any, module_class: type) -> Callable[..., Any]:
+def base_attention(config: Any, module_class: type[Any]) -> Callable[..., Any]:
     """The attention function that ``config`` names, for a module of ``module_class``.
 
     Raises:
@@ -39,7 +39,8 @@ def base_attention(config: Any, module_class: type) -> Callable[..., Any]:
             "Call model.set_attn_implementation('sdpa')."
         )
     eager = sys.modules[module_class.__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # pyright: ignore[reportUnknownMemberType]
+    return found
 
 
 def attention_caller(attention: nn.Module) -> nn.Module:
@@ -54,11 +55,12 @@ def share_checkpoint_conversion(new_class: str, native_class: type[PreTrainedMod
     """Give the class named ``new_class`` the checkpoint key renames of ``native_class`` (custom classes get none), which are
     kept under its name or under its model type."""
     config: Any = native_class.config_class
+    conversions = cast("Any", conversion_mapping)
     for name in (native_class.__name__, config.model_type):
-        mapping = conversion_mapping.get_checkpoint_conversion_mapping(name)
+        mapping = conversions.get_checkpoint_conversion_mapping(name)
         if mapping is not None:
-            if conversion_mapping.get_checkpoint_conversion_mapping(new_class) is None:
-                conversion_mapping.register_checkpoint_conversion_mapping(new_class, mapping)
+            if conversions.get_checkpoint_conversion_mapping(new_class) is None:
+                conversions.register_checkpoint_conversion_mapping(new_class, mapping)
             return
 
 
@@ -95,8 +97,9 @@ def _loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
     renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    state, found = model.state_dict(), set()
-    rename = core_model_loading.rename_source_key  # by position: the name of the prefix argument differs
+    state = model.state_dict()
+    found: set[str] = set()
+    rename = cast("Any", core_model_loading).rename_source_key  # by position: the name of the prefix argument differs
     for name in names:
         renamed, pattern = rename(name, renamings, converters, target.base_model_prefix, state)
         if renamed not in state and name in state:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,10 @@ def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
 def num_images(batch: Batch) -> int:
     """Images in a batch; where their patches are packed into one sequence, ``image_grid_thw`` has a row for each."""
     return len(batch["image_grid_thw"] if "image_grid_thw" in batch else batch["pixel_values"])
+
+
+def _integers(numbers: torch.Tensor) -> list[int]:
+    return cast("Any", numbers).tolist()
 
 
 def run_tower(tower: Tower, batch: Batch) -> Any:
@@ -85,7 +89,7 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     if tower.family.packed:  # the tokens that the language model reads, averaged over each image
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
         lengths = inputs["image_grid_thw"].prod(1) // tower.config.spatial_merge_size**2
-        return torch.stack([part.mean(0) for part in merged.split(lengths.tolist())]).float()
+        return torch.stack([part.mean(0) for part in torch.split(merged, _integers(lengths))]).float()
     if getattr(output, "image_embeds", None) is not None:
         return output.image_embeds.float()
     if getattr(output, "pooler_output", None) is not None:
@@ -114,7 +118,7 @@ def is_fused(model: nn.Module) -> bool:
 
 
 @contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
+def unfused(model: nn.Module) -> Generator[None, None, None]:
     """Inside the ``with`` block the model runs unfused, for example to be traced or watched by hooks."""
     blocks: list[Any] = [block for block in find_tower(model).blocks if getattr(block, "fused", None) is not None]
     before = [block.fused for block in blocks]
@@ -145,14 +149,14 @@ class PaddingMask:
         self.lengths = None
         if grids is not None:
             lengths = grids.prod(1)
-            self.lengths = lengths.tolist()
+            self.lengths = _integers(lengths)
             self.mask = torch.arange(int(lengths.max()), device=grids.device)[None] < lengths[:, None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """Packed tokens [sum of N, ...] as [B, largest N, ...], zero at padding; other tensors as they are."""
         if self.lengths is None or x.shape[0] != sum(self.lengths):
             return x
-        return nn.utils.rnn.pad_sequence(list(x.split(self.lengths)), batch_first=True)
+        return nn.utils.rnn.pad_sequence(list(torch.split(x, self.lengths)), batch_first=True)
 
     def valid(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
         """bool [B, N]; all true where no mask of this length is known."""
@@ -196,7 +200,7 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
 
         return seen
 
-    handles = []
+    handles: list[Any] = []
     for index, block in enumerate(tower.blocks):
         handles.append(block.register_forward_pre_hook(hook("block", index)))
         handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))

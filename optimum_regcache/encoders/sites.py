@@ -72,7 +72,7 @@ def quantization_sites(
             f"quantized. Examples of names: {', '.join(list(current.values())[-4:])}."
         )
     kept = [c for c in candidates if not any(matches(current[c[0]], p) for p in ignore)]
-    sites = []
+    sites: list[Site] = []
     for path, kind, block in kept:
         full = f"{tower.name}.{path}" if tower.name else path
         parent, _, attribute = full.rpartition(".")

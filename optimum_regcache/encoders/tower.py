@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class Tower:
 
     def block_linears(self, block: int) -> dict[str, nn.Module]:
         """Linear layers of a block by their name relative to the block, in module order."""
-        return {name: m for name, m in self.blocks[block].named_modules() if hasattr(m, "in_features")}
+        return {name: m for name, m in named_modules(self.blocks[block]) if hasattr(m, "in_features")}
 
     def norm(self, block: int, number: int) -> nn.LayerNorm:
         """The LayerNorm before attention (0) or before the MLP (1)."""
@@ -111,13 +112,19 @@ class Tower:
         return f"{self.family.blocks}.{block}"
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()``, which torch gives no type."""
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    return modules
+
+
 def find_tower(model: nn.Module) -> Tower:
     """The vision tower of ``model``, which may be the tower itself or contain it (`CLIPModel`, `...ForImageClassification`).
 
     Raises:
         ValueError: no supported tower; the message lists the supported encoders.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for cls in type(module).__mro__:
             if not cls.__module__.startswith("transformers."):
                 continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config import AttentionConfig, DeletionConfig, RegCacheConfig
+from optimum_regcache.encoders.tower import named_modules
 from optimum_regcache.fusion import unfuse
 from optimum_regcache.layers.attention import install_products
 from optimum_regcache.layers.linear import QuantLinear
@@ -37,7 +38,7 @@ def dequantize_modules(model: nn.Module, config: RegCacheConfig, dtype: torch.dt
     set_registers(model, None)
     set_deletion(model, DeletionConfig())
     install_products(model, AttentionConfig())
-    quantized = [(n, m) for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantPatchEmbedding))]
+    quantized = [(n, m) for n, m in named_modules(model) if isinstance(m, (QuantLinear, QuantPatchEmbedding))]
     inner = {f"{name}.linear" for name, module in quantized if isinstance(module, QuantPatchEmbedding)}
     for name, module in quantized:
         if name in inner:
@@ -74,9 +75,10 @@ def _patch_embedding(module: QuantPatchEmbedding, dtype: torch.dtype) -> nn.Modu
     if kernel is None:
         return flat
     channels = flat.in_features // (kernel[0] * kernel[1])
+    bias = cast("nn.Parameter | None", flat.bias)
     new: Any = nn.Conv2d(
-        channels, flat.out_features, kernel, stride=kernel, bias=flat.bias is not None, device="meta", dtype=dtype
+        channels, flat.out_features, kernel, stride=kernel, bias=bias is not None, device="meta", dtype=dtype
     )
     new.weight = nn.Parameter(flat.weight.reshape(flat.out_features, channels, *kernel), requires_grad=False)
-    new.bias = flat.bias
+    new.bias = bias
     return new

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZATION_CONFIG_MAPPING,  # pyright: ignore[reportUnknownVariableType]
     register_quantization_config,
     register_quantizer,
 )
@@ -39,6 +39,7 @@ class RegCacheHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: RegCacheConfig
+    pre_quantized: bool
     _shapes: dict[str, torch.Size] = {}  # noqa: RUF012 (replaced, never changed)
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
@@ -53,7 +54,7 @@ class RegCacheHfQuantizer(HfQuantizer):
                 )
             require_effect(quantization_config)
             self.requires_calibration = False
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called before anything is loaded.
@@ -94,11 +95,11 @@ class RegCacheHfQuantizer(HfQuantizer):
             del vision_config.quantization_config
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property
@@ -157,7 +158,7 @@ def _check_files(paths: list[Path], model: Any) -> None:
         return
     names: list[str] = []
     for path in paths:
-        with safe_open(path, framework="pt") as handle:
+        with cast("Any", safe_open(path, framework="pt")) as handle:
             names += list(handle.keys())
     stored, expected = loaded_key_names(model, names), set(model.state_dict())
     modules = dict(model.named_modules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -36,9 +36,9 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     """
     if str(name) in reference.names():
         return reference.load(str(name), dtype=dtype).model
-    config = AutoConfig.from_pretrained(name, **_where(kwargs))
+    config = cast("Any", AutoConfig).from_pretrained(name, **_where(kwargs))
     classes = [getattr(transformers, a, None) for a in getattr(config, "architectures", None) or []]
-    loader = next((c for c in classes if c is not None), AutoModel)
+    loader = cast("Any", next((c for c in classes if c is not None), AutoModel))
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
     find_tower(model)
     return model
@@ -57,7 +57,7 @@ def load_processor(name: str | Path, **kwargs: Any) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                processor = auto.from_pretrained(name, **_where(kwargs))
+                processor = cast("Any", auto).from_pretrained(name, **_where(kwargs))
         except (OSError, ValueError, KeyError):
             continue
         except ImportError as error:  # a tokenizer library; the image processor does not need it

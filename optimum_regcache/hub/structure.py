@@ -62,7 +62,7 @@ def check_complete(model: nn.Module) -> None:
     scales |= {
         f"{name}.{role}.scale" for name, products in attention_products(model) for role, _ in products.operands()
     }
-    bad = []
+    bad: list[str] = []
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,8 +21,7 @@ def activation_minimum(name: str) -> float:
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-4.0, 0.0, 400_001, dtype=torch.float64)
-    function: Any = ACT2FN[name]
-    lowest = float(function(x).min())
+    lowest = float(cast("Any", ACT2FN)[name](x).min())
     if not -1.0 < lowest < 0.0:
         raise ValueError(f"Activation {name!r} has no negative minimum; twin quantizers are for GELU-like functions.")
     return lowest

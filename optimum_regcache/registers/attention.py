@@ -115,7 +115,8 @@ def attention_with_registers(
     if attention.products is not None:
         rows = None if layer.keys is None else (layer.keys, layer.values)
         return attention.products(query, key, value, rows, mask, scaling)
-    base = base_attention(module.config.native, type(module))
+    kind: type[Any] = type(module)
+    base = base_attention(module.config.native, kind)
     key, value = layer.update(key, value)
     return base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 

@@ -56,6 +56,7 @@ class BlockMixin(Swapped):
             if "position_embeddings" in kwargs:
                 kwargs["position_embeddings"] = D.narrow_positions(kwargs["position_embeddings"], state.selection)
         cache = take_cache(kwargs)
+        output: Any
         before, state.cache = state.cache, state.cache if cache is None else cache
         try:
             if fused is not None:

@@ -15,7 +15,7 @@ class RegisterLayer(CacheLayerMixin):
     is_compileable = True
 
     def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.keys, self.values = keys, values
         self.is_initialized = keys is not None
 

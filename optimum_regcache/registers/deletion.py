@@ -50,7 +50,7 @@ def valid_tokens(attention_mask: torch.Tensor | None, batch: int, tokens: int, d
 def outlier_scores(hidden: torch.Tensor, candidates: torch.Tensor, score: str = "linf") -> torch.Tensor:
     """``linf`` or ``l2`` norm of every token [B, N] in float32, -inf where ``candidates`` is false."""
     states = hidden.detach()
-    norms = states.abs().amax(-1).float() if score == "linf" else states.float().norm(dim=-1)
+    norms: torch.Tensor = states.abs().amax(-1).float() if score == "linf" else states.float().norm(dim=-1)  # pyright: ignore[reportUnknownMemberType]
     return norms.masked_fill(~candidates, float("-inf"))
 
 
@@ -85,7 +85,8 @@ def gather_tokens(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """[B, N, D] -> [B, K, D]; whole rows are copied, which is faster than a gather with an index for every channel."""
     first = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1) * hidden.shape[1]
     rows = hidden.flatten(0, 1).index_select(0, (first + kept).flatten())
-    return rows.unflatten(0, kept.shape)
+    tokens: torch.Tensor = rows.unflatten(0, kept.shape)
+    return tokens
 
 
 def spread_tokens(hidden: torch.Tensor, selection: Selection) -> torch.Tensor:

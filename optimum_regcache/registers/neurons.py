@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -153,9 +153,8 @@ def find_register_neurons(
     outliers = [n > threshold for n in norms[detection_block]]
     count, images = sum(int(o.sum()) for o in outliers), sum(int(o.any(1).sum()) for o in outliers)
     if count == 0:
-        largest = (
-            f"the largest l2 norm at the output of block {detection_block} is {float(flat[detection_block].max()):.4g}"
-        )
+        peak = float(flat[detection_block].max())
+        largest = f"the largest l2 norm at the output of block {detection_block} is {peak:.4g}"
         reason = f"no outlier tokens: {largest}, the threshold is {threshold:.4g}"
         return RegisterNeurons((), (), detection_block, threshold, None, 0, 0, reason)
     if highest_block is None:
@@ -164,13 +163,13 @@ def find_register_neurons(
     groups = [torch.stack(pair) for pair in zip(outliers, ordinary, strict=True)]
     bar = tqdm(batches, desc="register neurons", disable=not progress)
     scores = _scores(tower, bar, groups, highest_block)
-    width = scores.shape[-1]
     specific = scores[:, 0].masked_fill(scores[:, 0] < UNIT_RATIO * scores[:, 1], 0.0).flatten()
     values, order = specific.topk(min(top_k, len(specific)))
-    order = order[values > 0].tolist()
-    reason = "" if order else f"no unit is {UNIT_RATIO:g} times as active on the outlier tokens as on the other patches"
-    neurons, top = tuple((i // width, i % width) for i in order), tuple(values[: len(order)].tolist())
-    return RegisterNeurons(neurons, top, detection_block, threshold, highest_block, count, images, reason)
+    found: list[int] = cast("Any", order[values > 0]).tolist()
+    reason = "" if found else f"no unit is {UNIT_RATIO:g} times as active on the outlier tokens as on the other patches"
+    top: list[float] = cast("Any", values[: len(found)]).tolist()
+    neurons = tuple(divmod(i, scores.shape[-1]) for i in found)
+    return RegisterNeurons(neurons, tuple(top), detection_block, threshold, highest_block, count, images, reason)
 
 
 def _outlier_threshold(norms: torch.Tensor) -> float:
@@ -186,7 +185,7 @@ def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> lis
 
     def hook(block: int) -> Any:
         def seen(module: nn.Module, args: Any, output: Any) -> None:
-            x = output[0] if isinstance(output, tuple) else output
+            x = cast("Any", output[0] if isinstance(output, tuple) else output)
             ignored = ~padding.valid(x.shape[0], x.shape[1], x.device)
             ignored[:, : tower.num_prefix_tokens] = True
             norms[block].append(x.float().norm(dim=-1).masked_fill(ignored, -1.0).cpu())
@@ -276,7 +275,7 @@ def zero_register_neurons(model: nn.Module, neurons: Neurons) -> None:
     """
     tower = find_tower(model)
     _check_neurons(tower, neurons)
-    layers = {block: tower.norm_consumers(block, 1)[0] for block in neurons}
+    layers: dict[int, Any] = {block: tower.norm_consumers(block, 1)[0] for block in neurons}
     for block, linear in layers.items():
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise ValueError(

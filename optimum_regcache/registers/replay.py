@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,8 @@ def record_block_inputs(
     model: nn.Module, batches: Sequence[Batch], block: int, known: Recorded | None = None
 ) -> list[BlockInput]:
     """What arrives at ``block``, one per batch; earlier blocks are skipped as far as ``known`` goes."""
-    runtime, states = prepare_tower(model), []
+    runtime = prepare_tower(model)
+    states: list[BlockInput] = []
 
     def keep(module: nn.Module, args: Any) -> None:
         states.append(BlockInput(args[0], runtime.current.selection, runtime.current.valid))
@@ -149,7 +150,7 @@ def _run(
 
 
 @contextmanager
-def replaying(model: nn.Module, block: int, states: Sequence[BlockInput]) -> Iterator[None]:
+def replaying(model: nn.Module, block: int, states: Sequence[BlockInput]) -> Generator[None, None, None]:
     """Within the context, the next ``len(states)`` forward passes start at ``block``; earlier blocks are skipped.
 
     The passes must see the batches that were recorded, in the same order.
