@@ -39,8 +39,7 @@ def base_attention(config: Any, module_class: type[Any]) -> Callable[..., Any]:
             "Call model.set_attn_implementation('sdpa')."
         )
     eager = sys.modules[module_class.__module__].eager_attention_forward
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # pyright: ignore[reportUnknownMemberType]
-    return found
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def attention_caller(attention: nn.Module) -> nn.Module:

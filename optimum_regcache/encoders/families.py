@@ -130,7 +130,7 @@ _QWEN: dict[str, Any] = {
     "packed": True,
 }
 
-FAMILIES: tuple[EncoderFamily, ...] = (
+_CURRENT: tuple[EncoderFamily, ...] = (
     EncoderFamily("CLIP", ("CLIPVisionModel",), "encoder.layers", "self_attn", "out_proj"),
     EncoderFamily(
         "SigLIP", ("SiglipVisionModel",), "encoder.layers", "self_attn", "out_proj", head=_MAP_HEAD, cls_tokens=0
@@ -171,15 +171,16 @@ _OLD_VIT: dict[str, Any] = {
     "mlp_out": ("output.dense",),
 }
 
-# layouts of earlier releases; the rows above come first
-FAMILIES += (
+# layouts of earlier releases come after the current ones
+FAMILIES: tuple[EncoderFamily, ...] = (
+    *_CURRENT,
     # before 5.6 the tower is a part of its model
-    replace(FAMILIES[0], towers=("CLIPVisionTransformer",)),
-    replace(FAMILIES[1], towers=("SiglipVisionTransformer",)),
-    replace(FAMILIES[2], towers=("Siglip2VisionTransformer",), padding_mask="attention_mask"),
+    replace(_CURRENT[0], towers=("CLIPVisionTransformer",)),
+    replace(_CURRENT[1], towers=("SiglipVisionTransformer",)),
+    replace(_CURRENT[2], towers=("Siglip2VisionTransformer",), padding_mask="attention_mask"),
     # before 5.18
-    replace(FAMILIES[3], projections=_OLD_PROJECTIONS, out="output.dense"),
-    replace(FAMILIES[4], projections=_OLD_PROJECTIONS, out="output.dense"),
+    replace(_CURRENT[3], projections=_OLD_PROJECTIONS, out="output.dense"),
+    replace(_CURRENT[4], projections=_OLD_PROJECTIONS, out="output.dense"),
     # before 5.9
     EncoderFamily("ViT", ("ViTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT),
     EncoderFamily("DeiT", ("DeiTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT, cls_tokens=2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -114,8 +114,7 @@ class Tower:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()``, which torch gives no type."""
-    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
-    return modules
+    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
 
 
 def find_tower(model: nn.Module) -> Tower:

@@ -37,7 +37,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     if str(name) in reference.names():
         return reference.load(str(name), dtype=dtype).model
     config = cast("Any", AutoConfig).from_pretrained(name, **_where(kwargs))
-    classes = [getattr(transformers, a, None) for a in getattr(config, "architectures", None) or []]
+    names = cast("list[str]", getattr(config, "architectures", None) or [])
+    classes = [getattr(transformers, a, None) for a in names]
     loader = cast("Any", next((c for c in classes if c is not None), AutoModel))
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
     find_tower(model)

@@ -115,8 +115,7 @@ def attention_with_registers(
     if attention.products is not None:
         rows = None if layer.keys is None else (layer.keys, layer.values)
         return attention.products(query, key, value, rows, mask, scaling)
-    kind: type[Any] = type(module)
-    base = base_attention(module.config.native, kind)
+    base = base_attention(module.config.native, type(module))  # pyright: ignore[reportUnknownArgumentType]
     key, value = layer.update(key, value)
     return base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 

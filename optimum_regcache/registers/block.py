@@ -56,7 +56,6 @@ class BlockMixin(Swapped):
             if "position_embeddings" in kwargs:
                 kwargs["position_embeddings"] = D.narrow_positions(kwargs["position_embeddings"], state.selection)
         cache = take_cache(kwargs)
-        output: Any
         before, state.cache = state.cache, state.cache if cache is None else cache
         try:
             if fused is not None:
@@ -69,8 +68,8 @@ class BlockMixin(Swapped):
         finally:
             state.cache, state.mask = before, None
         if self.block_index != runtime.num_blocks - 1:
-            return output
-        return runtime.leave(runtime.finish(output, native), self.rotation)
+            return output  # pyright: ignore[reportUnknownVariableType]
+        return runtime.leave(runtime.finish(output, native), self.rotation)  # pyright: ignore[reportUnknownArgumentType]
 
 
 CACHE_NAMES = ("past_key_values", "cache", "register_cache")

@@ -50,8 +50,12 @@ def valid_tokens(attention_mask: torch.Tensor | None, batch: int, tokens: int, d
 def outlier_scores(hidden: torch.Tensor, candidates: torch.Tensor, score: str = "linf") -> torch.Tensor:
     """``linf`` or ``l2`` norm of every token [B, N] in float32, -inf where ``candidates`` is false."""
     states = hidden.detach()
-    norms: torch.Tensor = states.abs().amax(-1).float() if score == "linf" else states.float().norm(dim=-1)  # pyright: ignore[reportUnknownMemberType]
+    norms = states.abs().amax(-1).float() if score == "linf" else _l2_norms(states)
     return norms.masked_fill(~candidates, float("-inf"))
+
+
+def _l2_norms(states: torch.Tensor) -> torch.Tensor:
+    return states.float().norm(dim=-1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def choose_dropped(scores: torch.Tensor, valid: torch.Tensor, config: DeletionConfig) -> torch.Tensor:
@@ -85,8 +89,7 @@ def gather_tokens(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """[B, N, D] -> [B, K, D]; whole rows are copied, which is faster than a gather with an index for every channel."""
     first = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1) * hidden.shape[1]
     rows = hidden.flatten(0, 1).index_select(0, (first + kept).flatten())
-    tokens: torch.Tensor = rows.unflatten(0, kept.shape)
-    return tokens
+    return rows.unflatten(0, kept.shape)  # pyright: ignore[reportUnknownVariableType]
 
 
 def spread_tokens(hidden: torch.Tensor, selection: Selection) -> torch.Tensor:
