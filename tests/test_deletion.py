@@ -397,15 +397,3 @@ def test_too_many_tokens_to_delete() -> None:
     with pytest.raises(ValueError, match=message):
         model(pixel_values=pixels(0, 1, 32, 24))
     assert DINOV2.run(model).shape[1] == 1 + 8, "a failed pass leaves nothing behind"
-
-
-def test_set_deletion_errors() -> None:
-    with pytest.raises(ValueError, match=r"deletion.block=4, but the encoder has blocks 0 to 3\."):
-        set_deletion(CLIP.build(), DeletionConfig(block=BLOCKS, count=1))
-    for tiny, name in ((SIGLIP2, r"Siglip2Vision\w+"), (DINOV2_BACKBONE, "Dinov2Backbone")):
-        model = tiny.build()
-        message = f"{name} needs the whole patch grid after the last block; use deletion.fill='neighbour_mean'"
-        with pytest.raises(ValueError, match=message):
-            set_deletion(model, DeletionConfig(block=1, count=1, fill="none"))
-        assert not prepare_tower(model).deletion.active
-        set_deletion(model, DeletionConfig(fill="none"))  # nothing is deleted: no objection
