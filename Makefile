@@ -10,7 +10,7 @@ OUT ?= regcache-out
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo test oldest slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo test oldest coverage slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -21,6 +21,12 @@ test: $(VENV)/ready
 # what shows that a combination of versions works, with the oldest transformers, in an environment of its own
 oldest: $(VENV)-oldest/ready
 	$(VENV)-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "core and not slow"
+
+# branch coverage of the package by the default tests: the files below 90 %, then the total, which must reach 90 %
+coverage: $(VENV)/ready
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report= --cov-fail-under=0
+	$(BIN)/python -m coverage report --fail-under=0 | awk 'NR <= 2 || $$NF + 0 < 90'
+	$(BIN)/python -m coverage report --format=total
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow

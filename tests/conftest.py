@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import fits
 import pytest
 import torch
 
@@ -33,3 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in CORE:
             item.add_marker("core")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_fits_stay_as_they_are() -> Iterator[None]:
+    """No test changed a fit that others were given a copy of."""
+    yield
+    assert fits.changed() == []

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import fits
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
@@ -323,22 +324,34 @@ def quantized(
     dtype: torch.dtype = torch.float32,
     *,
     cls: type[PreTrainedModel] | None = None,
+    cached: bool = True,
     **parts: dict[str, Any],
 ) -> Any:
-    """The model quantized with registers in blocks 2 and 3 and two tokens deleted; ``parts`` change its config."""
-    config = RegCacheConfig.from_preset(f"w{bits}a{bits}" if bits != 2 else "w8a8").replace(
+    """The model quantized with registers in blocks 2 and 3 and two tokens deleted; ``parts`` change its config.
+
+    A copy of a fit that is made once (`fits.once`), unless ``cached`` is false.
+    """
+    preset = RegCacheConfig.from_preset(f"w{bits}a{bits}" if bits != 2 else "w8a8")
+    config = preset.replace(
         weights={"bits": bits},
         registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.0},
         deletion={"block": 2, "count": 2},
-    )
-    config, model = config.replace(**parts), cast(tiny.build(cls=cls), dtype)
+    ).replace(**parts)
     if config.registers.mode == "none":
         config = config.replace(registers=RegistersConfig(mode="none"))
+
+    def make() -> Any:
+        return _quantized(cast(tiny.build(cls=cls), dtype), config, [tiny.inputs(seed=2)])
+
+    return fits.once((tiny, dtype, cls, repr(config)), make) if cached else make()
+
+
+def _quantized(model: Any, config: RegCacheConfig, batches: list[Inputs]) -> Any:
     if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
         config = config.replace(modules={"head": False})  # refused where there is none
     r = config.registers
     cache = random_cache(r.blocks, r.num_registers, r.num_copies) if r.mode == "fixed" else None
-    return build_quantized(model, config, cache, [tiny.inputs(seed=2)])
+    return build_quantized(model, config, cache, batches)
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

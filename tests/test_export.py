@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import fits
 import models as tiny_models
 import numpy as np
 import onnx
@@ -56,8 +57,12 @@ def small(tiny: TinyModel, bits: int = 8, **parts: Any) -> Any:
     config = RegCacheConfig.from_preset(f"w{bits}a{bits}").replace(
         registers={"mode": "fixed", "blocks": (1,), "num_copies": 2.0}, deletion={"block": 1, "count": 2}
     )
-    cache = random_cache((1,), 1, 2.0, num_blocks=2)
-    return build_quantized(tiny.build(num_hidden_layers=2), config.replace(**parts), cache, [tiny.inputs(seed=2)])
+    config, cache = config.replace(**parts), random_cache((1,), 1, 2.0, num_blocks=2)
+
+    def make() -> Any:
+        return build_quantized(tiny.build(num_hidden_layers=2), config, cache, [tiny.inputs(seed=2)])
+
+    return fits.once(("small", tiny, repr(config)), make)
 
 
 class Exported:
@@ -78,10 +83,15 @@ class Exported:
         return ExportedEncoder.from_pretrained(getattr(self, kind), num_threads=1)
 
 
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory):
+    """Family -> its model with both exports, each made once."""
+    return lru_cache(lambda name: Exported(TOWERS[name], small(TOWERS[name]), tmp_path_factory.mktemp(name)))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def exported(request, tmp_path_factory) -> Exported:
-    tiny = TOWERS[request.param]
-    return Exported(tiny, small(tiny), tmp_path_factory.mktemp(request.param))
+def exported(request, export_of) -> Exported:
+    return export_of(request.param)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.02) -> None:
@@ -155,15 +165,25 @@ def test_where_integer_kernels_saturate_others_are_used(exported: Exported, kind
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations", "needed"), [(8, 8, True), (7, 8, False), (8, 7, False), (4, 8, False), (6, 6, False)]
+    ("highest", "code", "needed"),
+    [
+        (255, 127, True),  # 8 bits: two products of at most 32385
+        (255, 63, False),  # 7-bit weights: 2 * 16065
+        (127, 127, False),  # 7-bit activations: 2 * 16129
+        (63, 31, False),
+        (255, 64, False),  # 32640 is the last that 16 bits hold here
+        (255, 65, True),
+        (255, -64, False),
+        (255, -65, True),
+        (255, -128, True),
+    ],
 )
-def test_what_needs_vnni(weights: int, activations: int, needed: bool):
-    codes = torch.tensor([[2 ** (weights - 1) - 1, -(2 ** (weights - 1) - 1)]], dtype=torch.int8)
-    highest = 2**activations - 1
-    assert needs_vnni(highest, codes) == needed
-    assert (2 * highest * int(codes.max()) > 2**15 - 1) == needed  # two neighbouring products in 16 bits
-    assert needs_vnni(255, torch.tensor([[-128]], dtype=torch.int8))
-    assert not needs_vnni(255, codes[:0])
+def test_what_needs_vnni(highest: int, code: int, needed: bool):
+    assert needs_vnni(highest, torch.tensor([[0, code]], dtype=torch.int8)) == needed
+
+
+def test_no_weights_need_no_vnni():
+    assert not needs_vnni(255, torch.empty(0, 4, dtype=torch.int8))
 
 
 def test_seven_bit_weights_are_exact_on_every_cpu(tmp_path):
@@ -184,15 +204,11 @@ def test_model_is_unchanged_by_the_export(exported: Exported):
 
 
 @pytest.mark.skipif(machine_reason() is not None, reason=f"int8 kernel: {machine_reason()}")
-def test_a_fused_model_is_exported_like_an_unfused_one(tmp_path):
-    tiny = TOWERS["clip"]
-    plain, fused = quantized(tiny), quantized(tiny)
-    fuse(fused)
-    files = [
-        (export_onnx(model, tmp_path / name) / "model.onnx").read_bytes()
-        for name, model in (("plain", plain), ("fused", fused))
-    ]
-    assert files[0] == files[1]
+def test_a_fused_model_is_exported_like_an_unfused_one(export_of, tmp_path):
+    fused = small(TOWERS["clip"])
+    assert fuse(fused).fused == (0, 1)
+    export_onnx(fused, tmp_path)
+    assert (tmp_path / "model.onnx").read_bytes() == (export_of("clip").onnx / "model.onnx").read_bytes()
     assert is_fused(fused)
 
 
@@ -233,7 +249,7 @@ def test_projection_and_classifier_come_along(tmp_path):
     assert_same(encoder(**pixels).image_embeds, expected)
     assert_same(encode(encoder, [pixels]), encode(dual.model, [pixels]))
     assert not any("text" in name for name in dual.constants)
-    labels = Exported(MODELS["vit_classifier"], quantized(COMPOSITES["vit_classifier"]), tmp_path / "labels")
+    labels = Exported(MODELS["vit_classifier"], small(COMPOSITES["vit_classifier"]), tmp_path / "labels")
     encoder = labels.encoder("onnx")
     assert_same(encoder(**pixels).logits, labels.tiny.run(labels.model, pixels))
     assert_same(encode(encoder, [pixels]), encode(labels.model, [pixels]))
