@@ -14,9 +14,9 @@ BENCH_OUT ?= bench-cpu-int8.json
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
-# two processes; the tests of one file stay together
+# two processes; the tests of one file stay together, the longest files begin (tests/conftest.py)
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # what shows that a combination of versions works, with the oldest transformers, in an environment of its own
 oldest: $(VENV)-oldest/ready
@@ -24,7 +24,7 @@ oldest: $(VENV)-oldest/ready
 
 # branch coverage of the package by the default tests: the files below 90 %, then the total, which must reach 90 %
 coverage: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report= --cov-fail-under=0
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= --cov-fail-under=0
 	$(BIN)/python -m coverage report --fail-under=0 | awk 'NR <= 2 || $$NF + 0 < 90'
 	$(BIN)/python -m coverage report --format=total
 

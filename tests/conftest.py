@@ -30,11 +30,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if wanted and name.startswith("test_") and name.endswith(".py") and name not in CORE else None
 
 
+# the files of few long tests, in the order in which they begin: last, one of them would keep one process busy alone
+FIRST = (
+    "test_reference_encoders.py",
+    "test_export.py",
+    "test_avx2.py",
+    "test_hub.py",
+    "test_recipes_folder.py",
+    "test_every_setting.py",
+    "test_methods.py",
+    "test_planted.py",
+    "test_memory.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `CORE`."""
+    """Mark the tests of `CORE`; files of `FIRST` come first, and tests keep their order within a file."""
     for item in items:
         if item.path.name in CORE:
             item.add_marker("core")
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
