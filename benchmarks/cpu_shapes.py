@@ -79,6 +79,6 @@ def count_operations(model: PreTrainedModel, side: int) -> Operations:
     linears = attention = 0
     for block in range(len(tower.blocks)):
         linears += sum(2 * tokens * m.weight.numel() for m in tower.block_linears(block).values())
-        width = tower.attention(block).get_submodule(tower.family.query).out_features
+        width = tower.num_heads * tower.head_dim
         attention += 2 * 2 * tokens**2 * width
     return Operations(linears / 1e9, attention / 1e9, 2 * patches * patch.numel() / 1e9)

@@ -61,7 +61,7 @@ def roles(tower: Tower) -> Iterator[tuple[str, nn.Module]]:
     attention = f"{f.attention}."
     for index in range(len(tower.blocks)):
         for name, module in tower.block_linears(index).items():
-            if name in {attention + n for n in (f.query, f.key, f.value)}:
+            if name in {attention + n for n in f.projections}:
                 yield ROLES["norm1"], module
             elif name == attention + f.out:
                 yield ROLES["attention"], module

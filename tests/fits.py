@@ -32,7 +32,10 @@ def fingerprint(made: Any) -> str:
     for model in (made,) if isinstance(made, nn.Module) else (made.model, made.float_model):
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(
+                tensor.detach().flatten()
+            )  # whatever its strides
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -84,7 +84,7 @@ import optimum_regcache
 
 model = load("user/name")
 
-from optimum_regcache.modules import quant_linears
+from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.registers import get_register_cache, prepare_tower
 
 assert [name for name in model.state_dict() if "register_" in name] == [

@@ -27,12 +27,13 @@ class BlockInput:
 class _Pass:
     """State of one forward pass, written by the first swapped module it meets and read by the later ones."""
 
-    grid: D.Grid = None
-    selection: D.Selection | None = None
-    valid: torch.Tensor | None = None
-    replayed: BlockInput | None = None
-    cache: RegisterCache | None = None  # takes the place of the stored registers
-    mask: torch.Tensor | None = None  # of a block whose native forward takes none
+    def __init__(self) -> None:  # all of them on the instance: a compiled graph is guarded by what is there
+        self.grid: D.Grid = None
+        self.selection: D.Selection | None = None
+        self.valid: torch.Tensor | None = None
+        self.replayed: BlockInput | None = None
+        self.cache: RegisterCache | None = None  # takes the place of the stored registers
+        self.mask: torch.Tensor | None = None  # of a block whose native forward takes none
 
 
 class _ThreadPass(_Pass, threading.local):
