@@ -25,20 +25,6 @@ from optimum_regcache.config.parts import (
 )
 from optimum_regcache.config.validation import build_part, is_mapping, plain, require
 
-__all__ = [
-    "FORMAT_VERSION",
-    "PRESETS",
-    "QUANT_METHOD",
-    "ActivationsConfig",
-    "AttentionConfig",
-    "DeletionConfig",
-    "ModulesConfig",
-    "RegCacheConfig",
-    "RegistersConfig",
-    "RewritesConfig",
-    "WeightsConfig",
-]
-
 QUANT_METHOD = "regcache"
 FORMAT_VERSION = 1
 
