@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.compat import collected_outputs
 from optimum_regcache.encoders.tower import Tower
 from optimum_regcache.registers import deletion as D
 from optimum_regcache.registers.cache import RegisterCache
@@ -34,10 +35,15 @@ class _Pass:
         self.replayed: BlockInput | None = None
         self.cache: RegisterCache | None = None  # takes the place of the stored registers
         self.mask: torch.Tensor | None = None  # of a block whose native forward takes none
+        self.states_wanted = False  # somebody looks at the states between the blocks
 
 
 class _ThreadPass(_Pass, threading.local):
     """One `_Pass` per thread: a served model may run in several threads at once."""
+
+
+_ARGUMENTS = ("output_hidden_states", "output_attentions")
+_PER_BLOCK = frozenset(("hidden_states", "attentions"))  # what transformers collects for them
 
 
 class Replay:
@@ -63,7 +69,8 @@ class TowerRuntime:
         deletion: what to delete.
         num_copies: tau of the stored registers.
         extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
-        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
+        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens. A call that asks for
+            hidden states or attention weights is served in this way too.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
         first_block: holds the rotation of the residual stream, if there is one.
@@ -100,6 +107,11 @@ class TowerRuntime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
 
+    def note_outputs(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the tower: whether this call gives the states between its blocks to the caller."""
+        asked = (kwargs.get(name, getattr(module.config, name, None)) for name in _ARGUMENTS)
+        self.current.states_wanted = any(value is not None and value is not False for value in asked)
+
     def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
         """Start a forward pass: remember the patch grid."""
         state = self.current
@@ -131,7 +143,8 @@ class TowerRuntime:
                 f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
                 "input. Use larger images or a smaller count."
             )
-        masked = self.keep_positions or config.rule == "threshold"
+        wanted = state.states_wanted or bool(_PER_BLOCK.intersection(collected_outputs()))
+        masked = self.keep_positions or wanted or config.rule == "threshold"
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
         if native and simple:
             hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
