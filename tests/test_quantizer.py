@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -22,7 +23,8 @@ from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.methods import resolve
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache
-from optimum_regcache.search.fit import install_setup, split_inputs
+from optimum_regcache.search.fit import install_setup
+from optimum_regcache.search.plan import split_inputs
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
 OFF = RegCacheConfig(registers={"mode": "none"})
@@ -153,7 +155,13 @@ def test_search_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="3 reference images are too few"):
         quantizer.fit(items("clip")[:3], search=QUICK, data=data, progress=False)
     with pytest.raises(ValueError, match="No linear layer of the blocks is left to quantize"):
-        quantizer.fit(items("clip"), RegCacheConfig(modules={"ignore": ["encoder.*"]}), QUICK, data, progress=False)
+        quantizer.fit(
+            items("clip"),
+            RegCacheConfig(modules={"ignore": ["encoder.*"]}),
+            dataclasses.replace(QUICK, always=True),
+            data,
+            progress=False,
+        )
 
 
 def test_accuracy_objective_with_a_classifier():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -37,6 +37,25 @@ def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
 def num_images(batch: Batch) -> int:
     """Images in a batch; where their patches are packed into one sequence, ``image_grid_thw`` has a row for each."""
     return len(batch["image_grid_thw"] if "image_grid_thw" in batch else batch["pixel_values"])
+
+
+def first_images(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first ``count`` images of ``batches``, in the same batches; the last of them is cut."""
+    part: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        images = num_images(batch)
+        part.append(batch if images <= count else _cut(batch, count))
+        count -= images
+    return part
+
+
+def _cut(batch: Batch, count: int) -> Batch:
+    if "image_grid_thw" not in batch:
+        return {name: rows[:count] for name, rows in batch.items()}
+    grids = batch["image_grid_thw"][:count]
+    return {"pixel_values": batch["pixel_values"][: int(grids.prod(1).sum())], "image_grid_thw": grids}
 
 
 def _integers(numbers: torch.Tensor) -> list[int]:

@@ -17,8 +17,9 @@ from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import Quantized, quantize_with
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, QuantizationPlan, ReferenceImages, ReferenceParts, fit_registers
+from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
 
 
 @dataclass(frozen=True)
