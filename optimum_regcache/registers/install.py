@@ -53,18 +53,8 @@ def set_registers(model: torch.nn.Module, cache: RegisterCache | None) -> None:
         ValueError: the cache belongs to an encoder of another shape.
     """
     runtime, tower = prepare_tower(model), find_tower(model)
-    if cache is not None and len(cache.layers) != len(tower.blocks):
-        raise ValueError(
-            f"The register cache is for {len(cache.layers)} blocks, {type(tower.module).__name__} has {len(tower.blocks)}."
-        )
-    heads, width = tower.num_heads, tower.head_dim
-    for index in cache.blocks if cache is not None else ():
-        keys = cache.rows(index)[0]  # type: ignore[union-attr]
-        if keys.shape[0] != heads or keys.shape[2] != width:
-            raise ValueError(
-                f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
-                f"[{heads}, registers, {width}]."
-            )
+    if cache is not None:
+        cache.check(len(tower.blocks), tower.num_heads, tower.head_dim)
     for index in range(len(tower.blocks)):
         attention: Any = tower.attention(index)
         if cache is None or index not in cache.blocks:

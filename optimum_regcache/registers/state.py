@@ -70,7 +70,7 @@ class TowerRuntime:
         num_copies: tau of the stored registers.
         extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
         keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens. A call that asks for
-            hidden states or attention weights is served in this way too.
+            hidden states or attention weights is served in this way too, unless ``deletion.fill`` is ``none``.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
         first_block: holds the rotation of the residual stream, if there is one.
@@ -84,6 +84,8 @@ class TowerRuntime:
         self._leading = tower.num_prefix_tokens
         self.keep_positions = tower.is_backbone or tower.family.always_mask
         self.num_blocks = len(tower.blocks)
+        self._rows_of = (self.num_blocks, tower.num_heads, tower.head_dim)
+        self._accepted: RegisterCache | None = None
         patch = getattr(tower.config, "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
         self.replay: Replay | None = None
@@ -102,10 +104,23 @@ class TowerRuntime:
         return self._leading + int(self.extra_token)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced", "_accepted")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass(), _accepted=None)
+
+    def accept(self, cache: RegisterCache) -> RegisterCache:
+        """A cache that was passed to a call, checked once.
+
+        Raises:
+            ValueError: it does not fit this encoder, or holds rows that are not finite.
+        """
+        if cache is not self._accepted:
+            cache.check(*self._rows_of)
+            if not torch.compiler.is_compiling():
+                cache.check_finite()
+                self._accepted = cache
+        return cache
 
     def note_outputs(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the tower: whether this call gives the states between its blocks to the caller."""
@@ -144,7 +159,7 @@ class TowerRuntime:
                 "input. Use larger images or a smaller count."
             )
         wanted = state.states_wanted or bool(_PER_BLOCK.intersection(collected_outputs()))
-        masked = self.keep_positions or wanted or config.rule == "threshold"
+        masked = self.keep_positions or config.rule == "threshold" or (wanted and config.fill != "none")
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
         if native and simple:
             hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
