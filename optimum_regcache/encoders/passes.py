@@ -76,13 +76,13 @@ def states_read(model: nn.Module, tower: Tower) -> tuple[int, ...]:
     """Which states between the blocks ``model`` reads, 0 being the input of block 0: the ``vision_feature_layer`` of LLaVA and
     its relatives, the stages of a backbone; the last state alone otherwise."""
     depth = len(tower.blocks)
-    layers = getattr(getattr(model, "config", None), "vision_feature_layer", None) if tower.name else None
+    layers: Any = getattr(getattr(model, "config", None), "vision_feature_layer", None) if tower.name else None
     if layers is None and tower.is_backbone:
         layers = list(cast("Any", tower.module).out_indices)
     if layers is None:
         return (depth,)
-    found = layers if isinstance(layers, (list, tuple)) else [layers]
-    return tuple(int(i) if i >= 0 else depth + 1 + int(i) for i in found)
+    found = cast("list[int]", layers if isinstance(layers, (list, tuple)) else [layers])
+    return tuple(i if i >= 0 else depth + 1 + i for i in found)
 
 
 def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor:

@@ -49,7 +49,8 @@ class BlockMixin(Swapped):
         fused = self.fused if self.fused is not None and self.fused.applies(self, hidden_states) else None
         native = fused is not None and fused.settings.native
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
-            if self.training and getattr(self, "gradient_checkpointing", False):
+            module: Any = self
+            if module.training and getattr(self, "gradient_checkpointing", False):
                 raise ValueError(
                     "Token deletion and gradient checkpointing do not go together: a block that is computed again would delete "
                     "again. Call model.gradient_checkpointing_disable(), or set_deletion(model, DeletionConfig())."
