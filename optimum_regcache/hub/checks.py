@@ -16,7 +16,7 @@ import torch
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.encoders.compat import loaded_names, tied_names
 from optimum_regcache.encoders.tower import find_tower, named_modules
-from optimum_regcache.hub.stored import AGAIN, Fingerprint, StoredTensor, read_files, start_digests
+from optimum_regcache.hub.stored import AGAIN, Fingerprint, StoredTensor, file_digests, read_files
 
 State = dict[str, torch.Tensor]
 
@@ -47,8 +47,8 @@ def accept_edits() -> Generator[None, None, None]:
         _accept.reset(token)
 
 
-def check_files(model: Any, config: RegCacheConfig, paths: list[Path]) -> Comparison | None:
-    """Compare what is about to be loaded with what the config promises.
+def check_files(model: Any, config: RegCacheConfig, paths: list[Path]) -> bool:
+    """Compare what is about to be loaded with what the config promises and with what was saved.
 
     Args:
         model: with empty quantized modules.
@@ -56,45 +56,34 @@ def check_files(model: Any, config: RegCacheConfig, paths: list[Path]) -> Compar
         paths: checkpoint files, safetensors or PyTorch's own.
 
     Returns:
-        The comparison with what was saved, under way; None for a checkpoint without a fingerprint.
+        Whether every tensor is known to be as it was saved.
 
     Raises:
-        ValueError: naming what is missing, not described, or of another dtype or shape.
+        ValueError: naming what is missing, not described, of another dtype or shape, or changed.
     """
     stored, saved = read_files(paths)
     targets, state = loaded_names(model, list(stored)), model.state_dict()
     _check_names(model, state, stored, targets)
     _check_forms(model, state, stored, targets)
-    return None if saved is None else Comparison(config, stored, saved)
+    return saved is not None and _check_saved(config, stored, saved)
 
 
-class Comparison:
-    """Compares a checkpoint with its fingerprint while it is being loaded."""
-
-    def __init__(self, config: RegCacheConfig, stored: dict[str, StoredTensor], saved: Fingerprint) -> None:
-        self.config, self.stored, self.saved = config, stored, saved
-        self._digests = start_digests(stored)
-
-    def result(self) -> bool:
-        """Whether everything is as it was saved; False if an edit is accepted.
-
-        Raises:
-            ValueError: naming the tensors and settings that were changed.
-        """
-        found, saved = self._digests.result(), self.saved.tensors
-        changed = sorted(name for name, mark in found.items() if saved.get(name) != mark)
-        kept = set(found.values())  # of tied tensors one is stored
-        changed += sorted(name for name, mark in saved.items() if name not in self.stored and mark not in kept)
-        settings = _changed_settings(self.saved.config, self.config)
-        if not changed and not settings:
-            return True
-        if _accept.get():
-            return False
-        what = [*settings, *([f"tensors {listing(changed)}"] if changed else [])]
-        raise ValueError(
-            f"The checkpoint was changed after it was saved: {'; '.join(what)}. {AGAIN} If the change is yours, open it inside "
-            "`with optimum_regcache.accept_edits():` and save it again."
-        )
+def _check_saved(config: RegCacheConfig, stored: dict[str, StoredTensor], saved: Fingerprint) -> bool:
+    """Whether everything is as it was saved; False if an edit is accepted."""
+    found = file_digests(stored)
+    changed = sorted(name for name, mark in found.items() if saved.tensors.get(name) != mark)
+    kept = set(found.values())  # of tied tensors one is stored
+    changed += sorted(name for name, mark in saved.tensors.items() if name not in stored and mark not in kept)
+    settings = _changed_settings(saved.config, config)
+    if not changed and not settings:
+        return True
+    if _accept.get():
+        return False
+    what = [*settings, *([f"tensors {listing(changed)}"] if changed else [])]
+    raise ValueError(
+        f"The checkpoint was changed after it was saved: {'; '.join(what)}. {AGAIN} If the change is yours, open it inside "
+        "`with optimum_regcache.accept_edits():` and save it again."
+    )
 
 
 def listing(names: list[str]) -> str:

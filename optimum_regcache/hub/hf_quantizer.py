@@ -19,7 +19,7 @@ from optimum_regcache.config.effects import require_effect
 from optimum_regcache.encoders.compat import accept_bare_names, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
-from optimum_regcache.hub.checks import Comparison, check_files
+from optimum_regcache.hub.checks import check_files
 from optimum_regcache.hub.dequantize import dequantize_modules
 from optimum_regcache.hub.stored import fingerprint
 from optimum_regcache.hub.structure import check_complete, check_loaded, freeze, install_structure, validate_positions
@@ -38,7 +38,7 @@ class RegCacheHfQuantizer(HfQuantizer):
     quantization_config: RegCacheConfig
     pre_quantized: bool
     _forms: dict[str, tuple[torch.Size, torch.dtype]] = {}  # noqa: RUF012 (replaced, never changed)
-    _comparison: Comparison | None = None
+    _as_saved = False
     _names_known = False
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
@@ -72,22 +72,19 @@ class RegCacheHfQuantizer(HfQuantizer):
         accept_bare_names(model, find_tower(model).name)
         paths = _checkpoint_files(model, kwargs)
         self._names_known = bool(paths)
-        self._comparison = check_files(model, self.quantization_config, paths) if paths else None
+        self._as_saved = self._names_known and check_files(model, self.quantization_config, paths)
         self._forms = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            as_saved = self._comparison is not None and self._comparison.result()
-            self._comparison = None
             check_loaded(model, self._forms, self._names_known)
         else:
-            as_saved = True
             validate_positions(model, self.quantization_config)
             prepare_tower(model)
             quantize_modules(model, self.quantization_config)
             set_deletion(model, self.quantization_config.deletion)
-        check_complete(model, ranges=not as_saved)
+        check_complete(model, ranges=self.pre_quantized and not self._as_saved)
         freeze(model)
         _share_with_vision_config(model, self.quantization_config)
         return model

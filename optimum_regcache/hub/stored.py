@@ -1,15 +1,13 @@
-"""The tensors of a checkpoint as they lie in its files, and the fingerprint that says how they were saved.
-
-The digests of the files are computed beside the loading, in a thread: the CRC of a large tensor needs no Python.
-"""
+"""The tensors of a checkpoint as they lie in its files, and the fingerprint that says how they were saved."""
 
 from __future__ import annotations
 
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -121,23 +119,23 @@ def _parse(text: str, path: Path) -> Fingerprint:
         raise ValueError(f"The fingerprint in {path.name} is damaged ({error}). {AGAIN}") from None
 
 
-def start_digests(stored: dict[str, StoredTensor]) -> Future[dict[str, str]]:
-    """The digests of all tensors that lie in files, name -> digest, computed in a thread."""
-    pool = ThreadPoolExecutor(1, "regcache-digests")
-    future = pool.submit(_digests, stored)
-    pool.shutdown(wait=False)
-    return future
-
-
-def _digests(stored: dict[str, StoredTensor]) -> dict[str, str]:
+def file_digests(stored: dict[str, StoredTensor]) -> dict[str, str]:
+    """The digests of all tensors that lie in files, name -> digest."""
     maps: dict[Path, memoryview] = {}
-    found: dict[str, str] = {}
-    for name, tensor in stored.items():
-        if tensor.place is None:
-            continue
-        path, begin, end = tensor.place
-        if path not in maps:
-            with path.open("rb") as file:
-                maps[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        found[name] = f"{zlib.crc32(maps[path][begin:end], _head(tensor.dtype, tensor.shape)):08x}"
-    return found
+    for path in {tensor.place[0] for tensor in stored.values() if tensor.place is not None}:
+        with path.open("rb") as file:
+            maps[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def one(name: str) -> str:
+        tensor = stored[name]
+        path, begin, end = tensor.place or (Path(), 0, 0)
+        return f"{zlib.crc32(maps[path][begin:end], _head(tensor.dtype, tensor.shape)):08x}"
+
+    sizes = {name: t.place[2] - t.place[1] for name, t in stored.items() if t.place is not None}
+    large = [name for name, size in sizes.items() if size >= THREADED]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "regcache-digests") as pool:
+        found = {name: one(name) for name in sizes if sizes[name] < THREADED}
+        return found | dict(zip(large, pool.map(one, large), strict=True))
+
+
+THREADED = 2**18  # bytes: the CRC of fewer is done before another thread has begun
