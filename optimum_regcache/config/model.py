@@ -207,7 +207,8 @@ class RegCacheConfig(QuantizationConfigMixin):
         Raises:
             ValueError: naming the keys that are missing.
         """
-        complete, missing = cls().to_dict(), []
+        complete: dict[str, Any] = cls().to_dict()
+        missing: list[str] = []
         for name in (*PARTS, "methods"):
             stored = migrate_part(name, config_dict.get(name))
             if stored is None:
@@ -219,7 +220,8 @@ class RegCacheConfig(QuantizationConfigMixin):
             f"The stored quantization_config lacks {', '.join(missing)}. A default would make it another model: write what the "
             "model was quantized with, or download or quantize the model again.",
         )
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        read: Any = super().from_dict  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return read(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything, defaults included: a checkpoint must not change meaning when a default does."""

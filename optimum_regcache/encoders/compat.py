@@ -120,7 +120,7 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 def never_loaded(model: PreTrainedModel) -> set[str]:
     """Tensors of ``model`` that `from_pretrained` found nowhere; the names of releases that do not tell are left out."""
-    state = cast("dict[str, Any]", model.state_dict(keep_vars=True))
+    state = model.state_dict(keep_vars=True)
     marks = {name: bool(getattr(tensor, "_is_hf_initialized", False)) for name, tensor in state.items()}
     return {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
 
