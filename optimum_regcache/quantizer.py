@@ -14,7 +14,7 @@ from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.effects import require_search_unused
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
-from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig, recorded_name
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import choose_split, load_splits, reference_and_report, subsample
@@ -285,9 +285,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             recipe = Recipe(search=fit.settings, data=fit.data) if fit is not None else Recipe()
         if results is None and fit is not None and fit.config == config:
             results = {"fit": fit.to_dict()}
-        names = {name: getattr(recipe, name) for name in ("model", "dataset")}
-        names = {k: v if v is None or v in reference.names() else recorded_name(v) for k, v in names.items()}
-        return replace(recipe, quantization=config, **names), results
+        return recipe.with_quantization(config).portable(reference.names()), results
 
     def _plan(
         self,

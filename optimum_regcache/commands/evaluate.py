@@ -16,7 +16,6 @@ from optimum_regcache.commands.report import environment, retention
 from optimum_regcache.commands.sources import (
     Hub,
     accuracy_data,
-    check_name,
     open_model,
     open_source,
     saved_recipe,
@@ -90,6 +89,8 @@ def evaluate_job(
         OSError: a name that leads nowhere.
     """
     model_dir, device = subject.model, subject.device
+    if subject.original is not None:
+        _refuse_itself(subject.original, model_dir)
     asked = {
         **asdict(subject),
         "hub": subject.hub.get("revision"),
@@ -173,24 +174,26 @@ def _float_original(subject: Subject, model: Any) -> tuple[str | None, tuple[Any
     saved = saved_recipe(subject.model, subject.hub)
     hub = {k: v for k, v in subject.hub.items() if k != "revision"}
     if subject.original is not None:
-        _refuse_itself(subject.original, subject.model)
         opened = open_model(subject.original, hub, "--float-model")
         if getattr(opened[0], "is_quantized", False):
             raise ValueError(
                 f"--float-model {subject.original} is quantized; give the float original, or leave it out."
             )
         return subject.original, opened, saved
-    if saved.model is None:
-        return None, None, saved
+    if subject.model in reference.names() or (saved.model is None and not getattr(model, "is_quantized", False)):
+        return None, None, saved  # it is a float model itself
+    name = "" if saved.model is None else recorded_name(saved.model)
     try:
-        check_name(saved.model, "--float-model")
-        if saved.model not in reference.names() and Path(saved.model).exists():
-            raise FileNotFoundError(f"{saved.model} is a path, and may lead to another model here")
+        if saved.model is None:
+            raise ValueError("none is recorded.")
+        if name.startswith(LOCAL) and saved.model not in reference.names():
+            raise ValueError("it was a folder of the machine where the model was quantized.")
         return saved.model, open_model(saved.model, hub | _revision(saved), "--float-model"), saved
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         logger.warning(
-            f"The float original {saved.model.removeprefix(LOCAL)} is not compared with: {reason} Give it with --float-model."
+            f"No comparison with a float original{f' ({name.removeprefix(LOCAL)})' if name else ''}: {reason} Give it with "
+            "--float-model."
         )
         return None, None, saved
 

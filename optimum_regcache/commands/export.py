@@ -76,7 +76,7 @@ def export_job(  # noqa: PLR0913 (the options of the command)
     with out:
         path = write(model, out.stage, processor=processor, image_size=size)
         if recipe.model or recipe.dataset:
-            recipe.save(path / "recipe.yaml")
+            recipe.portable(reference.names()).save(path / "recipe.yaml")
         info = read_info(path)
         pixels, images = _check_images(dataset, recipe.model or model_dir, processor, num_images, info["image_size"])
         info["parity"] = {"images": images, "outputs": compare(model, ExportedEncoder.from_pretrained(path), pixels)}

@@ -157,8 +157,10 @@ def clearly_below(scores: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether the mean of ``scores`` [n] lies below that of ``others`` [n] by more than two paired standard errors; scores
     that are no numbers do."""
     difference = (scores - others).double()
-    mean, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
-    return math.isnan(mean) or (mean < 0 and (math.isnan(error) or -mean > 2 * error))
+    mean = float(difference.mean())
+    if math.isnan(mean):
+        return True
+    return len(difference) > 1 and -mean > 2 * float(difference.std()) / math.sqrt(len(difference))
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

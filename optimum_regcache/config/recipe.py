@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,11 @@ class Recipe:
             **parts,
         }
 
+    def portable(self, known: Collection[str] = ()) -> Recipe:
+        """The same recipe without paths of this machine; names of ``known`` stay as they are."""
+        names = {name: getattr(self, name) for name in ("model", "dataset")}
+        return replace(self, **{k: v if v is None or v in known else recorded_name(v) for k, v in names.items()})
+
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
@@ -274,5 +280,7 @@ class Recipe:
 
 def recorded_name(name: str) -> str:
     """What may be written down of a model or data set: a name as it is, of a path the last part only."""
+    if name.startswith(LOCAL):
+        return name
     looks = name.startswith(("/", ".", "~")) or "\\" in name or re.match(r"[A-Za-z]:", name)
     return LOCAL + (Path(name).resolve().name or "folder") if looks or Path(name).exists() else name
