@@ -11,7 +11,6 @@ from torch import nn
 
 from optimum_regcache.calibration.observers import ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
-from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, move
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import attention_products, install_products
@@ -111,7 +110,7 @@ def calibrate(
         if activations.mode == "static" and (site.block is None or site.block >= first):
             watch(site.name, _Tap(activations, padding))
     if config.attention.quantize:
-        require(known is None, "The attention products are calibrated from the first block on.")
+        assert known is None, "attention products are calibrated from the first block on"
         install_products(float_model, config.attention, bypass=True)
         heads = find_tower(float_model).num_heads
         for name, products in attention_products(float_model):

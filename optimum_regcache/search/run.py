@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
@@ -67,6 +68,9 @@ def run_plan(
     Raises:
         ValueError: images that are needed and missing, or settings that do not fit.
     """
+    if torch.is_inference_mode_enabled():  # tensors made there could never be used with autograd
+        with torch.inference_mode(False), torch.no_grad():
+            return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
     recipe, resolved = plan.recipe, plan.resolved
     parts = images.split(recipe.data, recipe.search.seed) if images is not None else known.parts if known else None
     fit, mode = None, resolved.config.registers.mode

@@ -207,14 +207,14 @@ class RegisterSearch:
         """Try configurations as ``search.algorithm`` says, and decide. Interrupt and call again with the same journal: the
         result is the same."""
         before = self.runner.block_forwards
-        images = sum(map(num_images, self.judges.selection.batches))
-        algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, images)
+        available = sum(map(num_images, self.judges.selection.batches))
+        algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
         with tqdm(total=round(algorithm.work(), 2), desc="search", disable=not self.progress, bar_format=_BAR) as bar:
 
-            def evaluate(setup: Setup, images_tried: int | None = None) -> Trial:
-                trial = self.scores(setup, lambda: self.cache(setup), self.deletion(setup), images_tried)
+            def evaluate(setup: Setup, images: int | None = None) -> Trial:
+                trial = self.scores(setup, lambda: self.cache(setup), self.deletion(setup), images)
                 bar.set_postfix_str(f"{setup.describe()}: {trial.mean:.4f}", refresh=False)
-                bar.update(1.0 if images_tried is None else images_tried / images)
+                bar.update(1.0 if images is None else images / available)
                 return trial
 
             trials = algorithm.run(evaluate)

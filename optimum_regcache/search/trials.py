@@ -15,7 +15,7 @@ from torch import nn
 
 from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
-from optimum_regcache.encoders.passes import Batch, num_images
+from optimum_regcache.encoders.passes import Batch, num_images, states_read
 from optimum_regcache.encoders.sharing import shared_copy
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
@@ -79,7 +79,9 @@ class TrialRunner:
         prepare_tower(self.float_model)
         self.quantized = shared_copy(self.float_model)
         quantize_modules(self.quantized, config)
-        self.depth = len(find_tower(self.float_model).blocks)
+        tower = find_tower(self.float_model)
+        self.depth = len(tower.blocks)
+        self._last_start = max(0, min(states_read(self.float_model, tower)) - 1)  # states before a replay do not exist
         self.block_forwards = 0
         self._plain: dict[int, QParams] = {}  # scales with nothing installed, by calibration list
         self._float: dict[int, BlockInputs] = {}  # by calibration list
@@ -157,7 +159,7 @@ class TrialRunner:
 
     def _from(self, first: int | None, objective: Objective, calibration: list[Batch]) -> AbstractContextManager[None]:
         """Inside it the quantized model starts at block ``first``."""
-        start = 0 if not self.reuse or first is None else first
+        start = 0 if not self.reuse or first is None else min(first, self._last_start)
         self._count(objective.batches, start)
         if start == 0:
             return nullcontext()
