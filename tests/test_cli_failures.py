@@ -29,7 +29,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = reference.load("planted-outlier")
     encoder.model.save_pretrained(folder / "vit")
     encoder.processor.save_pretrained(folder / "vit")
-    for number, row in enumerate(encoder.dataset("search", 24, 0)):
+    images: Any = encoder.dataset("search", 24, 0)
+    for number, row in enumerate(images):
         target = folder / "imgs" / f"{number}.png"
         target.parent.mkdir(exist_ok=True)
         row["image"].save(target)

@@ -73,7 +73,9 @@ def test_a_failed_job_leaves_no_trace(tmp_path: Path) -> None:
 def test_the_journal_of_a_failed_job_is_kept_until_one_succeeds(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as stopped:
         failing(tmp_path, KeyboardInterrupt(), journal="step")
-    assert f"Finished steps are kept in {tmp_path / WORK}; the same command goes on" in stopped.value.__notes__[0]
+    assert (
+        f"Finished steps are kept in {tmp_path / WORK}; the same command goes on" in vars(stopped.value)["__notes__"][0]
+    )
     with Output(tmp_path, JOB) as out:
         assert (out.work / "abc.jsonl").read_text() == "step"
         fill(out.stage)

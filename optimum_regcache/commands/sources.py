@@ -139,14 +139,15 @@ def open_source(
         check_name(dataset, "--dataset")
     require_hub(name, hub)
     ref = reference.load(name) if name in reference.names() else None
+    network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
-    if dataset is None and ref is not None:
-        search_images = ref.dataset("search", data.num_samples, seed)
-        report_images = ref.dataset("report", data.num_report, seed)
-        dataset = f"{name}{EMBEDDED_IMAGES}"
-    elif dataset is not None:
+    if dataset is not None:
         search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
         dataset = recorded_name(dataset)
+    else:
+        scenes = (ref or reference.load(name)).dataset
+        search_images, report_images = scenes("search", data.num_samples, seed), scenes("report", data.num_report, seed)
+        dataset = f"{name}{EMBEDDED_IMAGES}"
     network = network.to(device)
     return Source(
         name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,

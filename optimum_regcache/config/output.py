@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.model import QUANT_METHOD
-from optimum_regcache.config.validation import require
+from optimum_regcache.config.validation import is_mapping, require
 
 MANIFEST = "regcache.json"
 WORK = Path(".cache", "huggingface", "regcache")
@@ -114,8 +114,8 @@ class Output:
             found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        good = isinstance(found, dict) and isinstance(found.get("files"), dict) and isinstance(found.get("job"), dict)
-        return cast("dict[str, Any]", found) if good else None
+        good = is_mapping(found) and is_mapping(found.get("files")) and is_mapping(found.get("job"))
+        return found if good else None
 
     def _check_content(self) -> None:
         """Whose files are there?"""
@@ -157,7 +157,7 @@ class Output:
         self.work.mkdir(parents=True, exist_ok=True)
         require(not (self.work / "lock").is_symlink(), f"{self.work / 'lock'} is a link. Remove it.")
         try:
-            self._lock.acquire()
+            self._lock.acquire()  # pyright: ignore[reportUnknownMemberType]
         except Timeout:
             raise ValueError(
                 f"Another process is writing to {self.path}. Wait for it, or use another folder."

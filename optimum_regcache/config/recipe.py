@@ -228,9 +228,9 @@ class Recipe:
         try:
             return cls.from_dict(data)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(": ".join((str(path), str(error)))) from None
         except TypeError as error:
-            raise TypeError(f"{path}: {error}") from None
+            raise TypeError(": ".join((str(path), str(error)))) from None
 
     def override(self, assignments: list[str]) -> Recipe:
         """Apply ``section.field=value`` strings, for example ``search.max_delete=4`` or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -13,10 +13,10 @@ class _Loader(yaml.SafeLoader):
     """Refuses what a recipe has no use for: aliases (a few lines of them make gigabytes) and keys that are given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                None, None, "aliases are not read; write the value again", self.peek_event().start_mark
-            )
+        reader = cast("Any", self)
+        if reader.check_event(yaml.AliasEvent):
+            mark = reader.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "aliases are not read; write the value again", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -44,7 +44,7 @@ def read_yaml(content: bytes, what: str) -> Any:
     except yaml.constructor.ConstructorError as error:
         if "tag" not in str(error.problem):
             raise ValueError(f"{what} is not valid YAML: {error.problem}.") from None
-        raise ValueError(f"{what} holds {error.problem.split()[-1]}; only plain values are read.") from None
+        raise ValueError(f"{what} holds {str(error.problem).split()[-1]}; only plain values are read.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
