@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, cast
 
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING
-from transformers import __version__ as release
+from transformers import AutoConfig
 
 _AGAIN = "Download the model again."
 
@@ -30,8 +30,8 @@ def check_files(folder: Path) -> None:
         if (folder / name).is_file():
             _read_json(folder / name)
     kind, architectures = values.get("model_type"), values.get("architectures")
-    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and "auto_map" not in values):
-        raise ValueError(f"{config}: model_type {kind!r} is not known to transformers {release}.")
+    if not (isinstance(kind, str) and ("auto_map" in values or _is_known(kind))):
+        raise ValueError(f"{config}: model_type {kind!r} is not known to transformers {transformers.__version__}.")
     names = cast("list[Any]", architectures or [])
     if not isinstance(architectures, (list, type(None))) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{config}: architectures must be a list of class names, got {architectures!r}.")
@@ -40,6 +40,14 @@ def check_files(folder: Path) -> None:
             _read_json(path)
         elif path.suffix in (".safetensors", ".bin") and path.is_file():
             _check_weights(path)
+
+
+def _is_known(model_type: str) -> bool:
+    try:
+        cast("Any", AutoConfig).for_model(model_type)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
