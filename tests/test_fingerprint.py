@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from campaign import FORMS, Subject, campaign, save
 from optimum_regcache import RegCacheConfig, accept_edits
-from optimum_regcache.hub.stored import FINGERPRINT, digest
+from optimum_regcache.hub.stored import FINGERPRINT, digest, sort_metadata
 from optimum_regcache.layers.linear import quant_linears
 
 CLIP = TOWERS["clip"]
@@ -212,3 +212,14 @@ def test_the_fingerprint_lies_in_the_file(intact: Path) -> None:
         found = json.loads(handle.metadata()[FINGERPRINT])
         assert set(found["tensors"]) == set(handle.keys())
     assert found["config"] == json.loads((intact / "config.json").read_text())["quantization_config"]
+
+
+def test_equal_models_are_equal_files(intact: Path, tmp_path: Path) -> None:
+    """The library writes the metadata in an order that differs from file to file."""
+    contents = set()
+    for number in range(4):
+        folder = copy(intact, tmp_path / str(number))
+        sort_metadata(folder)
+        contents.add((folder / "model.safetensors").read_bytes())
+        assert torch.equal(CLIP.run(hf.AutoModel.from_pretrained(folder)), CLIP.run(quantized(CLIP)))
+    assert len(contents) == 1

@@ -239,7 +239,9 @@ PARTS: dict[str, type[Any]] = {
 
 def _method_list(methods: Any) -> tuple[dict[str, Any], ...]:
     """Each method as a mapping with ``name``."""
-    entries: Iterable[Any] = [methods] if isinstance(methods, (str, dict)) else methods or ()
+    if not isinstance(methods, (str, dict, list, tuple, type(None))):
+        raise TypeError(f"methods must be a list of names or of mappings with 'name', got {methods!r}.")
+    entries = cast("Iterable[Any]", [methods] if isinstance(methods, (str, dict)) else methods or ())
     found: list[dict[str, Any]] = []
     for entry in entries:
         entry = {"name": entry} if isinstance(entry, str) else entry

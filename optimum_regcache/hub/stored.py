@@ -139,3 +139,18 @@ def file_digests(stored: dict[str, StoredTensor]) -> dict[str, str]:
 
 
 THREADED = 2**18  # bytes: the CRC of fewer is done before another thread has begun
+
+
+def sort_metadata(folder: Path) -> None:
+    """Write the metadata of every safetensors file in ``folder`` in alphabetical order, in place: the library writes them in any
+    order, and equal models are to be equal files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb+") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+            if "__metadata__" in header:
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+                text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+                if len(text) <= length:  # spaces at the end belong to the format
+                    file.seek(8)
+                    file.write(text.ljust(length))
