@@ -142,7 +142,7 @@ THREADED = 2**18  # bytes: the CRC of fewer is done before another thread has be
 
 
 def sort_metadata(folder: Path) -> None:
-    """Write the metadata of every safetensors file in ``folder`` in alphabetical order, in place: the library writes them in any
+    """Write the metadata of every safetensors file in ``folder`` in alphabetical order, in place: the library uses any
     order, and equal models are to be equal files."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb+") as file:
