@@ -11,7 +11,7 @@ import evaluate
 from torch.nn import functional as F
 
 from optimum_regcache.commands.report import environment
-from optimum_regcache.commands.sources import accuracy_data, open_source, saved_recipe
+from optimum_regcache.commands.sources import open_source, saved_recipe, targets_of
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data import reference
@@ -69,7 +69,7 @@ def evaluate_job(
     model_dir, device = subject.model, subject.device
     saved = saved_recipe(model_dir)
     original = subject.original or (model_dir if model_dir in reference.names() else saved.model)
-    dataset = subject.dataset or saved.dataset
+    dataset = saved.dataset if subject.dataset is None else subject.dataset
     source = open_source(original or model_dir, dataset, recipe, template=subject.template, device=device)
     exported = is_exported(model_dir)
     if fused and exported:
@@ -77,12 +77,15 @@ def evaluate_job(
     model: Any = ExportedEncoder.from_pretrained(model_dir) if exported else load_model(model_dir).to(device)  # type: ignore
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
-    labels, text = accuracy_data(source, report, source.report_images)
+    targets = targets_of(source, report)
+    labels, text = targets.labels(report), targets.text_features
     results: dict[str, Any] = {
         "model": model_dir,
         "float_model": original,
         "dataset": source.dataset_name,
         "images": len(report),
+        "dropped_images": source.dropped.get("report", 0),
+        "accuracy_note": targets.note,
         "quantized_layers": model.info["quantized_layers"] if exported else sum(1 for _ in quant_linears(model)),
         "environment": environment(),
     }
@@ -91,12 +94,13 @@ def evaluate_job(
         results["accuracy"] = float(accuracy.scores(model).mean())
         if original is not None:
             results["float_accuracy"] = float(accuracy.scores(source.model).mean())
-            results["recovery"] = results["accuracy"] / max(results["float_accuracy"], 1e-12)
+            results["recovery"] = results["accuracy"] / results["float_accuracy"] if results["float_accuracy"] else None
         for name in metrics:
             results |= evaluate.load(name).compute(predictions=accuracy.predictions(model), references=labels) or {}
     elif metrics:
         raise ValueError(
-            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none."
+            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none: "
+            f"{targets.note}."
         )
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_regcache.commands.card import write_model_card
 from optimum_regcache.commands.pictures import _draw_outliers, plot_analysis
 from optimum_regcache.commands.report import NOTHING, Reporter, Row, environment, render_table
-from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, targets_of
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.recipe import Recipe
@@ -58,6 +58,7 @@ def quantize_job(
         "measured": quantized.measured,
         "stage_seconds": quantized.seconds,
         "report_images": len(source.report_images),
+        "dropped_images": source.dropped,
         "rows": [row.to_dict() for row in rows],
         "fit": fit.to_dict() if fit else None,
         "recipe": recipe.to_dict(),
@@ -77,14 +78,18 @@ def _report(
 ) -> tuple[list[Row], list[str]]:
     """The rows of the table, the last of them of the checkpoint in ``path``, and the notes below."""
     report = ImageInputs(source.report_images, source.processor)
-    labels, text = accuracy_data(source, report, source.report_images)
+    targets = targets_of(source, report)
     config, fit = run.quantized.config, run.fit
     runner = TrialRunner(source.model, search_config(config), run.calibration)
     sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
     batches = list(report.batches(plan.recipe.data.batch_size))
-    reporter = Reporter(runner, batches, labels, text, sensitive)
+    reporter = Reporter(runner, batches, targets.labels(report), targets.text_features, sensitive)
     rows = _plain_rows(reporter)
     notes = [source.note] if source.note else []
+    if targets.note is not None:
+        notes.append(f"{'top-1' if targets.available else 'no top-1'}: {targets.note}")
+    if any(source.dropped.values()):
+        notes.append("broken images left out: {search} of the search, {report} of the report".format(**source.dropped))
     if fit is not None:
         best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
         for kind, (cache, deletion) in fit.variants.items():

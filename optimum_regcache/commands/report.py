@@ -31,7 +31,7 @@ class Row:
         name: variant.
         cosine: mean feature cosine to the float model.
         accuracy: top-1, None without labels.
-        recovery: quantized metric / float metric (accuracy if there is one, else cosine).
+        recovery: quantized metric / float metric (accuracy if there is one, else cosine); None if that of the float model is 0.
         max_block_norm, max_fc2_norm: largest patch-token l_inf norm at the input of any block, and at the MLP output
             projection's input of the sensitive block, measured in the float model with the same registers and deletion.
         installed: what was installed.
@@ -40,7 +40,7 @@ class Row:
     name: str
     cosine: float
     accuracy: float | None
-    recovery: float
+    recovery: float | None
     max_block_norm: float
     max_fc2_norm: float
     installed: str
@@ -85,7 +85,7 @@ class Reporter:
             name,
             cosine,
             accuracy,
-            metric / self._float_metric if self._float_metric else float("nan"),
+            metric / self._float_metric if self._float_metric else None,
             float(norms.max_block_input.max()),
             float(norms.max_fc2_input[self.block]),
             installed,
@@ -118,6 +118,10 @@ class Reporter:
         return self._row(name, model, installed, float_twin)
 
 
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
 def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:
     """The summary as text for a terminal."""
     table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
@@ -129,12 +133,12 @@ def render_table(rows: list[Row], title: str, notes: list[str], width: int | Non
         table.add_column(heading, justify="right")
     table.add_column("installed")
     for r in rows:
-        accuracy = [f"{100 * r.accuracy:.2f} %" if r.accuracy is not None else "-"] if with_accuracy else []
+        accuracy = [_percent(r.accuracy, 2)] if with_accuracy else []
         table.add_row(
             r.name,
             *accuracy,
             f"{r.cosine:.4f}",
-            f"{100 * r.recovery:.1f} %",
+            _percent(r.recovery, 1),
             f"{r.max_block_norm:.2f}",
             f"{r.max_fc2_norm:.2f}",
             r.installed,
@@ -151,9 +155,8 @@ def markdown_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        accuracy = "-" if r.accuracy is None else f"{100 * r.accuracy:.2f} %"
         lines.append(
-            f"| {r.name} | {accuracy} | {r.cosine:.4f} | {100 * r.recovery:.1f} % | {r.max_block_norm:.2f} | "
+            f"| {r.name} | {_percent(r.accuracy, 2)} | {r.cosine:.4f} | {_percent(r.recovery, 1)} | {r.max_block_norm:.2f} | "
             f"{r.max_fc2_norm:.2f} | {r.installed} |"
         )
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data import reference
-from optimum_regcache.data.images import ImageInputs, class_names, load_splits, reference_and_report, subsample
-from optimum_regcache.encoders.tower import has_classifier
-from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, zero_shot_features
+from optimum_regcache.data.images import ImageInputs, reference_and_report, subsample
+from optimum_regcache.data.loading import FORMATS, drop_broken, load_splits
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
+from optimum_regcache.evaluation.targets import Targets, accuracy_targets
 from optimum_regcache.hub.loading import load_model, load_processor
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,7 @@ class Source:
         search_images, report_images: `datasets.Dataset`.
         template: zero-shot prompt.
         note: what the model is, when it is one of ours.
+        dropped: images of either side that ``data.skip_broken`` left out.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Source:
     report_images: Any
     template: str
     note: str
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 def open_source(
@@ -52,11 +55,14 @@ def open_source(
     """Open model and data by name; without a model the embedded encoder, without data the encoder's own scenes.
 
     Raises:
-        ValueError: a model of the user's without a data set, or a data set too small to hold back report images.
+        ValueError: a model of the user's without a data set, a data set too small to hold back report images, or a template
+            without ``{}``.
     """
     name = model or recipe.model or reference.DEFAULT
-    dataset = dataset or recipe.dataset
+    dataset = recipe.dataset if dataset is None else dataset
     seed, data = recipe.search.seed, recipe.data
+    if template is not None:
+        check_template(template)
     if name in reference.names():
         ref = reference.load(name)
         opened, processor, note, default_template = ref.model, ref.processor, ref.note, ref.template
@@ -64,10 +70,12 @@ def open_source(
         opened, processor, note, default_template = load_model(name), load_processor(name), "", DEFAULT_TEMPLATE
         if dataset is None:
             raise ValueError(
-                f"--dataset is needed for {name}: a Hub id, an image folder or a parquet file. Only the reference encoders "
+                f"--dataset is needed for {name}: {FORMATS}. Only the reference encoders "
                 f"({', '.join(reference.names())}) bring their own images."
             )
     network: Any = opened
+    template = default_template if template is None else template
+    dropped = {"search": 0, "report": 0}
     if dataset is None:
         ref_data = reference.load(name).dataset
         search_images = ref_data("search", data.num_samples, seed)
@@ -75,9 +83,10 @@ def open_source(
         dataset = f"{name}{EMBEDDED_IMAGES}"
     else:
         search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
-    return Source(
-        name, dataset, network.to(device), processor, search_images, report_images, template or default_template, note
-    )
+        if data.skip_broken:  # after the split, so that it depends on nothing but the data set
+            search_images, dropped["search"] = drop_broken(search_images, f"{dataset} (search)")
+            report_images, dropped["report"] = drop_broken(report_images, f"{dataset} (report)")
+    return Source(name, dataset, network.to(device), processor, search_images, report_images, template, note, dropped)
 
 
 def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
@@ -88,18 +97,18 @@ def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> 
     return subsample(search, num_samples, seed), subsample(report, num_report, seed)
 
 
-def accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(labels, text features) if top-1 accuracy can be computed, else (None, None)."""
-    labels, names = inputs.labels(), class_names(images)
-    if labels is None:
-        return None, None
-    if has_classifier(source.model):
-        classes = int(source.model.config.num_labels or 0)
-        same = (names is None or len(names) == classes) and int(labels.max()) < classes
-        return (labels, None) if same else (None, None)
-    if names is None or not hasattr(source.model, "get_text_features") or not hasattr(source.processor, "tokenizer"):
-        return None, None
-    return labels, zero_shot_features(source.model, source.processor, names, source.template)
+def targets_of(source: Source, inputs: ImageInputs) -> Targets:
+    """How the labels of ``inputs`` become classes of the source's model."""
+    return accuracy_targets(source.model, source.processor, inputs, source.template)
+
+
+def accuracy_data(
+    source: Source, inputs: ImageInputs, images: Any = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels, text features) if top-1 accuracy can be computed, else (None, None). ``inputs`` knows its ``images``."""
+    del images
+    targets = targets_of(source, inputs)
+    return targets.labels(inputs), targets.text_features
 
 
 def saved_recipe(name: str) -> Recipe:

@@ -19,10 +19,11 @@ from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheC
 from optimum_regcache.config.effects import require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs, class_names, split_reference
-from optimum_regcache.encoders.passes import Batch
-from optimum_regcache.encoders.tower import find_tower, has_classifier
-from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, Objective, make_objective, zero_shot_features
+from optimum_regcache.data.images import ImageInputs, split_reference
+from optimum_regcache.encoders.passes import Batch, num_images
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, Objective, check_template, make_objective
+from optimum_regcache.evaluation.targets import Targets, accuracy_targets
 from optimum_regcache.methods import ResolvedConfig, quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
@@ -57,6 +58,9 @@ class ReferenceImages:
     collator: Collator | None = None
     template: str = DEFAULT_TEMPLATE
 
+    def __post_init__(self) -> None:
+        check_template(self.template)
+
     @cached_property
     def inputs(self) -> ImageInputs:
         """Model inputs, one image each."""
@@ -85,8 +89,9 @@ class ReferenceParts:
 
 
 def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
-    """Seeded division of at most ``data.num_samples`` inputs."""
+    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out."""
     inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
+    inputs = inputs.readable() if data.skip_broken else inputs
     split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
     return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
 
@@ -194,8 +199,8 @@ def fit_registers(
     parts = images.split(data, search.seed)
     calibration, selection = (list(p.batches(data.batch_size)) for p in (parts.calibration, parts.selection))
     runner = TrialRunner(model, search_config(resolved.config), calibration)
-    text = _text_features(model, images) if search.objective == "accuracy" else None
-    scoring = _Scoring(runner, search.objective, text)
+    targets = _targets(model, images, parts) if search.objective == "accuracy" else None
+    scoring = _Scoring(runner, search.objective, targets)
     judges = scoring.judges(parts, selection, data.batch_size)
     begun = time.perf_counter()
     depth, scan = len(find_tower(runner.float_model).blocks), None
@@ -227,7 +232,7 @@ def fit_registers(
         search,
         Candidates(mined, sensitive, most, depth),
         judges,
-        _open_record(work_dir, model, plan.recipe, parts, sensitive, text),
+        _open_record(work_dir, model, plan.recipe, parts, sensitive, targets),
         progress=progress,
     )
     result = engine.run()
@@ -248,19 +253,20 @@ class _Scoring:
     Attributes:
         runner: holds the float model that they compare with.
         kind: `SearchConfig.objective`.
-        text: text features, where labels are predicted from them.
+        targets: how labels become classes of the model; None where nothing looks at labels.
     """
 
     runner: TrialRunner
     kind: str
-    text: torch.Tensor | None
+    targets: Targets | None
 
     def objective(self, part: ImageInputs, batches: list[Batch]) -> Objective:
         """On the first ``batches`` of ``part``."""
-        labels = part.labels() if self.kind == "accuracy" else None
+        labels = None if self.targets is None else self.targets.labels(part)
         if labels is not None:
-            labels = labels[: sum(len(b["pixel_values"]) for b in batches)]
-        return make_objective(self.kind, self.runner.float_model, batches, labels, self.text)
+            labels = labels[: sum(num_images(b) for b in batches)]
+        text = None if self.targets is None else self.targets.text_features
+        return make_objective(self.kind, self.runner.float_model, batches, labels, text)
 
     def judges(self, parts: ReferenceParts, selection: list[Batch], size: int) -> Judges:
         """For the batches of the selection part, and the confirmation part in batches of ``size``."""
@@ -309,18 +315,8 @@ def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: list[Batch]
     return score
 
 
-def _text_features(model: Any, images: ReferenceImages) -> torch.Tensor | None:
-    from datasets import Dataset
-
-    if has_classifier(model):
-        return None
-    names = class_names(images.dataset) if isinstance(images.dataset, Dataset) else None
-    if names is None:
-        raise ValueError(
-            "objective='accuracy' needs class names: a datasets.Dataset whose label column is a ClassLabel. Use "
-            "objective='cosine' otherwise."
-        )
-    return zero_shot_features(model, images.processor, names, images.template)
+def _targets(model: Any, images: ReferenceImages, parts: ReferenceParts) -> Targets:
+    return accuracy_targets(model, images.processor, parts.everything, images.template, warn=False).needed()
 
 
 def _open_record(
@@ -329,7 +325,7 @@ def _open_record(
     recipe: Recipe,
     parts: ReferenceParts,
     sensitive: int,
-    text_features: torch.Tensor | None,
+    targets: Targets | None,
 ) -> SearchRecord:
     """The record of finished trials in ``work_dir``, bound to everything that can change a score."""
     if work_dir is None:
@@ -343,8 +339,9 @@ def _open_record(
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
     tensors = dict(model.state_dict())
-    labels = parts.selection.labels() if recipe.search.objective == "accuracy" else None
-    extra = {"text features": text_features, "labels": labels}
+    extra = (
+        {} if targets is None else {"text features": targets.text_features, "labels": targets.labels(parts.selection)}
+    )
     tensors |= {name: value for name, value in extra.items() if value is not None}
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
