@@ -127,6 +127,17 @@ def test_a_folder_with_metadata_is_a_folder_of_images(suffix: str, tmp_path: Pat
     gc.collect()
 
 
+def test_class_names_as_text_are_the_same_classes_in_all_splits(tmp_path: Path) -> None:
+    for split, names in (("train", ["dog", "cat", None]), ("test", ["fox", "dog", "dog"]), ("validation", None)):
+        rows: dict[str, Any] = {"image": [picture(0)] * 3} | ({} if names is None else {"label": names})
+        Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
+    splits = load_splits(str(tmp_path))
+    assert class_names(splits["train"]) == class_names(splits["test"]) == ["cat", "dog", "fox"]
+    assert splits["train"]["label"][:] == [1, 0, None]
+    assert splits["test"]["label"][:] == [2, 1, 1]
+    assert splits["validation"]["label"][:] == [None] * 3
+
+
 def test_one_image_is_a_data_set(tmp_path: Path) -> None:
     write_pictures(tmp_path / "photos", 1)
     assert len(load_images(str(tmp_path / "photos" / "0.png"))) == 1

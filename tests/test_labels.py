@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from optimum_regcache import RegCacheQuantizer, SearchConfig
+from optimum_regcache.commands.evaluate import Subject, evaluate_job
+from optimum_regcache.commands.quantize import quantize_job
 from optimum_regcache.commands.report import Row, markdown_table, render_table
 from optimum_regcache.commands.sources import Source, accuracy_data, open_source
 from optimum_regcache.config.recipe import DataConfig, Recipe
@@ -245,6 +249,38 @@ def test_the_search_maps_labels_as_the_report_does() -> None:
     assert scores[0] == scores[1]
     with pytest.raises(ValueError, match=r"objective='accuracy' is not possible: the data set has no labels\. Use obj"):
         quantizer.fit(images.remove_columns("label"), search=search, data=data, progress=False)
+
+
+@pytest.mark.parametrize("renamed", ["order", "other"])
+def test_the_report_of_a_folder_in_another_order(renamed: str, tmp_path: Path) -> None:
+    """Folders sort by name; the model numbers its classes in another way, or does not know them."""
+    model, images = planted.build_planted_model(), planted.load_dataset("report", 24)
+    count = int(model.config.num_labels)
+    names = [f"class {9 - i}" for i in range(count)]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    for i, row in enumerate(images):
+        folder = (
+            tmp_path / "photos" / (names[row["label"]].replace(" ", "_") if renamed == "order" else f"k{row['label']}")
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / f"{i}.png")
+    used = len(set(images["label"]))
+    model.save_pretrained(tmp_path / "float")
+    planted.build_processor().save_pretrained(tmp_path / "float")
+    recipe = Recipe().override(["quantization.registers.mode=none", "data.num_samples=8", "data.batch_size=8"])
+    source = open_source(str(tmp_path / "float"), str(tmp_path / "photos"), recipe)
+    results, table = quantize_job(source, recipe, tmp_path / "out", progress=False)
+    json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    again, _ = evaluate_job(Subject(str(tmp_path / "out")), recipe, tmp_path / "again.json")
+    if renamed == "order":
+        assert results["rows"][0]["accuracy"] == again["float_accuracy"] == 1.0
+        assert again["accuracy_note"] is None
+    else:
+        assert {row["accuracy"] for row in results["rows"]} == {None}
+        assert all(0 < row["recovery"] <= 1.001 for row in results["rows"])
+        assert f"no top-1: {used} of {used} classes of the data set are unknown to the model" in " ".join(table.split())
+        assert "unknown to the model" in again["accuracy_note"]
+        assert "accuracy" not in again
 
 
 def test_an_undefined_recovery_is_a_dash() -> None:

@@ -74,6 +74,14 @@ def test_a_processor_that_does_not_convert_gets_rgb(name: str, mode: str) -> Non
     assert theirs.shape == (3, SIDE, SIDE)
 
 
+def test_a_processor_of_one_channel_gets_grey() -> None:
+    processor = ViTImageProcessorPil(size=SQUARE, image_mean=[0.5], image_std=[0.5])
+    inputs = ImageInputs(inputs_of(logo("RGBA")).source, processor)
+    assert torch.equal(
+        inputs[0]["pixel_values"], processor(images=logo("RGBA").convert("L"), return_tensors="pt")["pixel_values"][0]
+    )
+
+
 @pytest.mark.parametrize("name", list(PROCESSORS))
 @pytest.mark.parametrize("kind", ["<u2", ">u2", "png"])
 def test_sixteen_bits_are_scaled_to_eight(name: str, kind: str) -> None:

@@ -6,10 +6,10 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow.compute
 import torch
+from pyarrow import compute
 from torch.utils.data import DataLoader
 
 from optimum_regcache.config.validation import require
@@ -258,7 +258,8 @@ class ImageInputs(Sequence[Batch]):
         """The highest class number in the table that the images were chosen from; None for ready ``pixel_values``."""
         if self._image is None:
             return None
-        return pyarrow.compute.max(self.source.data.column(label_column(self.source))).as_py()
+        column: Any = self.source.data.column(label_column(self.source))
+        return cast("Any", compute).max(column).as_py()
 
     def labels(self) -> torch.Tensor | None:
         """int64 [n], as the data numbers its classes; None without labels, or if they are not class numbers."""

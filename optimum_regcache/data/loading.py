@@ -207,12 +207,11 @@ def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """Class names as text become one `ClassLabel` for all splits, in alphabetical order as in a folder of images."""
     from datasets import ClassLabel
 
-    columns = {label_column(rows) for rows in splits.values()}
-    column = columns.pop() if len(columns) == 1 else None
-    if column is None or any("string" not in str(getattr(r.features[column], "dtype", "")) for r in splits.values()):
-        return splits
-    names = sorted({name for rows in splits.values() for name in rows.unique(column) if name is not None})
-    return {split: rows.cast_column(column, ClassLabel(names=names)) for split, rows in splits.items()}
+    columns = {split: label_column(rows) or "" for split, rows in splits.items()}
+    texts = {s: c for s, c in columns.items() if c and "string" in str(getattr(splits[s].features[c], "dtype", ""))}
+    names = sorted({name for split, c in texts.items() for name in splits[split].unique(c) if name is not None})
+    label = ClassLabel(names=names) if names else None
+    return {s: rows.cast_column(texts[s], label) if s in texts and label else rows for s, rows in splits.items()}
 
 
 def image_column(dataset: Dataset) -> str:

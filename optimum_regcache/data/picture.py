@@ -52,8 +52,8 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
 
     The processor gets the picture as it is and decides what becomes of transparency, palettes and grey values. A processor
     that does not convert to RGB (``do_convert_rgb`` not set, for example ViT's) would hand one, two or four channels to the
-    model; it gets what transformers' `load_image` gives: ``picture.convert("RGB")``. 16-bit grey values are divided by 257,
-    so that 65535 becomes 255, the inverse of how 8 bits are widened to 16.
+    model; it gets what transformers' `load_image` gives: ``picture.convert("RGB")``, or grey where its ``image_mean`` has one
+    value. 16-bit grey values are divided by 257, so that 65535 becomes 255, the inverse of how 8 bits are widened to 16.
 
     Args:
         picture: any mode but I and F.
@@ -68,7 +68,9 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
     require(min(width, height) > 1, f"{name} is {width} x {height} pixels, too small for a picture. Remove it.")
     picture = _eight_bits(picture, name)
     if not getattr(processor, "do_convert_rgb", False):
-        picture = picture.convert("RGB")
+        mean = getattr(processor, "image_mean", None)
+        grey = isinstance(mean, (list, tuple)) and len(mean) == 1
+        picture = picture.convert("L" if grey else "RGB")
     inputs = processor(images=picture, return_tensors="pt")
     packed = ("pixel_values",) if "image_grid_thw" in inputs else ()  # no axis of images
     return {k: v if k in packed else v[0] for k, v in inputs.items()}
