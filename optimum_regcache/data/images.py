@@ -130,10 +130,9 @@ def as_rows(source: Any) -> Any:
         )
     if isinstance(source, (str, Path)):
         raise TypeError(f"Got the name {str(source)!r} in place of images. Open it: load_images({str(source)!r}).")
-    if isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        what = f"a {type(source).__name__}" + (
-            f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""
-        )
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or hasattr(source, "keys"):
+        keys = ", ".join(map(str, source)) if isinstance(source, Mapping) else ""
+        what = f"a {type(source).__name__}" + (f" of {keys}" if keys else "")
         raise TypeError(
             f"Got {what} in place of images. Give a datasets.Dataset of images, or a list of mappings such as "
             "{'pixel_values': tensor}; of a generator, list(itertools.islice(generator, 256))."

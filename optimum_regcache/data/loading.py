@@ -38,7 +38,7 @@ _PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path",
 _TRIED = 10  # values of a column that are looked at to find out what it holds
 
 
-def load_splits(name: str, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
+def load_splits(name: str | Path, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
     """All splits of an image data set.
 
     Args:
@@ -55,6 +55,7 @@ def load_splits(name: str, *, config_name: str | None = None, token: str | None 
     """
     from datasets import load_dataset
 
+    name = str(name)
     require(bool(name.strip()), f"The name of the data set is empty. Give {FORMATS}.")
     path = Path(name).expanduser()
     folder = None
