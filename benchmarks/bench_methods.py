@@ -35,15 +35,9 @@ from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, Objective
 from optimum_regcache.methods import METHODS, quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import (
-    FitResult,
-    QuantizationPlan,
-    ReferenceImages,
-    fit_registers,
-    install_setup,
-    split_inputs,
-)
-from optimum_regcache.search.search import Setup
+from optimum_regcache.search.fit import FitResult, fit_registers, install_setup
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, split_inputs
+from optimum_regcache.search.setups import Setup
 
 ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier")
 VARIANTS = ("none", "prefix", "delete", "both")

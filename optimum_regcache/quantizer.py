@@ -22,7 +22,8 @@ from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
 from optimum_regcache.hub.loading import load_model, load_processor
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import Collator, FitResult, QuantizationPlan, ReferenceImages, fit_registers
+from optimum_regcache.search.fit import FitResult, fit_registers
+from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
 
 if TYPE_CHECKING:

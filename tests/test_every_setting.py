@@ -27,7 +27,7 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import METHODS
-from optimum_regcache.search.fit import QuantizationPlan, ReferenceImages, split_inputs
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, split_inputs
 from optimum_regcache.search.run import run_plan
 
 # Contexts: recipe fields besides the one that changes.
@@ -37,10 +37,12 @@ SEARCH = {
     "search.num_copies": [2],
     "search.max_delete": 1,
     "search.sensitive_block": 1,
-    "search.sensitivity": "linear",
+    "search.always": True,
     "data.batch_size": 2,
 }
-SCAN = {**SEARCH, "search.sensitive_block": None}
+BIG = {"search.num_copies": [2, 3], "search.max_delete": 4}
+FOUR_BITS = {"quantization.weights.bits": 4, "quantization.activations.bits": 4}
+SCAN = {**SEARCH, "search.sensitive_block": None, "search.sensitivity": "linear"}
 DYNAMIC = {**NONE, "quantization.activations.mode": "dynamic"}
 ATTENTION = {**NONE, "quantization.attention.quantize": True}
 DELETION = {**NONE, "quantization.deletion": {"block": 1, "count": 3}}
@@ -134,7 +136,13 @@ TABLE: dict[str, list[Case]] = {
     "rewrites.register_neurons": [unread(["0:1"])],
     "search.strategy": [changes("single_token", SEARCH)],
     "search.objective": [changes("accuracy", SEARCH, "vit_classifier")],
-    "search.sensitivity": [changes("block", SCAN), unread("block", {"search.sensitive_block": 1})],
+    "search.algorithm": [changes(a, {**SEARCH, **BIG, **FOUR_BITS}) for a in ("exhaustive", "coordinate")],
+    "search.always": [changes(False, {**SEARCH, "search.min_gain": 0.5})],
+    "search.sensitivity": [
+        changes("block", SCAN),
+        changes("coarse", SCAN),
+        unread("block", {"search.sensitive_block": 1}),
+    ],
     "search.sensitivity_images": [changes(2, SCAN), unread(2, SEARCH)],
     "search.sensitive_block": [changes(0, SEARCH), refused(9, "encoder has blocks 0 to 1", SEARCH)],
     "search.score_site": [changes("fc2_input", SEARCH)],
@@ -273,7 +281,7 @@ def outcome(model_name: str, recipe_text: str, folder: Path) -> str:
         record = {
             **run.fit.to_dict(),
             "seconds": None,
-            "scores": json.loads((work / "search.json").read_text())["scores"],
+            "journal": [path.read_text() for path in work.glob("*.jsonl")],
         }
         digest.update(json.dumps(record, sort_keys=True).encode())
     return digest.hexdigest()

@@ -241,7 +241,9 @@ def test_the_search_maps_labels_as_the_report_does() -> None:
     order = names[::-1]
     numbers = [order.index(names[label]) for label in images["label"]]
     shuffled = images.remove_columns("label").add_column("label", numbers).cast_column("label", ClassLabel(names=order))
-    search = SearchConfig(objective="accuracy", sensitive_block=3, num_copies=(1,), max_delete=0, blocks_before=0)
+    search = SearchConfig(
+        objective="accuracy", always=True, sensitive_block=3, num_copies=(1,), max_delete=0, blocks_before=0
+    )
     data, scores = DataConfig(num_samples=16, batch_size=8), []
     for part in (images, shuffled):
         quantizer = RegCacheQuantizer(model, planted.build_processor())

@@ -106,7 +106,7 @@ def test_past_key_values_errors(tiny: TinyModel) -> None:
         )
         with pytest.raises(TypeError, match=message):
             model(**tiny.inputs(), past_key_values=wrong)
-    with pytest.raises(ValueError, match="The register cache is for 6 blocks; this model has 4"):
+    with pytest.raises(ValueError, match="The register cache is for 6 blocks, this encoder has 4"):
         model(**tiny.inputs(), past_key_values=random_cache(num_blocks=6))
 
 

@@ -52,7 +52,7 @@ def test_registers_of_a_float_model_and_of_a_part() -> None:
     model = CLIP.build()
     set_registers(model, random_cache((1,)))
     assert get_registers(model).blocks == (1,)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="register cache is for 7 blocks, CLIPVisionModel has 4"):
+    with pytest.raises(ValueError, match="register cache is for 7 blocks, this encoder has 4"):
         set_registers(model, random_cache((1,), num_blocks=7))
     dual = quantized(COMPOSITES["clip_dual"])
     with pytest.raises(

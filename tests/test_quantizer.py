@@ -22,7 +22,8 @@ from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.methods import resolve
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache
-from optimum_regcache.search.fit import install_setup, split_inputs
+from optimum_regcache.search.fit import install_setup
+from optimum_regcache.search.plan import split_inputs
 
 QUICK = SearchConfig(num_copies=(2,), max_delete=1, blocks_before=0, sensitivity="block")
 OFF = RegCacheConfig(registers={"mode": "none"})

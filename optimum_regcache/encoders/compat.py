@@ -4,7 +4,7 @@ releases (5.4 to 5.24). What can be probed is probed; version numbers are not as
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -125,11 +125,17 @@ def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:
 def attention_weights_wanted() -> bool:
     """Whether the model call under way collects attention weights (``output_attentions=True``); yes where it cannot be told,
     which costs speed (fused blocks step aside) and never a result."""
-    collector = getattr(output_capturing, "_active_collector", None)
-    if collector is None:
+    if getattr(output_capturing, "_active_collector", None) is None:
         logger.warning_once("This release of transformers does not tell whether attention weights are wanted: unfused.")
         return True
+    return "attentions" in collected_outputs()
+
+
+def collected_outputs() -> Collection[str]:
+    """What the model call under way collects from its blocks, such as ``hidden_states``; nothing where it cannot be told."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None:
+        return ()
     if torch.compiler.is_compiling() and not collector.compiling:  # a context variable cannot be traced
-        return False
-    wanted = collector.get()
-    return wanted is not None and "attentions" in wanted
+        return ()
+    return collector.get() or ()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.tower import Tower, find_tower, takes_mask
+from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
 
 Batch = dict[str, torch.Tensor]
 
@@ -39,18 +39,65 @@ def num_images(batch: Batch) -> int:
     return len(batch["image_grid_thw"] if "image_grid_thw" in batch else batch["pixel_values"])
 
 
+def first_images(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first ``count`` images of ``batches``, in the same batches; the last of them is cut."""
+    part: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        images = num_images(batch)
+        part.append(batch if images <= count else _cut(batch, count))
+        count -= images
+    return part
+
+
+def _cut(batch: Batch, count: int) -> Batch:
+    if "image_grid_thw" not in batch:
+        return {name: rows[:count] for name, rows in batch.items()}
+    grids = batch["image_grid_thw"][:count]
+    return {"pixel_values": batch["pixel_values"][: int(grids.prod(1).sum())], "image_grid_thw": grids}
+
+
 def _integers(numbers: torch.Tensor) -> list[int]:
     return cast("Any", numbers).tolist()
 
 
-def run_tower(tower: Tower, batch: Batch) -> Any:
+def run_tower(tower: Tower, batch: Batch, **options: Any) -> Any:
     """The tower's output for a batch, which is moved to its device and dtype first."""
     inputs = move(batch, tower.module)
     if tower.family.packed:
-        return tower.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        return tower.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"], **options)
     if "pixel_attention_mask" in inputs:
         inputs[tower.family.padding_mask] = inputs.pop("pixel_attention_mask")
-    return tower.module(**inputs)
+    return tower.module(**inputs, **options)
+
+
+def states_read(model: nn.Module, tower: Tower) -> tuple[int, ...]:
+    """Which states between the blocks ``model`` reads, 0 being the input of block 0: the ``vision_feature_layer`` of LLaVA and
+    its relatives, the stages of a backbone; the last state alone otherwise."""
+    depth = len(tower.blocks)
+    layers: Any = getattr(getattr(model, "config", None), "vision_feature_layer", None) if tower.name else None
+    if layers is None and tower.is_backbone:
+        layers = list(cast("Any", tower.module).out_indices)
+    if layers is None:
+        return (depth,)
+    found = cast("list[int]", layers if isinstance(layers, (list, tuple)) else [layers])
+    return tuple(i if i >= 0 else depth + 1 + i for i in found)
+
+
+def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor:
+    """The patch tokens that a model around the tower reads, each of length 1, as one row per image [B, M], float32: the cosine
+    of two such rows is the mean cosine of their tokens."""
+    layers, depth = states_read(model, tower), len(tower.blocks)
+    strategy = getattr(cast("Any", model).config, "vision_feature_select_strategy", "default")
+    lead = tower.num_prefix_tokens if strategy == "default" else 0
+    if layers == (depth,) and getattr(cast("Any", model).config, "vision_feature_layer", None) is None:
+        states = [run_tower(tower, batch).last_hidden_state]
+    else:
+        output = run_tower(tower, batch, output_hidden_states=True)
+        states = [output.hidden_states[i] for i in layers]
+    tokens = [nn.functional.normalize(s[:, lead:].float(), dim=-1) for s in states]
+    return torch.cat([t.flatten(1) for t in tokens], 1) / sum(t.shape[1] for t in tokens) ** 0.5
 
 
 def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -73,10 +120,10 @@ def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[st
 
 
 def image_features(model: Any, batch: Batch) -> torch.Tensor:
-    """Pooled features [B, D], float32.
+    """Features that ``model`` is used for, [B, D], float32.
 
-    Projected image embeddings for CLIP- and SigLIP-like models; otherwise the tower's pooled output, the CLS token if it
-    has none, and the mean token where there is no CLS either.
+    Projected image embeddings for CLIP- and SigLIP-like models; the patch tokens that a larger model reads (`patch_features`);
+    otherwise the tower's pooled output, the CLS token if it has none, and the mean token where there is no CLS either.
     """
     inputs = move(batch, model)
     if isinstance(model, FeatureEncoder):
@@ -85,6 +132,8 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         output = model.get_image_features(**inputs)
         return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
     tower = find_tower(model)
+    if reads_patches(model, tower) and not (tower.family.packed or tower.is_backbone):
+        return patch_features(model, tower, inputs)
     output = run_tower(tower, inputs)
     if tower.family.packed:  # the tokens that the language model reads, averaged over each image
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output

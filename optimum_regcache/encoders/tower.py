@@ -141,6 +141,16 @@ def takes_mask(block: nn.Module) -> bool:
     return "attention_mask" in inspect.signature(block.forward).parameters
 
 
+def reads_patches(model: nn.Module, tower: Tower) -> bool:
+    """Whether ``model`` is more than its tower and reads the tower's patch tokens: all but classifiers and models that
+    compare a pooled image with a text."""
+    return (
+        bool(tower.name)
+        and [name for name, _ in model.named_children()] != [tower.name]
+        and not (has_classifier(model) or hasattr(model, "get_text_features"))
+    )
+
+
 def has_classifier(model: nn.Module) -> bool:
     """Whether the model itself predicts classes."""
     return type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, encode, image_features, move
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, encode, first_images, image_features, move
 from optimum_regcache.encoders.tower import has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -26,7 +27,11 @@ class Objective(ABC):
     """
 
     name: str
-    batches: list[Batch]
+    batches: list[Batch]  # `scores` runs the model once for each, in order
+
+    @abstractmethod
+    def first(self, images: int) -> Objective:
+        """The same objective on the first ``images``; what is known of them is not computed again."""
 
     @abstractmethod
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
@@ -46,6 +51,11 @@ class CosineObjective(Objective):
     def __init__(self, float_model: nn.Module, batches: list[Batch]) -> None:
         self.batches = batches
         self.reference = F.normalize(encode(float_model, batches), dim=-1)
+
+    def first(self, images: int) -> CosineObjective:
+        part = copy.copy(self)
+        part.batches, part.reference = first_images(self.batches, images), self.reference[:images]
+        return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         features = F.normalize(encode(model, self.batches), dim=-1)
@@ -69,6 +79,9 @@ class AccuracyObjective(Objective):
         count = sum(next(iter(b.values())).shape[0] for b in batches)
         require(len(labels) == count, f"{len(labels)} labels for {count} images.")
         self.batches, self.labels, self.text_features = batches, labels, text_features
+
+    def first(self, images: int) -> AccuracyObjective:
+        return AccuracyObjective(first_images(self.batches, images), self.labels[:images], self.text_features)
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         return self.predictions(model).eq(self.labels).float()

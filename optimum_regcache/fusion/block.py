@@ -151,14 +151,14 @@ class FusedBlock:
                 module.release_runtime()  # its own packed copy; built again if the block runs unfused
 
     def applies(self, block: Any, hidden: torch.Tensor) -> bool:
-        """Whether this call runs fused: float32 on the CPU, evaluation mode, no attention weights asked for, and weights of a
-        form that has a fused execution (they may have changed since `fuse`).
+        """Whether this call runs fused: float32 on the CPU, evaluation mode, neither attention weights nor gradients asked for,
+        and weights of a form that has a fused execution (they may have changed since `fuse`).
 
         Raises:
             RuntimeError: nothing is packed yet while `torch.compile` is tracing.
         """
         plain = hidden.dtype == torch.float32 and hidden.device.type == "cpu"
-        if not plain or block.training or attention_weights_wanted():
+        if not plain or block.training or attention_weights_wanted() or _recorded(block, hidden):
             return False
         if self._built_for != _generations(block):
             if torch.compiler.is_compiling():
@@ -190,6 +190,11 @@ class FusedBlock:
         else:
             context = ops.quantize(_float_attention(parts, q, k, v, layer, copies, mask), parts.out.codes, parts.native)
         return parts.mlp(parts.out.add(context, x))
+
+
+def _recorded(block: Any, hidden: torch.Tensor) -> bool:
+    """Whether autograd records this call; fused operations have no gradients."""
+    return torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in block.parameters()))
 
 
 def _float_attention(

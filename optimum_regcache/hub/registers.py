@@ -40,9 +40,12 @@ def set_registers(model: nn.Module, cache: RegisterCache | None) -> None:
         cache: for as many blocks as the encoder has; None removes the registers.
 
     Raises:
-        ValueError: the cache belongs to an encoder of another shape, or ``model`` is a part of a quantized model.
+        ValueError: the cache belongs to an encoder of another shape or is not finite, or ``model`` is a part of a quantized
+            model.
     """
     config = _stored_config(model)
+    if cache is not None:
+        cache.check_finite()
     runtime.set_registers(model, cache)
     if config is None:
         return

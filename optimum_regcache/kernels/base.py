@@ -54,7 +54,13 @@ def token_scale(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class LinearBackend(ABC):
-    """Prepared once from a `LinearState`, called for each input."""
+    """Prepared once from a `LinearState`, called for each input.
+
+    Attributes:
+        differentiable: whether gradients reach the input and the bias.
+    """
+
+    differentiable = False
 
     def __init__(self, state: LinearState) -> None:
         self.state = state

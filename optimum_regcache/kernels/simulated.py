@@ -1,4 +1,4 @@
-"""Simulated quantization ("fake-quant"): dequantized operands, float32 matrix product. Any device, every form."""
+"""Simulated quantization ("fake-quant"): dequantized operands, float32 matrix product. Any device and form, with gradients."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from optimum_regcache.math.nonuniform import twin_signed
 
 
 class SimulatedLinear(LinearBackend):
-    """``F.linear(dequantize(quantize(x)), dequantize(codes))`` in float32 whatever the model dtype."""
+    """``F.linear(dequantize(quantize(x)), dequantize(codes))`` in float32 whatever the model dtype.
+
+    Gradients pass the quantizer of the input straight through (`uniform.straight_through`) and reach the bias; weight codes
+    and scales are constants.
+    """
+
+    differentiable = True
 
     def __init__(self, state: LinearState) -> None:
         super().__init__(state)
         zero = 0 if state.weight_zero_point is None else state.weight_zero_point.reshape(-1, 1)
         self._weight = (state.codes.float() - zero) * state.weight_scale.reshape(-1, 1)
-        self._bias = None if state.bias is None else state.bias.detach().float()
+        self._bias = state.bias  # itself: an optimizer may change it
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero = self.state.input_qparams(x)
+        a, bias = self.state.activations, None if self._bias is None else self._bias.float()
         if self.state.input_negative_scale is not None:
-            rebuilt = twin_signed(x, scale, self.state.input_negative_scale, self.state.activations.bits)
-            return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)
-        rebuilt = uniform.dequantize(self.state.input_codes(x, scale, zero), scale, zero)
-        return F.linear(rebuilt, self._weight, self._bias).to(x.dtype)
+            rebuilt = twin_signed(x, scale, self.state.input_negative_scale, a.bits)
+        else:
+            rebuilt = uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
+        return F.linear(rebuilt, self._weight, bias).to(x.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optimum_regcache.config import ActivationsConfig, WeightsConfig
-from optimum_regcache.kernels import LinearBackend, LinearState, select_backend
+from optimum_regcache.kernels import BACKENDS, LinearBackend, LinearState, select_backend
 from optimum_regcache.math import uniform
 from optimum_regcache.math.hadamard import block_hadamard, block_order, rotate_mlp_input_weight
 from optimum_regcache.math.nonuniform import twin_signed
@@ -56,6 +56,7 @@ class QuantLinear(nn.Module):
         self.weights, self.activations = weights, activations
         self.backend = "auto"
         self._runtime: LinearBackend | None = None
+        self._for_gradients: LinearBackend | None = None
         self.generation = 0  # changes with the state, for data derived elsewhere
         words = -(-in_features // uniform.codes_per_word(weights.bits))
         scales = out_features if weights.granularity == "per_channel" else 1
@@ -206,22 +207,56 @@ class QuantLinear(nn.Module):
         if self._runtime is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError("The quantized weights are not packed yet. Run the model once before torch.compile.")
-            state = self.state()
-            self._runtime = select_backend(self.backend, state)(state)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept serves calls with gradients too
+                state = self.state()
+                self._runtime = select_backend(self.backend, state)(state)
         return self._runtime
+
+    def _differentiable_runtime(self) -> LinearBackend:
+        """What computes a call that autograd records.
+
+        Raises:
+            RuntimeError: a backend without gradients was chosen.
+        """
+        runtime = self.runtime()
+        if runtime.differentiable:
+            return runtime
+        if self.backend != "auto":
+            raise RuntimeError(
+                f"The backend {self.backend!r} has no gradients. For gradients call set_backend(model, 'simulated') or "
+                "set_backend(model, 'auto'); without need of them run the model under torch.no_grad()."
+            )
+        if self._for_gradients is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "Nothing is prepared for gradients yet. Run the model once with them before torch.compile."
+                )
+            with torch.inference_mode(False), torch.no_grad():
+                self._for_gradients = BACKENDS["simulated"](self.state())
+        return self._for_gradients
 
     def release_runtime(self) -> None:
         """Free the prepared backend; the next call builds it again."""
-        self._runtime = None
+        self._runtime = self._for_gradients = None
 
     def reset_runtime(self) -> None:
         """Forget derived data after a change of state or of ``backend``."""
-        self._runtime = None
+        self._runtime = self._for_gradients = None
         self.generation += 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
-        return self.runtime()(self.prepare_input(x))
+        """[..., in] -> [..., out].
+
+        With ``backend="auto"``, a call that autograd records is simulated, whatever computes the others: integer kernels have
+        no gradients.
+
+        Raises:
+            RuntimeError: such a call with another backend than ``auto`` and ``simulated``.
+        """
+        trains = self.bias is not None and self.bias.requires_grad
+        recorded = torch.is_grad_enabled() and (x.requires_grad or trains)
+        runtime = self._differentiable_runtime() if recorded else self.runtime()
+        return runtime(self.prepare_input(x))
 
     def extra_repr(self) -> str:
         a = self.activations
@@ -233,7 +268,7 @@ class QuantLinear(nn.Module):
 
     # derived data never travels: packed oneDNN weights can be neither copied nor pickled
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runtime": None}
+        return {**self.__dict__, "_runtime": None, "_for_gradients": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         exact = {name: getattr(self, name) for name in _FLOAT32_STATE}
@@ -287,7 +322,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
 def running_as(model: nn.Module, backend: type[LinearBackend]) -> Iterator[None]:
     """All quantized layers run as ``backend`` inside the ``with`` block; prepared at its start, so that it can be traced."""
     for _, module in quant_linears(model):
-        module._runtime = backend(module.state())
+        with torch.inference_mode(False), torch.no_grad():
+            module._runtime = backend(module.state())
     try:
         yield
     finally:

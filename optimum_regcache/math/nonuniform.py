@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 
+from optimum_regcache.math.uniform import gradient_wanted, straight_through
+
 PROBABILITY_FORMS = ("uniform", "twin", "log2", "log_sqrt2")
 
 
@@ -43,7 +45,8 @@ def twin_signed(x: torch.Tensor, scale: torch.Tensor, negative_scale: torch.Tens
     x, half = x.float(), 2 ** (bits - 1)
     positive = (x * (1.0 / scale)).round().clamp(0, half - 1) * scale
     negative = (x * (1.0 / negative_scale)).round().clamp(-half, 0) * negative_scale
-    return torch.where(x >= 0, positive, negative)
+    value = torch.where(x >= 0, positive, negative)
+    return straight_through(x, value, -half * negative_scale, (half - 1) * scale) if gradient_wanted(x) else value
 
 
 def twin_unit(x: torch.Tensor, split: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,9 +95,13 @@ def uniform_unit(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
 
 
 def quantize_probabilities(x: torch.Tensor, scale: torch.Tensor, bits: int, form: str) -> torch.Tensor:
-    """Apply the form called ``form``; ``scale`` is its parameter (``twin``: the split)."""
+    """Apply the form called ``form``; ``scale`` is its parameter (``twin``: the split). Gradients pass straight through up to
+    the largest value of the form."""
     if form == "twin":
-        return twin_unit(x, scale, bits)
-    if form == "uniform":
-        return uniform_unit(x, scale, bits)
-    return log_quantize(x, scale, bits, half_steps=form == "log_sqrt2")
+        value = twin_unit(x, scale, bits)
+    elif form == "uniform":
+        value = uniform_unit(x, scale, bits)
+    else:
+        value = log_quantize(x, scale, bits, half_steps=form == "log_sqrt2")
+    highest = 1.0 if form == "twin" else scale
+    return straight_through(x, value, 0.0, highest) if gradient_wanted(x) else value

@@ -60,8 +60,36 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
 def fake_quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, symmetric: bool
 ) -> torch.Tensor:
-    """Quantize then dequantize; float32 result of the shape of ``x`` (simulated quantization)."""
-    return dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)
+    """Quantize then dequantize; float32 result of the shape of ``x`` (simulated quantization).
+
+    Gradients pass straight through wherever ``x`` is not clipped; scale and zero point are constants for them.
+    """
+    value = dequantize(quantize(x, scale, zero_point, bits, symmetric), scale, zero_point)
+    if not gradient_wanted(x):
+        return value
+    lowest, highest = (scale * (code - zero_point) for code in code_range(bits, symmetric))
+    return straight_through(x, value, lowest, highest)
+
+
+def gradient_wanted(x: torch.Tensor) -> bool:
+    """Whether autograd records what is done with ``x``."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def straight_through(
+    x: torch.Tensor, value: torch.Tensor, lowest: torch.Tensor | float, highest: torch.Tensor | float
+) -> torch.Tensor:
+    """``value`` with the gradient of ``x`` where ``lowest <= x <= highest``, and none elsewhere (clipped straight-through
+    estimator; arXiv 1308.3432, 1902.08153).
+
+    Args:
+        x: what was rounded.
+        value: the result of rounding, shape of ``x``, float32.
+        lowest, highest: the range that is not clipped, broadcast against ``x``.
+    """
+    x = x.float()
+    inside = torch.where(((x >= lowest) & (x <= highest)).detach(), x, x.detach())
+    return value.detach() + (inside - inside.detach()).nan_to_num(0.0)
 
 
 def dynamic_qparams(x: torch.Tensor, bits: int, symmetric: bool, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:

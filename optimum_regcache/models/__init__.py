@@ -91,7 +91,7 @@ class RegCacheMixin:
 
         Raises:
             TypeError: one of these is not a `RegisterCache`.
-            ValueError: it was made for another number of blocks, or several were passed.
+            ValueError: it does not fit the encoder or is not finite, or several were passed.
         """
         for name in CACHE_NAMES:
             if not isinstance(kwargs.get(name), RegisterCache | None):
@@ -105,12 +105,8 @@ class RegCacheMixin:
         if cache is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         runtime = prepare_tower(self._module)
-        if len(cache.layers) != runtime.num_blocks:
-            raise ValueError(
-                f"The register cache is for {len(cache.layers)} blocks; this model has {runtime.num_blocks}."
-            )
         state = runtime.current
-        state.cache = cache
+        state.cache = runtime.accept(cache)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:

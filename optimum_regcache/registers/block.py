@@ -49,6 +49,12 @@ class BlockMixin(Swapped):
         fused = self.fused if self.fused is not None and self.fused.applies(self, hidden_states) else None
         native = fused is not None and fused.settings.native
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
+            module: Any = self
+            if module.training and getattr(self, "gradient_checkpointing", False):
+                raise ValueError(
+                    "Token deletion and gradient checkpointing do not go together: a block that is computed again would delete "
+                    "again. Call model.gradient_checkpointing_disable(), or set_deletion(model, DeletionConfig())."
+                )
             first: Any = runtime.first_block
             hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation, native)
         if state.selection is not None:
@@ -56,7 +62,7 @@ class BlockMixin(Swapped):
             if "position_embeddings" in kwargs:
                 kwargs["position_embeddings"] = D.narrow_positions(kwargs["position_embeddings"], state.selection)
         cache = take_cache(kwargs)
-        before, state.cache = state.cache, state.cache if cache is None else cache
+        before, state.cache = state.cache, state.cache if cache is None else runtime.accept(cache)
         try:
             if fused is not None:
                 output = fused(self, hidden_states, attention_mask)

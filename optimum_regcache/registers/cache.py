@@ -109,6 +109,32 @@ class RegisterCache(Cache):
             raise KeyError(f"Block {block} has no registers; blocks with registers: {list(self.blocks)}.")
         return layer.keys, layer.values
 
+    def check(self, num_blocks: int, heads: int, head_dim: int) -> None:
+        """Make sure that the rows fit an encoder.
+
+        Raises:
+            ValueError: a cache for another number of blocks, or rows of another shape.
+        """
+        if len(self.layers) != num_blocks:
+            raise ValueError(f"The register cache is for {len(self.layers)} blocks, this encoder has {num_blocks}.")
+        for index in self.blocks:
+            shape = self.rows(index)[0].shape
+            if (shape[0], shape[2]) != (heads, head_dim):
+                raise ValueError(
+                    f"Register rows of block {index} have shape {tuple(shape)}; this encoder needs [{heads}, registers, "
+                    f"{head_dim}]."
+                )
+
+    def check_finite(self) -> None:
+        """Make sure that the rows are numbers.
+
+        Raises:
+            ValueError: rows that are nan or infinite.
+        """
+        for index in self.blocks:
+            if not all(bool(torch.isfinite(rows).all()) for rows in self.rows(index)):
+                raise ValueError(f"Register rows of block {index} are not finite. Mine them again, or load them again.")
+
     def restricted(self, blocks: tuple[int, ...], num_copies: float | None = None) -> RegisterCache:
         """The same rows in fewer blocks and with another tau."""
         return RegisterCache(

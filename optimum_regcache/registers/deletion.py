@@ -48,9 +48,11 @@ def valid_tokens(attention_mask: torch.Tensor | None, batch: int, tokens: int, d
 
 
 def outlier_scores(hidden: torch.Tensor, candidates: torch.Tensor, score: str = "linf") -> torch.Tensor:
-    """``linf`` or ``l2`` norm of every token [B, N] in float32, -inf where ``candidates`` is false."""
+    """``linf`` or ``l2`` norm of every token [B, N] in float32, inf for tokens that are not a number, -inf where ``candidates``
+    is false."""
     states = hidden.detach()
     norms = states.abs().amax(-1).float() if score == "linf" else _l2_norms(states)
+    norms = norms.masked_fill(norms.isnan(), float("inf"))  # nan would rank differently from step to step
     return norms.masked_fill(~candidates, float("-inf"))
 
 
@@ -158,7 +160,8 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
     usable = ~dropped if valid is None else ~dropped & valid
     usable = usable & (torch.arange(tokens, device=full.device) >= lead)
     weight = usable.unsqueeze(1).to(full.dtype)
-    overall = weight @ full / weight.sum(-1, keepdim=True).clamp(min=1)  # [B, 1, D]
+    clean = full.masked_fill(~usable.unsqueeze(-1), 0)  # what is gone may be nan or inf
+    overall = weight @ clean / weight.sum(-1, keepdim=True).clamp(min=1)  # [B, 1, D]
     target = dropped.long().topk(selection.count, dim=1).indices  # [B, k]
     size = grid_size(selection.grid, tokens - lead, batch, full.device)
     fill = overall.expand(-1, selection.count, -1)
@@ -170,7 +173,7 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
         inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         source = torch.where(inside, lead + row * columns + column, 0).clamp(0, tokens - 1).flatten(1)
         good = (inside.flatten(1) & usable.gather(1, source)).reshape(batch, -1, 8, 1).to(full.dtype)
-        neighbours = gather_tokens(full, source).reshape(batch, -1, 8, width)
+        neighbours = gather_tokens(clean, source).reshape(batch, -1, 8, width)
         number = good.sum(2)
         fill = torch.where(number > 0, (neighbours * good).sum(2) / number.clamp(min=1), fill)
     if selection.kept is None:  # fewer than ``count`` may be gone

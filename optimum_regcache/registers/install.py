@@ -14,7 +14,7 @@ import torch
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import attention_caller
-from optimum_regcache.encoders.tower import find_tower, takes_mask
+from optimum_regcache.encoders.tower import find_tower, reads_patches, takes_mask
 from optimum_regcache.registers.attention import attach
 from optimum_regcache.registers.block import BlockMixin, EmbeddingsMixin
 from optimum_regcache.registers.cache import RegisterCache
@@ -35,6 +35,7 @@ def prepare_tower(model: torch.nn.Module) -> TowerRuntime:
     runtime = TowerRuntime(tower)
     runtime.first_block = tower.blocks[0]
     swap(embeddings, EmbeddingsMixin, runtime)
+    tower.module.register_forward_pre_hook(runtime.note_outputs, with_kwargs=True)
     for index, block in enumerate(tower.blocks):
         masked = takes_mask(block)
         swapped = swap(block, BlockMixin, runtime)
@@ -52,18 +53,8 @@ def set_registers(model: torch.nn.Module, cache: RegisterCache | None) -> None:
         ValueError: the cache belongs to an encoder of another shape.
     """
     runtime, tower = prepare_tower(model), find_tower(model)
-    if cache is not None and len(cache.layers) != len(tower.blocks):
-        raise ValueError(
-            f"The register cache is for {len(cache.layers)} blocks, {type(tower.module).__name__} has {len(tower.blocks)}."
-        )
-    heads, width = tower.num_heads, tower.head_dim
-    for index in cache.blocks if cache is not None else ():
-        keys = cache.rows(index)[0]  # type: ignore[union-attr]
-        if keys.shape[0] != heads or keys.shape[2] != width:
-            raise ValueError(
-                f"Register rows of block {index} have shape {tuple(keys.shape)}; this encoder needs "
-                f"[{heads}, registers, {width}]."
-            )
+    if cache is not None:
+        cache.check(len(tower.blocks), tower.num_heads, tower.head_dim)
     for index in range(len(tower.blocks)):
         attention: Any = tower.attention(index)
         if cache is None or index not in cache.blocks:
@@ -102,7 +93,7 @@ def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
             f"{type(tower.module).__name__} packs the patches of all images into one sequence and merges neighbours after "
             "its last block; no token of it can be deleted. Use registers alone (deletion.count=0, search.max_delete=0)."
         )
-    needs_grid = tower.family.always_mask or tower.is_backbone or type(model).__name__.endswith("MaskedImageModeling")
+    needs_grid = tower.family.always_mask or tower.is_backbone or reads_patches(model, tower)
     if config.active and config.fill == "none" and needs_grid:
         raise ValueError(
             f"{type(tower.module).__name__} needs the whole patch grid after the last block; use "

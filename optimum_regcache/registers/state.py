@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.compat import collected_outputs
 from optimum_regcache.encoders.tower import Tower
 from optimum_regcache.registers import deletion as D
 from optimum_regcache.registers.cache import RegisterCache
@@ -34,10 +35,15 @@ class _Pass:
         self.replayed: BlockInput | None = None
         self.cache: RegisterCache | None = None  # takes the place of the stored registers
         self.mask: torch.Tensor | None = None  # of a block whose native forward takes none
+        self.states_wanted = False  # somebody looks at the states between the blocks
 
 
 class _ThreadPass(_Pass, threading.local):
     """One `_Pass` per thread: a served model may run in several threads at once."""
+
+
+_ARGUMENTS = ("output_hidden_states", "output_attentions")
+_PER_BLOCK = frozenset(("hidden_states", "attentions"))  # what transformers collects for them
 
 
 class Replay:
@@ -63,7 +69,8 @@ class TowerRuntime:
         deletion: what to delete.
         num_copies: tau of the stored registers.
         extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
-        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens.
+        keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens. A call that asks for
+            hidden states or attention weights is served in this way too, unless ``deletion.fill`` is ``none``.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
         first_block: holds the rotation of the residual stream, if there is one.
@@ -77,6 +84,8 @@ class TowerRuntime:
         self._leading = tower.num_prefix_tokens
         self.keep_positions = tower.is_backbone or tower.family.always_mask
         self.num_blocks = len(tower.blocks)
+        self._rows_of = (self.num_blocks, tower.num_heads, tower.head_dim)
+        self._accepted: RegisterCache | None = None
         patch = getattr(tower.config, "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
         self.replay: Replay | None = None
@@ -95,10 +104,28 @@ class TowerRuntime:
         return self._leading + int(self.extra_token)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced", "_accepted")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass())
+        self.__dict__.update(state, _eager=_ThreadPass(), _traced=_Pass(), _accepted=None)
+
+    def accept(self, cache: RegisterCache) -> RegisterCache:
+        """A cache that was passed to a call, checked once.
+
+        Raises:
+            ValueError: it does not fit this encoder, or holds rows that are not finite.
+        """
+        if cache is not self._accepted:
+            cache.check(*self._rows_of)
+            if not torch.compiler.is_compiling():
+                cache.check_finite()
+                self._accepted = cache
+        return cache
+
+    def note_outputs(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the tower: whether this call gives the states between its blocks to the caller."""
+        asked = (kwargs.get(name, getattr(module.config, name, None)) for name in _ARGUMENTS)
+        self.current.states_wanted = any(value is not None and value is not False for value in asked)
 
     def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
         """Start a forward pass: remember the patch grid."""
@@ -131,7 +158,8 @@ class TowerRuntime:
                 f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
                 "input. Use larger images or a smaller count."
             )
-        masked = self.keep_positions or config.rule == "threshold"
+        wanted = state.states_wanted or bool(_PER_BLOCK.intersection(collected_outputs()))
+        masked = self.keep_positions or config.rule == "threshold" or (wanted and config.fill != "none")
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
         if native and simple:
             hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)

@@ -1,8 +1,9 @@
 """The RegCache search: sensitivity, mining, and the choice of registers and deletion."""
 
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
-from optimum_regcache.search.search import Candidates, Judges, RegisterSearch, SearchResult, Setup, Trial
+from optimum_regcache.search.search import Candidates, Judges, RegisterSearch, SearchResult, TrialScores
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
+from optimum_regcache.search.setups import Setup, Space, Trial
 from optimum_regcache.search.trials import TrialRunner
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "SearchResult",
     "SensitivityReport",
     "Setup",
+    "Space",
     "Trial",
     "TrialRunner",
+    "TrialScores",
     "mine_tokens",
     "scan_sensitivity",
 ]

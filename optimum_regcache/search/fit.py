@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,104 +19,27 @@ from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheC
 from optimum_regcache.config.effects import require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs, split_reference
+from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.passes import Batch, num_images
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, Objective, check_template, make_objective
+from optimum_regcache.evaluation.objective import Objective, make_objective
 from optimum_regcache.evaluation.targets import Targets, accuracy_targets
-from optimum_regcache.methods import ResolvedConfig, quantize_with, resolve
+from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
 from optimum_regcache.search.search import (
     Candidates,
     FinalScorer,
     Judges,
     RegisterSearch,
-    SearchRecord,
     SearchResult,
-    Setup,
+    TrialScores,
 )
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
+from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
-
-Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class ReferenceImages:
-    """Images for calibration and search, as the caller has them.
-
-    Attributes:
-        dataset: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``.
-        processor: of the model; for images and for zero-shot accuracy.
-        collator: builds a batch from items.
-        template: zero-shot prompt for ``objective="accuracy"``.
-    """
-
-    dataset: Any
-    processor: Any = None
-    collator: Collator | None = None
-    template: str = DEFAULT_TEMPLATE
-
-    def __post_init__(self) -> None:
-        check_template(self.template)
-
-    @cached_property
-    def inputs(self) -> ImageInputs:
-        """Model inputs, one image each."""
-        return ImageInputs(self.dataset, self.processor, self.collator)
-
-    def split(self, data: DataConfig, seed: int) -> ReferenceParts:
-        """Their division by `split_inputs`."""
-        return split_inputs(self.inputs, data, seed)
-
-
-@dataclass(frozen=True)
-class ReferenceParts:
-    """Reference images divided into three parts that share none.
-
-    Attributes:
-        calibration: for the activation scales.
-        selection: configurations are ranked on these.
-        confirmation: the best have to beat "install nothing" on these.
-        everything: the three together, in the order of the data set.
-    """
-
-    calibration: ImageInputs
-    selection: ImageInputs
-    confirmation: ImageInputs
-    everything: ImageInputs
-
-
-def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
-    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out."""
-    inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
-    inputs = inputs.readable() if data.skip_broken else inputs
-    split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
-    return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
-
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """A recipe whose config is resolved; :meth:`of` makes one, once, at the entrance.
-
-    Attributes:
-        recipe: the recipe, its quantization being that of ``resolved``.
-        resolved: the config with its methods.
-    """
-
-    recipe: Recipe
-    resolved: ResolvedConfig
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> QuantizationPlan:
-        """The plan for ``recipe``.
-
-        Raises:
-            ValueError: settings that contradict each other or have no effect.
-        """
-        resolved = resolve(recipe.quantization)
-        return cls(recipe.with_quantization(resolved.config), resolved)
 
 
 @dataclass(frozen=True)
@@ -127,7 +50,7 @@ class FitResult:
         resolved: config with the positions that were found; registers are ``fixed`` or ``none``.
         cache: the registers, None if nothing is installed.
         sensitivity: the scan, None if the block was given.
-        sensitive_block: l_q.
+        sensitive_block: l_q; None if nothing had to be repaired, so that nobody looked for it.
         mined: start block -> mined tokens.
         search: the search.
         variants: registers and deletion of the best ``prefix only`` and ``delete only`` setups, for the report.
@@ -139,7 +62,7 @@ class FitResult:
     resolved: ResolvedConfig
     cache: RegisterCache | None
     sensitivity: SensitivityReport | None
-    sensitive_block: int
+    sensitive_block: int | None
     mined: dict[int, MinedTokens]
     search: SearchResult
     variants: dict[str, tuple[RegisterCache | None, DeletionConfig]]
@@ -188,62 +111,125 @@ def fit_registers(
         model: float model, unchanged.
         images: reference images.
         plan: what to search for and how.
-        work_dir: directory for the record of finished trials; call again with the same one to resume.
+        work_dir: directory for the journal of finished steps; call again with the same one to resume.
         progress: show progress bars.
 
     Raises:
         ValueError: settings that do not fit the model or the data, or that the search would not read.
     """
-    resolved, search, data, seconds = plan.resolved, plan.recipe.search, plan.recipe.data, {}
+    resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
-    parts = images.split(data, search.seed)
-    calibration, selection = (list(p.batches(data.batch_size)) for p in (parts.calibration, parts.selection))
-    runner = TrialRunner(model, search_config(resolved.config), calibration)
-    targets = _targets(model, images, parts) if search.objective == "accuracy" else None
-    scoring = _Scoring(runner, search.objective, targets)
-    judges = scoring.judges(parts, selection, data.batch_size)
-    begun = time.perf_counter()
-    depth, scan = len(find_tower(runner.float_model).blocks), None
-    if search.sensitive_block is None:
-        scanned = selection[: -(-search.sensitivity_images // data.batch_size)]
-        scan = scoring.scan(parts.selection, scanned, search.sensitivity, progress)
-    sensitive = scan.sensitive_block if scan else int(search.sensitive_block or 0)
-    require(sensitive < depth, f"search.sensitive_block={sensitive}, but the encoder has blocks 0 to {depth - 1}.")
-    seconds["sensitivity"] = time.perf_counter() - begun
-    begun = time.perf_counter()
-    averaged = search.strategy == "averaged_tokens"
-    first = max(0, sensitive - search.blocks_before) if averaged else sensitive
-    mined = mine_tokens(
-        runner.float_model,
-        calibration + selection,
-        list(range(first, sensitive + 1)),
-        top=search.top_tokens if averaged else search.num_candidates,
-        score_site=search.score_site,
-        seed=search.seed,
-        progress=progress,
-    )
-    seconds["mining"] = time.perf_counter() - begun
-    begun = time.perf_counter()
-    if resolved.methods:
-        judges = replace(judges, final=_final_scorer(model, resolved, calibration))
-    most = min(search.max_delete, smallest_patch_count(runner, calibration[0]) // 4)
-    engine = RegisterSearch(
-        runner,
-        search,
-        Candidates(mined, sensitive, most, depth),
-        judges,
-        _open_record(work_dir, model, plan.recipe, parts, sensitive, targets),
-        progress=progress,
-    )
-    result = engine.run()
-    seconds["search"] = time.perf_counter() - begun
-    cache, deletion = engine.cache(result.chosen), engine.deletion(result.chosen)
-    best = {"prefix only": result.best_prefix, "delete only": result.best_delete}
-    variants = {k: (engine.cache(t.setup), engine.deletion(t.setup)) for k, t in best.items() if t is not None}
-    return FitResult(
-        install_setup(resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, parts,
-        resolved.config, search, data, seconds,
-    )  # fmt: skip
+    parts, targets = images.split(plan.recipe.data, search.seed), None
+    if search.objective == "accuracy":
+        inputs = parts.everything
+        targets = accuracy_targets(model, images.processor, inputs, images.template, warn=False).needed()
+    journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
+    try:
+        return _Fit(model, parts, plan, journal, targets, progress).run()
+    finally:
+        journal.close()
+
+
+class _Fit:
+    """The stages of one fit, in order."""
+
+    def __init__(
+        self,
+        model: Any,
+        parts: ReferenceParts,
+        plan: QuantizationPlan,
+        journal: Journal,
+        targets: Targets | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.parts, self.plan, self.journal, self.progress = model, parts, plan, journal, progress
+        self.search, self.resolved, size = plan.recipe.search, plan.resolved, plan.recipe.data.batch_size
+        calibration, self.selection = (list(p.batches(size)) for p in (parts.calibration, parts.selection))
+        self.runner = TrialRunner(model, search_config(self.resolved.config), calibration)
+        self.scoring = _Scoring(self.runner, self.search.objective, targets)
+        self.judges = self.scoring.judges(parts, self.selection, size)
+        self.scores = TrialScores(self.runner, self.judges.selection, journal)
+        self.depth = len(find_tower(self.runner.float_model).blocks)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begun
+
+    def run(self) -> FitResult:
+        """Cheap first: where round to nearest loses nothing, nothing is searched."""
+        given = self.search.sensitive_block or 0
+        require(
+            given < self.depth, f"search.sensitive_block={given}, but the encoder has blocks 0 to {self.depth - 1}."
+        )
+        with self._stage("naive"):
+            naive = self.scores(Setup(), lambda: None, DeletionConfig())
+        loss = self.judges.ceiling - naive.mean
+        if loss < self.search.min_gain and not self.search.always:
+            reason = f"nothing to repair: naive loses {loss:.4f}, less than search.min_gain={self.search.min_gain:g}"
+            nothing = SearchResult(Setup(), None, None, None, naive.mean, 0.0, 0.0, reason, [naive])
+            return self._result(None, self.search.sensitive_block, {}, nothing, None)
+        with self._stage("sensitivity"):
+            scan, sensitive = self._sensitive_block()
+        with self._stage("mining"):
+            mined = self._mine(sensitive)
+        with self._stage("search"):
+            engine = self._engine(mined, sensitive)
+            result = engine.run()
+        return self._result(scan, sensitive, mined, result, engine)
+
+    def _sensitive_block(self) -> tuple[SensitivityReport | None, int]:
+        given = self.search.sensitive_block
+        if given is not None:
+            return None, given
+        objective = self.judges.selection.first(self.search.sensitivity_images)
+        scan = scan_sensitivity(
+            self.runner.float_model, self.runner.config, self.runner.calibration, objective, self.search.sensitivity,
+            progress=self.progress, journal=self.journal,
+        )  # fmt: skip
+        return scan, scan.sensitive_block
+
+    def _mine(self, sensitive: int) -> dict[int, MinedTokens]:
+        search, averaged = self.search, self.search.strategy == "averaged_tokens"
+        first = max(0, sensitive - search.blocks_before) if averaged else sensitive
+        return mine_tokens(
+            self.runner.float_model,
+            self.runner.calibration + self.selection,
+            list(range(first, sensitive + 1)),
+            top=search.top_tokens if averaged else search.num_candidates,
+            score_site=search.score_site,
+            seed=search.seed,
+            progress=self.progress,
+        )
+
+    def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
+        judges, calibration = self.judges, self.runner.calibration
+        if self.resolved.methods:
+            judges = replace(judges, final=_final_scorer(self.model, self.resolved, calibration))
+        most = min(self.search.max_delete, smallest_patch_count(self.runner, calibration[0]) // 4)
+        candidates = Candidates(mined, sensitive, most, self.depth)
+        return RegisterSearch(self.scores, self.search, candidates, judges, progress=self.progress)
+
+    def _result(
+        self,
+        scan: SensitivityReport | None,
+        sensitive: int | None,
+        mined: dict[int, MinedTokens],
+        result: SearchResult,
+        engine: RegisterSearch | None,
+    ) -> FitResult:
+        def installed(setup: Setup) -> tuple[RegisterCache | None, DeletionConfig]:
+            return (None, DeletionConfig()) if engine is None else (engine.cache(setup), engine.deletion(setup))
+
+        cache, deletion = installed(result.chosen)
+        leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete}
+        variants = {kind: installed(trial.setup) for kind, trial in leaders.items() if trial is not None}
+        return FitResult(
+            install_setup(self.resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, self.parts,
+            self.resolved.config, self.search, self.plan.recipe.data, self.seconds,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -273,13 +259,6 @@ class _Scoring:
         selecting = self.objective(parts.selection, selection)
         confirming = self.objective(parts.confirmation, list(parts.confirmation.batches(size)))
         return Judges(selecting, confirming, float(selecting.scores(self.runner.float_model).mean()))
-
-    def scan(self, part: ImageInputs, batches: list[Batch], granularity: str, progress: bool) -> SensitivityReport:
-        """Sensitivity on ``batches``."""
-        scanned, runner = self.objective(part, batches), self.runner
-        return scan_sensitivity(
-            runner.float_model, runner.config, runner.calibration, scanned, granularity, progress=progress
-        )
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:
@@ -315,26 +294,20 @@ def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: list[Batch]
     return score
 
 
-def _targets(model: Any, images: ReferenceImages, parts: ReferenceParts) -> Targets:
-    return accuracy_targets(model, images.processor, parts.everything, images.template, warn=False).needed()
-
-
-def _open_record(
+def _open_journal(
     work_dir: str | Path | None,
     model: nn.Module,
     recipe: Recipe,
     parts: ReferenceParts,
-    sensitive: int,
     targets: Targets | None,
-) -> SearchRecord:
-    """The record of finished trials in ``work_dir``, bound to everything that can change a score."""
+) -> Journal:
+    """The journal of finished steps in ``work_dir``, named after everything that can change a score."""
     if work_dir is None:
-        return SearchRecord(None, "")
-    Path(work_dir).mkdir(parents=True, exist_ok=True)
+        return Journal(None, "")
     plain = replace(recipe, data=replace(recipe.data, num_report=1)).to_dict()  # the report changes no score
     versions = [version(p) for p in ("optimum-regcache", "torch", "transformers")]
     device = str(next(model.parameters()).device)
-    settings = [plain["quantization"], plain["search"], plain["data"], sensitive, versions, device]
+    settings = [plain["quantization"], plain["search"], plain["data"], versions, device]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
@@ -345,7 +318,7 @@ def _open_record(
     tensors |= {name: value for name, value in extra.items() if value is not None}
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
-    return SearchRecord(Path(work_dir) / "search.json", digest.hexdigest()[:32])
+    return Journal(Path(work_dir), digest.hexdigest()[:32])
 
 
 def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
@@ -17,8 +18,9 @@ from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import Quantized, quantize_with
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, QuantizationPlan, ReferenceImages, ReferenceParts, fit_registers
+from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def run_plan(
     Raises:
         ValueError: images that are needed and missing, or settings that do not fit.
     """
+    if torch.is_inference_mode_enabled():  # tensors made there could never be used with autograd
+        with torch.inference_mode(False), torch.no_grad():
+            return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
     recipe, resolved = plan.recipe, plan.resolved
     parts = images.split(recipe.data, recipe.search.seed) if images is not None else known.parts if known else None
     fit, mode = None, resolved.config.registers.mode

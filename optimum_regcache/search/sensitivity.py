@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_regcache.calibration.calibrate import calibrate
+from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.calibration.quantized_inputs import quantized_inputs
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.layers.install import config_sites
-from optimum_regcache.registers.replay import record_block_inputs, replaying
+from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
+from optimum_regcache.search.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SensitivityReport:
     Attributes:
         drops: name of the layer (or ``block N``) -> drop of the objective against the float model.
         blocks: name -> block index.
-        sensitive_block: l_q, block of the largest drop.
+        sensitive_block: l_q, block of the largest drop of a linear layer (of a block, if only blocks were scanned).
         objective: name of the objective.
     """
 
@@ -35,8 +37,9 @@ class SensitivityReport:
     objective: str
 
     def top(self, count: int = 3) -> list[tuple[str, float]]:
-        """The most sensitive entries; ties keep execution order."""
-        return sorted(self.drops.items(), key=lambda item: -item[1])[:count]
+        """The most sensitive linear layers (blocks, if only these were scanned); ties keep execution order."""
+        linears = {name: drop for name, drop in self.drops.items() if name != _block_name(self.blocks[name])}
+        return sorted((linears or self.drops).items(), key=lambda item: -item[1])[:count]
 
     def per_block(self) -> dict[int, float]:
         """Largest drop in each block."""
@@ -63,6 +66,7 @@ def scan_sensitivity(
     objective: Objective,
     granularity: str = "linear",
     progress: bool = True,
+    journal: Journal | None = None,
 ) -> SensitivityReport:
     """Quantize one linear layer (or all of one block) at a time and measure the drop of ``objective``.
 
@@ -74,8 +78,9 @@ def scan_sensitivity(
         config: activations and modules.
         calibration: batches for the scales.
         objective: scored on its own batches.
-        granularity: ``linear`` or ``block``.
+        granularity: ``linear``, ``block``, or ``coarse``: blocks first, then the linear layers of the three worst.
         progress: show a progress bar.
+        journal: finished steps.
 
     Raises:
         ValueError: everything in the blocks is ignored by ``config``.
@@ -83,26 +88,79 @@ def scan_sensitivity(
     sites = [site for site in config_sites(float_model, config) if site.block is not None]
     if not sites:
         raise ValueError("No linear layer of the blocks is left to quantize; shorten modules.ignore.")
-    qparams = calibrate(float_model, config, calibration)
-    groups: dict[str, list[str]] = {}
-    blocks: dict[str, int] = {}
-    for site in sites:
-        key = site.name if granularity == "linear" else f"block {site.block}"
-        groups.setdefault(key, []).append(site.name)
-        blocks[key] = int(site.block)  # type: ignore[arg-type]
-    reference = float(objective.scores(float_model).mean())
-    if not math.isfinite(reference):
-        raise ValueError(
-            "The float model's own features are not finite. Load it with dtype=torch.float32, and check its input images."
-        )
-    drops: dict[str, float] = {}
-    recorded, states = -1, []
-    for key, names in tqdm(groups.items(), desc="sensitivity", disable=not progress):
-        if blocks[key] != recorded:  # blocks before this one run as in the float model: do not run them again
-            recorded = blocks[key]
-            states = record_block_inputs(float_model, objective.batches, recorded)
-        with quantized_inputs(float_model, names, qparams, config), replaying(float_model, recorded, states):
-            score = float(objective.scores(float_model).mean())
-            drops[key] = reference - score if math.isfinite(score) else math.inf
-    most = max(drops, key=lambda name: drops[name])
-    return SensitivityReport(drops, blocks, blocks[most], objective.name)
+    journal = Journal(None, "") if journal is None else journal  # an empty journal is false
+    scan = _Scan(float_model, config, calibration, objective, journal)
+    linears = {site.name: (int(site.block or 0), [site.name]) for site in sites}
+    whole = {
+        _block_name(block): (block, [site.name for site in sites if site.block == block])
+        for block in sorted({int(site.block or 0) for site in sites})
+    }
+    first = linears if granularity == "linear" else whole
+    worst = min(COARSE_BLOCKS, len(whole)) if granularity == "coarse" else 0
+    steps = len(first) + round(worst * len(linears) / len(whole))
+    with tqdm(total=steps, desc="sensitivity", disable=not progress) as bar:
+        drops = scan.drops(first, bar)
+        if worst:
+            blocks = {whole[name][0] for name in sorted(drops, key=lambda name: -drops[name])[:worst]}
+            drops |= scan.drops({name: entry for name, entry in linears.items() if entry[0] in blocks}, bar)
+    report = SensitivityReport(drops, {name: (linears | whole)[name][0] for name in drops}, 0, objective.name)
+    return replace(report, sensitive_block=report.blocks[report.top(1)[0][0]])
+
+
+COARSE_BLOCKS = 3
+
+
+def _block_name(block: int) -> str:
+    return f"block {block}"
+
+
+class _Scan:
+    """Measures drops; blocks before the one that is scanned run as in the float model and are not run again."""
+
+    def __init__(
+        self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch], objective: Objective, journal: Journal
+    ) -> None:
+        self.model, self.config, self.calibration = model, config, calibration
+        self.objective, self.journal = objective, journal
+
+    @cached_property
+    def qparams(self) -> QParams:
+        """Scales of every layer."""
+        return calibrate(self.model, self.config, self.calibration)
+
+    def _score(self) -> float:
+        return float(self.objective.scores(self.model).mean())
+
+    @cached_property
+    def reference(self) -> float:
+        """Score of the float model."""
+        found = self._score()
+        if not math.isfinite(found):
+            raise ValueError(
+                "The float model's own features are not finite. Load it with dtype=torch.float32, and check its input "
+                "images."
+            )
+        return found
+
+    def drops(self, groups: dict[str, tuple[int, list[str]]], bar: Any) -> dict[str, float]:
+        """Name -> drop, for groups of layers (block, names of its layers), by ascending block."""
+        found: dict[str, float] = {}
+        known: Recorded | None = None
+        for name, (block, layers) in groups.items():
+            step = f"sensitivity {name}"
+            values = self.journal.get(step)
+            if values is None:
+                if known is None or known.block != block:
+                    states = record_block_inputs(self.model, self.objective.batches, block, known)
+                    known = Recorded(block, states)
+                qparams, reference = self.qparams, self.reference
+                with (
+                    quantized_inputs(self.model, layers, qparams, self.config),
+                    replaying(self.model, block, known.states),
+                ):
+                    score = self._score()
+                values = [reference - score if math.isfinite(score) else math.inf]
+                self.journal.put(step, values)
+            found[name] = values[0]
+            bar.update()
+        return found

@@ -1,56 +1,169 @@
-"""A float model and its quantized twin, so that one configuration after another can be calibrated and scored."""
+"""A float model and its quantized twin, so that one configuration after another can be calibrated and scored.
+
+What a configuration does not change is computed once: registers and deletion act from some block on, so everything before it
+(activation scales, block inputs) is that of "nothing installed", recorded on first use and shared by all configurations. The
+scores are bit-identical to those without the record.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from optimum_regcache.calibration.calibrate import calibrate
+from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
-from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.passes import Batch, num_images, states_read
 from optimum_regcache.encoders.sharing import shared_copy
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
+from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
+from optimum_regcache.registers.state import BlockInput
+
+
+class BlockInputs:
+    """What arrives at the blocks of one model for one list of batches, recorded when asked for.
+
+    Args:
+        model: wired for registers.
+        batches: images.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self._recorded: dict[int, Recorded] = {}
+
+    def at(self, block: int) -> list[BlockInput]:
+        """One state per batch; whatever is installed in the model must change nothing before ``block``."""
+        if block not in self._recorded:
+            known = self._recorded.get(self._nearest(block))
+            self._recorded[block] = Recorded(block, record_block_inputs(self.model, self.batches, block, known))
+        return self._recorded[block].states
+
+    def cost(self, block: int) -> int:
+        """Images times blocks that `at` has to compute."""
+        return sum(map(num_images, self.batches)) * (block - max(self._nearest(block), 0))
+
+    def _nearest(self, block: int) -> int:
+        """The last recorded block up to ``block``, -1 if there is none."""
+        return max((b for b in self._recorded if b <= block), default=-1)
 
 
 class TrialRunner:
     """Calibrates and scores configurations that share their weights.
 
-    Weights are quantized once; activation scales are found anew for every configuration (docs/method.md 8).
+    Weights are quantized once; activation scales are found anew for every configuration (docs/method.md 8), as far as it can
+    change them.
 
     Args:
         model: the float model; not changed. Its tensors are shared, not copied.
         config: weights, activations and modules.
         calibration: batches for the activation scales.
+        reuse: record what configurations have in common; without it every configuration is computed from the pixels on.
 
     Attributes:
         float_model: float copy, wired for registers.
         quantized: quantized copy, wired the same way.
+        block_forwards: images times blocks that were computed so far, in both models.
     """
 
-    def __init__(self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch]) -> None:
-        self.config, self.calibration = config, calibration
+    def __init__(
+        self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch], *, reuse: bool = True
+    ) -> None:
+        self.config, self.calibration, self.reuse = config, calibration, reuse
         self.float_model = shared_copy(model).eval()
         prepare_tower(self.float_model)
         self.quantized = shared_copy(self.float_model)
         quantize_modules(self.quantized, config)
+        tower = find_tower(self.float_model)
+        self.depth = len(tower.blocks)
+        self._last_start = max(0, min(states_read(self.float_model, tower)) - 1)  # states before a replay do not exist
+        self.block_forwards = 0
+        self._plain: dict[int, QParams] = {}  # scales with nothing installed, by calibration list
+        self._float: dict[int, BlockInputs] = {}  # by calibration list
+        self._quantized: dict[tuple[int, int], BlockInputs] = {}  # by calibration list and scored list
 
-    def install(self, cache: RegisterCache | None, deletion: DeletionConfig) -> None:
-        """Put registers and deletion into both models and recalibrate the quantized one."""
+    def _count(self, batches: Sequence[Batch], first: int) -> None:
+        self.block_forwards += sum(map(num_images, batches)) * (self.depth - first)
+
+    def _inputs(self, known: BlockInputs, block: int) -> list[BlockInput]:
+        self.block_forwards += known.cost(block)
+        return known.at(block)
+
+    def first_change(self, cache: RegisterCache | None, deletion: DeletionConfig) -> int | None:
+        """The earliest block that is not as with nothing installed; None if there is none."""
+        changed = list(cache.blocks) if cache is not None else []
+        if deletion.active:
+            changed.append(int(deletion.block or 0))
+        return min(changed, default=None)
+
+    def install(
+        self, cache: RegisterCache | None, deletion: DeletionConfig, calibration: list[Batch] | None = None
+    ) -> None:
+        """Put registers and deletion into both models and recalibrate the quantized one.
+
+        Args:
+            cache, deletion: the configuration.
+            calibration: in place of the runner's; the same list object for the same images.
+        """
+        calibration = self.calibration if calibration is None else calibration
+        plain = self._plain_qparams(calibration) if self.reuse else {}
         for model in (self.float_model, self.quantized):
             set_registers(model, cache)
             set_deletion(model, deletion)
-        assign_input_qparams(self.quantized, calibrate(self.float_model, self.config, self.calibration))
+        first = self.first_change(cache, deletion)
+        if not self.reuse:
+            self._count(calibration, 0)
+            qparams = calibrate(self.float_model, self.config, calibration)
+        elif first is None or not plain:  # dynamic scales need no calibration
+            qparams = plain
+        else:
+            known = Recorded(first, self._inputs(self._float[id(calibration)], first))
+            self._count(calibration, first)
+            qparams = {**plain, **calibrate(self.float_model, self.config, calibration, known)}
+        assign_input_qparams(self.quantized, qparams)
+
+    def _plain_qparams(self, calibration: list[Batch]) -> QParams:
+        """The scales with nothing installed."""
+        key = id(calibration)
+        if key not in self._plain:
+            self.reset()
+            self._count(calibration, 0)
+            self._plain[key] = calibrate(self.float_model, self.config, calibration)
+            self._float[key] = BlockInputs(self.float_model, calibration)  # keeps the list, and so its id
+        return self._plain[key]
 
     def reset(self) -> None:
         """Remove registers and deletion from the float model."""
         set_registers(self.float_model, None)
         set_deletion(self.float_model, DeletionConfig())
 
-    def score(self, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective) -> torch.Tensor:
-        """Install, recalibrate and score; float32 [n]."""
-        self.install(cache, deletion)
-        scores = objective.scores(self.quantized)
+    def score(
+        self,
+        cache: RegisterCache | None,
+        deletion: DeletionConfig,
+        objective: Objective,
+        calibration: list[Batch] | None = None,
+    ) -> torch.Tensor:
+        """Install, recalibrate and score; float32 [n]. Arguments as for `install`."""
+        calibration = self.calibration if calibration is None else calibration
+        self.install(cache, deletion, calibration)
+        with self._from(self.first_change(cache, deletion), objective, calibration):
+            scores = objective.scores(self.quantized)
         self.reset()
         return scores
+
+    def _from(self, first: int | None, objective: Objective, calibration: list[Batch]) -> AbstractContextManager[None]:
+        """Inside it the quantized model starts at block ``first``."""
+        start = 0 if not self.reuse or first is None else min(first, self._last_start)
+        self._count(objective.batches, start)
+        if start == 0:
+            return nullcontext()
+        key = (id(calibration), id(objective.batches))
+        if key not in self._quantized:
+            self._quantized[key] = BlockInputs(self.quantized, objective.batches)
+        return replaying(self.quantized, start, self._inputs(self._quantized[key], start))

@@ -1,0 +1,172 @@
+"""How a search walks through its space: one class for each value of ``search.algorithm``.
+
+An algorithm asks for configurations one after the other, on all selection images or on a share of them, and says what it
+learned: the trials on all images. It decides nothing; whether anything is installed is decided on other images
+(`optimum_regcache.search.search`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Protocol
+
+from optimum_regcache.config.recipe import SearchConfig
+from optimum_regcache.search.setups import Setup, Space, Trial, best
+
+
+class Evaluate(Protocol):
+    """Scores a configuration on the first ``images`` selection images, on all of them by default, with scales from the same
+    share of the calibration images."""
+
+    def __call__(self, setup: Setup, images: int | None = None) -> Trial: ...
+
+
+class Algorithm(ABC):
+    """One way through a space.
+
+    Args:
+        space: what may be installed.
+        config: search settings.
+        images: number of selection images.
+    """
+
+    def __init__(self, space: Space, config: SearchConfig, images: int) -> None:
+        self.space, self.config, self.images = space, config, images
+
+    @abstractmethod
+    def work(self) -> float:
+        """Expected work, in trials on all images; for the progress bar."""
+
+    @abstractmethod
+    def run(self, evaluate: Evaluate) -> list[Trial]:
+        """Trials on all images; the first is that of ``Setup()``, nothing installed."""
+
+
+class Exhaustive(Algorithm):
+    """Every start, tau and k~ with every other."""
+
+    def _all(self) -> list[Setup]:
+        alone = [Setup(), *self.space.prefixes()]
+        return [*alone, *(replace(setup, count=k) for setup in alone for k in self.space.counts)]
+
+    def work(self) -> float:
+        return len(self._all())
+
+    def run(self, evaluate: Evaluate) -> list[Trial]:
+        return [evaluate(setup) for setup in self._all()]
+
+
+class Coordinate(Algorithm):
+    """Start and tau, then k~ for the best tau of every start, then tau again for the best pair.
+
+    The paper picks the best prefix first and k~ for it alone. Where the sinks of the image hide what a prefix does until they
+    are deleted, all prefixes score alike and that choice is noise; so every start keeps its best prefix.
+    """
+
+    def work(self) -> float:
+        counts, starts = len(self.space.counts), len(self.space.starts)
+        again = len(self.space.copies) - 1 if counts and starts else 0
+        return 1 + starts * len(self.space.copies) + (1 + len({s[::2] for s in self.space.starts})) * counts + again
+
+    def run(self, evaluate: Evaluate) -> list[Trial]:
+        base = evaluate(Setup())
+        alone = [evaluate(s) for s in self.space.prefixes()]
+        delete = [evaluate(Setup(count=k)) for k in self.space.counts]
+        starts = sorted({(s.start_block, s.scope) for s in self.space.prefixes()})
+        groups = [[a for a in alone if (a.setup.start_block, a.setup.scope) == s] for s in starts]
+        leaders = [t for group in groups if (t := best(group)) is not None]
+        both = [evaluate(replace(t.setup, count=k)) for t in leaders for k in self.space.counts]
+        if (pair := best(both)) is not None:
+            others = [c for c in self.space.copies if c != pair.setup.num_copies]
+            both += [evaluate(replace(pair.setup, num_copies=c)) for c in others]
+        return [base, *alone, *delete, *both]
+
+
+class Halving(Algorithm):
+    """Successive halving: all configurations on a few images, the better ones on more, the best on all, then its neighbours.
+
+    Scores are paired, image by image. A configuration stays while it is within ``search.noise_sigmas`` standard errors of the
+    leader, at least an eighth and at most a third of a round; the best of each kind stays in any case. It ends where the lead
+    over "nothing installed" cannot reach ``search.min_gain`` any more. tau is a logit bias, ln(tau), so around the winner it
+    is no longer bound to the grid.
+    """
+
+    FIRST, FACTOR = 8, 4  # images of the first round, and how their number grows
+    STEPS = 6  # neighbours of the winner
+
+    def _rounds(self) -> list[int]:
+        found = [self.images]
+        while found[0] // self.FACTOR >= self.FIRST:
+            found.insert(0, found[0] // self.FACTOR)
+        return found
+
+    def _first(self) -> list[Setup]:
+        alone = [Setup(), *self.space.prefixes()]
+        return [*alone, *(replace(setup, count=k) for setup in alone for k in self.space.few_counts)]
+
+    def work(self) -> float:
+        setups, total = len(self._first()), float(self.STEPS)
+        for images in self._rounds():
+            total += setups * images / self.images
+            setups = max(4, math.ceil(setups / 5))
+        return total
+
+    def run(self, evaluate: Evaluate) -> list[Trial]:
+        setups, trials = self._first(), []
+        for images in self._rounds():
+            whole = None if images == self.images else images
+            trials = [evaluate(setup, whole) for setup in setups]
+            if whole is None:
+                break
+            if self._settled(trials):
+                return [evaluate(setup) for setup in self._leaders(trials)]
+            setups = self._kept(trials)
+        return self._neighbours(trials, evaluate)
+
+    def _settled(self, trials: list[Trial]) -> bool:
+        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for."""
+        leads = [t.lead(trials[0]) for t in trials[1:] if not math.isnan(t.mean)]
+        return all(gain + 3 * error < self.config.min_gain for gain, error in leads)
+
+    def _leaders(self, trials: list[Trial]) -> list[Setup]:
+        """Nothing, and the best of each kind."""
+        leaders = (best(trials, kind) for kind in ("prefix", "delete", "both"))
+        return [Setup(), *(t.setup for t in leaders if t is not None)]
+
+    def _kept(self, trials: list[Trial]) -> list[Setup]:
+        """Who enters the next round, in the order of this one."""
+        ranked = sorted((t for t in trials if not math.isnan(t.mean)), key=lambda t: -t.mean)
+        if not ranked:
+            return [Setup()]
+        least, most = math.ceil(len(trials) / 8), math.ceil(len(trials) / 3)
+        close = []
+        for trial in ranked[:most]:
+            behind, error = ranked[0].lead(trial)
+            if len(close) < least or behind <= self.config.noise_sigmas * error:
+                close.append(trial.setup)
+        kept = {*close, *self._leaders(trials)}
+        return [t.setup for t in trials if t.setup in kept]
+
+    def _neighbours(self, trials: list[Trial], evaluate: Evaluate) -> list[Trial]:
+        """``trials`` and those on the way uphill from the best of them, first in k~, then in ln(tau)."""
+        leader, step = best(trials), math.log(2) / 2
+        if leader is None or leader.setup == Setup():
+            return trials
+        tried = {t.setup for t in trials}
+        for _ in range(self.STEPS):
+            s = leader.setup
+            near = [replace(s, count=k) for k in (s.count - 1, s.count + 1) if 0 <= k <= self.space.max_count]
+            if s.start_block is not None:
+                near += [replace(s, num_copies=s.num_copies * math.exp(d)) for d in (step, -step)]
+            fresh = next((n for n in near if n not in tried and n.kind != "nothing"), None)
+            if fresh is None:
+                break
+            trials = [*trials, evaluate(fresh)]
+            tried.add(fresh)
+            leader = best([leader, trials[-1]]) or leader
+        return trials
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"halving": Halving, "coordinate": Coordinate, "exhaustive": Exhaustive}

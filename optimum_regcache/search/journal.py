@@ -1,0 +1,101 @@
+"""The journal of a fit: one checked line for every finished step, so that a fit may be killed at any moment and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class Journal:
+    """Results of finished steps by name, on disk, appended and flushed one by one.
+
+    The file is ``FOLDER/FINGERPRINT.jsonl``: a fit of another model, other data or settings has a file of its own, so neither
+    disturbs the other. A last line that was cut off is dropped.
+
+    Args:
+        folder: where the file is; None keeps everything in memory.
+        fingerprint: hexadecimal identity of everything that can change a result.
+
+    Raises:
+        ValueError: a line other than the last is damaged, the file is a link, or another process is writing it.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str) -> None:
+        self.path = None if folder is None else folder / f"{fingerprint}.jsonl"
+        self._values: dict[str, list[float]] = {}
+        self._lock: FileLock | None = None
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a link; the journal of a fit is a plain file. Remove the link.")
+        self._lock = FileLock(f"{self.path}.lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"Another process is fitting with {self.path}. Wait for it, or use another work directory."
+            ) from None
+        try:
+            self._read(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        *lines, rest = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            entry = _parse(line)
+            if entry is None:
+                raise ValueError(
+                    f"Line {number} of {path} is damaged. Delete the file to start this fit again, or the line and all after "
+                    "it to lose only these steps."
+                )
+            self._values[entry[0]] = entry[1]
+        if rest:  # a line that a kill cut off
+            with path.open("rb+") as file:
+                file.truncate(len(content) - len(rest))
+        if lines:
+            logger.info(f"{path}: {len(lines)} finished steps are taken from it.")
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, name: str) -> list[float] | None:
+        """The result of a finished step."""
+        return self._values.get(name)
+
+    def put(self, name: str, values: list[float]) -> None:
+        """Add the result of a step; it is on disk when this returns."""
+        self._values[name] = values
+        if self.path is None:
+            return
+        text = json.dumps([name, values])
+        line = f"{text}\t{zlib.crc32(text.encode()):08x}\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(self.path, flags, 0o644), "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Let other processes write."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _parse(line: bytes) -> tuple[str, list[float]] | None:
+    """(name, values) of a line; None if it is not as it was written."""
+    text, _, check = line.rpartition(b"\t")
+    if check != b"%08x" % zlib.crc32(text):
+        return None
+    name, values = json.loads(text)
+    return name, values

@@ -1,0 +1,94 @@
+"""What a fit is given: images, their division into parts that share none, and a recipe whose config is resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from optimum_regcache.config.recipe import DataConfig, Recipe
+from optimum_regcache.data.images import ImageInputs, split_reference
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
+from optimum_regcache.methods import ResolvedConfig, resolve
+
+Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """Images for calibration and search, as the caller has them.
+
+    Attributes:
+        dataset: anything that `ImageInputs` accepts.
+        processor: of the model; for images and for zero-shot accuracy.
+        collator: builds a batch from items.
+        template: zero-shot prompt for ``objective="accuracy"``.
+    """
+
+    dataset: Any
+    processor: Any = None
+    collator: Collator | None = None
+    template: str = DEFAULT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        check_template(self.template)
+
+    @cached_property
+    def inputs(self) -> ImageInputs:
+        """Model inputs, one image each."""
+        return ImageInputs(self.dataset, self.processor, self.collator)
+
+    def split(self, data: DataConfig, seed: int) -> ReferenceParts:
+        """Their division by `split_inputs`."""
+        return split_inputs(self.inputs, data, seed)
+
+
+@dataclass(frozen=True)
+class ReferenceParts:
+    """Reference images divided into three parts that share none.
+
+    Attributes:
+        calibration: for the activation scales.
+        selection: configurations are ranked on these.
+        confirmation: the best have to beat "install nothing" on these.
+        everything: the three together, in the order of the data set.
+    """
+
+    calibration: ImageInputs
+    selection: ImageInputs
+    confirmation: ImageInputs
+    everything: ImageInputs
+
+
+def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
+    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out."""
+    inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
+    inputs = inputs.readable() if data.skip_broken else inputs
+    split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
+    return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A recipe whose config is resolved; :meth:`of` makes one, once, at the entrance.
+
+    Attributes:
+        recipe: the recipe, its quantization being that of ``resolved``.
+        resolved: the config with its methods.
+    """
+
+    recipe: Recipe
+    resolved: ResolvedConfig
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> QuantizationPlan:
+        """The plan for ``recipe``.
+
+        Raises:
+            ValueError: settings that contradict each other or have no effect.
+        """
+        resolved = resolve(recipe.quantization)
+        return cls(recipe.with_quantization(resolved.config), resolved)

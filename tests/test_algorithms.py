@@ -1,0 +1,123 @@
+"""Ways through the space of configurations, on landscapes that are known."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optimum_regcache.config.recipe import SearchConfig
+from optimum_regcache.search.algorithms import ALGORITHMS, Halving
+from optimum_regcache.search.setups import Setup, Space, Trial, best
+
+STARTS = tuple((block, None, "onwards") for block in (3, 4, 5, 6))
+PAPER = Space(STARTS, tuple(float(tau) for tau in range(1, 16)), 10)
+COARSE = Space(STARTS, (1.0, 2.0, 4.0, 8.0, 15.0), 10)
+IMAGES = 128
+
+
+class Landscape:
+    """Scores with one summit, images of different difficulty and noise; counts what is asked for.
+
+    Alone, prefixes look alike: what they do shows when tokens are deleted, as in real encoders.
+    """
+
+    def __init__(self, summit: Setup, height: float = 0.3, noise: float = 0.02) -> None:
+        self.summit, self.height, self.noise = summit, height, noise
+        self.asked: list[tuple[Setup, int]] = []
+        self.difficulty = torch.rand(IMAGES, generator=torch.Generator().manual_seed(0)) / 10
+
+    def quality(self, setup: Setup) -> float:
+        """Mean score above "nothing"."""
+        s = self.summit
+        deleting = math.exp(-(((setup.count - s.count) / 3) ** 2)) if setup.count else 0.0
+        if setup.start_block is None:
+            return self.height * 0.4 * deleting
+        near = math.exp(-abs(setup.start_block - (s.start_block or 0)))
+        near *= math.exp(-(math.log(setup.num_copies / s.num_copies) ** 2))
+        return self.height * (0.05 + deleting * (0.35 + 0.6 * near))
+
+    def __call__(self, setup: Setup, images: int | None = None) -> Trial:
+        count = images or IMAGES
+        self.asked.append((setup, count))
+        generator = torch.Generator().manual_seed(zlib.crc32(setup.key.encode()))
+        noise = self.noise * torch.randn(IMAGES, generator=generator)
+        return Trial(setup, (0.5 - self.difficulty + self.quality(setup) + noise)[:count])
+
+    @property
+    def work(self) -> float:
+        """In trials on all images."""
+        return sum(count for _, count in self.asked) / IMAGES
+
+
+@pytest.mark.parametrize("summit", [Setup(5, num_copies=4.0, count=4), Setup(3, num_copies=11.0, count=7)])
+def test_halving_finds_what_the_paper_s_grid_finds_with_a_fraction_of_the_work(summit: Setup) -> None:
+    everything, few = Landscape(summit), Landscape(summit)
+    config = SearchConfig()
+    top = best(ALGORITHMS["exhaustive"](PAPER, config, IMAGES).run(everything))
+    found = best(Halving(COARSE, config, IMAGES).run(few))
+    assert top is not None
+    assert found is not None
+    assert few.quality(found.setup) > everything.quality(top.setup) - 0.02
+    assert everything.work / few.work > 20
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_first_trial_is_nothing_and_all_are_of_all_images(name: str) -> None:
+    landscape = Landscape(Setup(5, num_copies=4.0, count=4))
+    algorithm = ALGORITHMS[name](COARSE, SearchConfig(), IMAGES)
+    trials = algorithm.run(landscape)
+    assert trials[0].setup == Setup()
+    assert {len(t.scores) for t in trials} == {IMAGES}
+    assert {t.setup.kind for t in trials} == {"nothing", "prefix", "delete", "both"}
+    assert len({t.setup for t in trials}) == len(trials)
+    assert algorithm.work() == pytest.approx(landscape.work, rel=0.5)
+    again = ALGORITHMS[name](COARSE, SearchConfig(), IMAGES).run(Landscape(Setup(5, num_copies=4.0, count=4)))
+    assert [t.setup for t in again] == [t.setup for t in trials]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("space", [Space((), (1.0,), 3), Space(STARTS, (1.0, 4.0), 0), Space((), (), 0)])
+def test_spaces_without_prefixes_or_without_deletion(name: str, space: Space) -> None:
+    trials = ALGORITHMS[name](space, SearchConfig(), 12).run(Landscape(Setup(5, num_copies=4.0, count=4)))
+    assert trials[0].setup == Setup()
+    kinds = {t.setup.kind for t in trials}
+    assert ("prefix" in kinds) == bool(space.starts)
+    assert ("delete" in kinds) == bool(space.max_count)
+
+
+def test_tau_leaves_the_grid_around_the_winner() -> None:
+    landscape = Landscape(Setup(5, num_copies=5.66, count=4), noise=0.0)
+    found = best(Halving(COARSE, SearchConfig(), IMAGES).run(landscape))
+    assert found is not None
+    assert found.setup.start_block == 5
+    assert found.setup.num_copies == pytest.approx(5.66, rel=0.01)  # 4 times the square root of 2
+
+
+def test_it_ends_after_a_few_images_where_nothing_can_win() -> None:
+    flat = Landscape(Setup(5, num_copies=4.0, count=4), height=0.0, noise=0.0)
+    trials = Halving(COARSE, SearchConfig(), IMAGES).run(flat)
+    assert max(t.mean for t in trials) == trials[0].mean
+    assert [t.setup.kind for t in trials] == ["nothing", "prefix", "delete", "both"]  # for the report
+    assert flat.work < len(Halving(COARSE, SearchConfig(), IMAGES)._first()) * 8 / IMAGES + 5
+
+
+def test_no_number_never_wins_a_round() -> None:
+    landscape = Landscape(Setup(5, num_copies=4.0, count=4), noise=0.0)
+
+    def broken(setup: Setup, images: int | None = None) -> Trial:
+        trial = landscape(setup, images)
+        return replace(trial, scores=trial.scores * math.nan) if setup.start_block == 5 else trial
+
+    found = best(Halving(COARSE, SearchConfig(), IMAGES).run(broken))
+    assert found is not None
+    assert found.setup.start_block in (4, 6)
+
+
+def test_few_counts_grow() -> None:
+    assert Space((), (), 10).few_counts == (1, 2, 3, 5, 8, 10)
+    assert Space((), (), 1).few_counts == (1,)
+    assert Space((), (), 0).few_counts == ()
