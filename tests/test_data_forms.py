@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import re
 import tarfile
@@ -17,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from optimum.commands.register.register_regcache import AnalyzeCommand, resolve_recipe
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -210,6 +212,13 @@ def test_skip_broken_leaves_the_split_as_it_is(tmp_path: Path, caplog: pytest.Lo
     assert sum(source.dropped.values()) == 3
     assert [len(old) - len(new) for new, old in zip(after, before, strict=True)] == list(source.dropped.values())
     assert len(load_images(name)) == 30
+
+
+@pytest.mark.parametrize(("options", "skipped"), [([], False), (["--skip-broken"], True)])
+def test_the_option_reaches_the_recipe(options: list[str], skipped: bool) -> None:
+    parser = argparse.ArgumentParser()
+    AnalyzeCommand.parse_args(parser)
+    assert resolve_recipe(parser.parse_args(["--output", "out", *options]), None).data.skip_broken is skipped
 
 
 # --- data in memory

@@ -288,5 +288,8 @@ def test_the_report_of_a_folder_in_another_order(renamed: str, tmp_path: Path) -
 def test_an_undefined_recovery_is_a_dash() -> None:
     row = Row("naive", 0.5, 0.0, None, 1.0, 2.0, "nothing")
     assert "| naive | 0.00 % | 0.5000 | - | 1.00 | 2.00 | nothing |" in markdown_table([row])
-    assert "nan" not in render_table([row], "t", [])
+    table = render_table([row], "[red]t", ["classes '[bold]'"])
+    assert "nan" not in table
+    assert "[red]t" in table
+    assert "classes '[bold]'" in table
     assert row.to_dict()["recovery"] is None

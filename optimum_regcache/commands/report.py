@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -124,7 +125,8 @@ def _percent(value: float | None, digits: int) -> str:
 
 def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:
     """The summary as text for a terminal."""
-    table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
+    caption = escape("\n".join(notes))  # class names and paths may hold brackets, which rich takes for styles
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("variant")
     with_accuracy = any(r.accuracy is not None for r in rows)
     if with_accuracy:
