@@ -16,6 +16,7 @@ from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, split_inputs
 from optimum_regcache.search.sensitivity import scan_sensitivity
@@ -30,6 +31,7 @@ def analyze_job(
     Sensitivity and mined tokens come from the reference images, outlier tokens and the loss by naive quantization from
     the report images. Methods shape the observers; nothing of theirs that is fitted takes part.
     """
+    require_float(source.model)
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
     recipe = QuantizationPlan.of(recipe).recipe
