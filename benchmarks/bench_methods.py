@@ -247,7 +247,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{head['metric']}{' (%)' if percent else ''} on {head['images']} unseen images, float {show(head['float'])}; "
             f"setup: {head['setup']}. Largest token norm {head['float_max_norm']:.0f}, fc2 input {head['float_max_fc2']:.0f}.",
             "",
-            "| method | none | prefix | delete | both | both - none | recovery | installs | max norm | fc2 | seconds |",
+            "| method | none | prefix | delete | both | both - none | retention | installs | max norm | fc2 | seconds |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for key, cell in results["cells"].items():

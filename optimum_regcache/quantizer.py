@@ -13,13 +13,16 @@ from transformers import PreTrainedModel
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.effects import require_search_unused
 from optimum_regcache.config.files import write_json
+from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
+from optimum_regcache.data import reference
 from optimum_regcache.data.images import choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.encoders.passes import Batch
-from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.hub.loading import load_model, load_processor
+from optimum_regcache.hub.stored import sort_metadata
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
@@ -39,7 +42,8 @@ class RegCacheQuantizer(OptimumQuantizer):
         processor: its processor, for data sets of images and for zero-shot accuracy.
 
     Raises:
-        ValueError: ``model`` holds no supported encoder.
+        TypeError: ``model`` is no PyTorch model.
+        ValueError: it holds no supported encoder, is quantized already, has adapters (LoRA), is wrapped, or is not in memory.
 
     Example:
         >>> quantizer = RegCacheQuantizer.from_pretrained("openai/clip-vit-base-patch16")  # doctest: +SKIP
@@ -49,7 +53,7 @@ class RegCacheQuantizer(OptimumQuantizer):
 
     def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
         super().__init__()
-        find_tower(model)
+        require_float(model)
         self.model, self.processor = model.eval(), processor
         self.fit_result: FitResult | None = None
 
@@ -79,11 +83,6 @@ class RegCacheQuantizer(OptimumQuantizer):
         else:
             model = load_model(model_or_path, **kwargs)
             processor = load_processor(model_or_path, **kwargs) if processor is None else processor
-        require(
-            not getattr(model, "is_quantized", False),
-            f"{model_or_path if isinstance(model_or_path, (str, Path)) else type(model).__name__} is already quantized; "
-            "start from the float model.",
-        )
         return cls(model, processor)
 
     def get_calibration_dataset(  # noqa: PLR0913 (the arguments of Optimum's ORTQuantizer)
@@ -171,6 +170,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         search: SearchConfig | None = None,
         recipe: Recipe | None = None,
         template: str = DEFAULT_TEMPLATE,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> PreTrainedModel:
         """Quantize a copy of the model. The command line does the same: equal recipes and images give equal bits.
@@ -193,14 +193,16 @@ class RegCacheQuantizer(OptimumQuantizer):
             recipe: quantization, search settings and amounts in one, in place of ``quantization_config``, ``search`` and
                 ``batch_size``. Its search settings may be those of a search that was run before.
             template: zero-shot prompt for ``objective="accuracy"``.
+            overwrite: ``save_dir`` may hold the result of another call.
             progress: show progress bars.
 
         Returns:
             The quantized model, ready for `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: data that is needed and missing, settings that do not fit or have no effect, or a recipe beside
-                settings that it holds.
+            ValueError: data that is needed and missing, settings that do not fit or have no effect, a recipe beside settings
+                that it holds, or a ``save_dir`` with the float model, a model that is not ours, or another call's result.
+            OSError: ``save_dir`` cannot be written.
         """
         images = None
         if calibration_dataset is not None:
@@ -216,11 +218,17 @@ class RegCacheQuantizer(OptimumQuantizer):
                 "with dataclasses.replace or recipe.override.",
             )
             plan = QuantizationPlan.of(recipe)
+        output = None
+        if save_dir is not None:
+            seen = images.inputs.fingerprint() if images is not None else None
+            output = self._output(save_dir, plan.recipe, file_prefix, overwrite, seen)
         run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
         self.fit_result = run.fit or self.fit_result
-        if save_dir is not None:
-            self.save(run.quantized.model, save_dir, file_prefix=file_prefix, recipe=run.recipe)
-        return run.quantized.model
+        model = run.quantized.model
+        if output is not None:
+            with output:
+                write_model(output.stage, model, self.processor, *self._records(model, run.recipe, None), file_prefix)
+        return model
 
     def save(
         self,
@@ -230,21 +238,51 @@ class RegCacheQuantizer(OptimumQuantizer):
         file_prefix: str | None = None,
         recipe: Recipe | None = None,
         results: dict[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Write model, processor, resolved recipe and results into ``save_dir``."""
-        path = Path(save_dir)
-        model.save_pretrained(path, variant=file_prefix)
-        if self.processor is not None:
-            self.processor.save_pretrained(path)
+        """Write model, processor, resolved recipe and results into ``save_dir``, all at once.
+
+        Args:
+            model: what `quantize` returned.
+            save_dir: folder; what an earlier job wrote there goes, other files stay.
+            file_prefix: stored as the checkpoint's ``variant``.
+            recipe: default: the settings of the fit.
+            results: for ``results.json``; default: those of the fit.
+            overwrite: replace the result of another job.
+
+        Raises:
+            ValueError: the folder holds a model that is not ours, the float model, or another job's result.
+            OSError: it cannot be written.
+        """
+        recipe, results = self._records(model, recipe, results)
+        with self._output(save_dir, recipe, file_prefix, overwrite) as output:
+            write_model(output.stage, model, self.processor, recipe, results, file_prefix)
+
+    def _output(
+        self, save_dir: str | Path, recipe: Recipe, file_prefix: str | None, overwrite: bool, images: str | None = None
+    ) -> Output:
+        """The folder of a result; made before the work, it refuses before the work."""
+        origin = str(self.model.name_or_path or "") or None
+        job = {
+            "kind": "python",
+            "model": [type(self.model).__name__, origin],
+            "recipe": recipe.to_dict(),
+            "images": images,
+            "file_prefix": file_prefix,
+        }
+        return Output(save_dir, job, overwrite=overwrite, models=[origin])
+
+    def _records(
+        self, model: PreTrainedModel, recipe: Recipe | None, results: dict[str, Any] | None
+    ) -> tuple[Recipe, dict[str, Any] | None]:
+        """The recipe and the results to write beside ``model``."""
         config: Any = model.config.quantization_config
         fit = self.fit_result
         if recipe is None:
             recipe = Recipe(search=fit.settings, data=fit.data) if fit is not None else Recipe()
-        recipe.with_quantization(config).save(path / "recipe.yaml")
         if results is None and fit is not None and fit.config == config:
             results = {"fit": fit.to_dict()}
-        if results is not None:
-            write_json(path / "results.json", results)
+        return recipe.with_quantization(config).portable(reference.names()), results
 
     def _plan(
         self,
@@ -269,6 +307,24 @@ class RegCacheQuantizer(OptimumQuantizer):
             settings, data = search or SearchConfig(), DataConfig(num_samples=max(count, 4))
         data = data if batch_size is None else replace(data, batch_size=batch_size)
         return QuantizationPlan(Recipe(resolved.config, settings, data), resolved)
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    recipe: Recipe,
+    results: dict[str, Any] | None = None,
+    file_prefix: str | None = None,
+) -> None:
+    """Write model, processor, ``recipe.yaml`` and ``results.json`` into an empty folder."""
+    model.save_pretrained(folder, variant=file_prefix)
+    sort_metadata(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    recipe.save(folder / "recipe.yaml")
+    if results is not None:
+        write_json(folder / "results.json", results)
 
 
 def build_quantized(

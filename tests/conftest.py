@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fits
 import pytest
@@ -58,3 +60,22 @@ def kept_fits_stay_as_they_are() -> Iterator[None]:
     """No test changed a fit that others were given a copy of."""
     yield
     assert fits.changed() == []
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in this process; returns (exit code, stdout, last line of stderr)."""
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        from optimum.commands.optimum_cli import main
+
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "regcache", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.strip().rpartition("\n")[2]
+
+    return call

@@ -129,7 +129,7 @@ def test_padding_and_what_is_installed_are_respected() -> None:
     set_deletion(clip, DeletionConfig(block=2, count=2))
     after = measure_outliers(clip, batches)
     assert torch.equal(after.ratio[:2], before.ratio[:2])
-    assert float(after.ratio[2]) == float(before.ratio[2])  # the input of the delete block still has all tokens
+    assert float(after.ratio[2]) < float(before.ratio[2])  # what the delete block computes on lacks them
     assert float(after.ratio[3]) != float(before.ratio[3])
 
 

@@ -24,7 +24,7 @@ def full_recipe() -> Recipe:
         data=DataConfig(num_samples=12, batch_size=3),
         model="someone/encoder",
         dataset="someone/images",
-        notes="recovery 0.98, measured on 512 images — not ImageNet",
+        notes="retention 0.98, measured on 512 images — not ImageNet",
     )
 
 

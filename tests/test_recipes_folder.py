@@ -185,7 +185,14 @@ def test_the_readme_lists_every_field() -> None:
         "quantization.rewrites": RewritesConfig,
     }
     known = {f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)}
-    assert {name for name, _ in rows} == known | {"model", "dataset", "notes", "preset", "quantization.methods"}
+    assert {name for name, _ in rows} == known | {
+        "model",
+        "dataset",
+        "revision",
+        "notes",
+        "preset",
+        "quantization.methods",
+    }
     for name, default in rows:
         if name != "preset":
             assert Recipe().override([f"{name}={default.strip('`')}"]) == Recipe(), f"{name}: default is not {default}"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from optimum_regcache.commands.pictures import _draw_outliers, plot_analysis
-from optimum_regcache.commands.quantize import _plain_rows
+from optimum_regcache.commands.compare import plain_rows
+from optimum_regcache.commands.pictures import draw_report
 from optimum_regcache.commands.report import Reporter, environment
 from optimum_regcache.commands.sources import Source, accuracy_data
 from optimum_regcache.config.files import write_json
+from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, split_inputs
 from optimum_regcache.search.sensitivity import scan_sensitivity
@@ -23,15 +24,24 @@ from optimum_regcache.search.trials import TrialRunner
 
 
 def analyze_job(
-    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+    source: Source, recipe: Recipe, output: Output, *, show_photos: bool = False, progress: bool = True
 ) -> tuple[dict[str, Any], str]:
     """Sensitivity and token norms per block, as ``analysis.json``, ``analysis.png`` and ``outliers.png``.
 
     Sensitivity and mined tokens come from the reference images, outlier tokens and the loss by naive quantization from
     the report images. Methods shape the observers; nothing of theirs that is fitted takes part.
+
+    Args:
+        source: model and images.
+        recipe: bits, observers, amounts.
+        output: folder of the result.
+        show_photos: draw outlier tokens on images of the user's own.
+        progress: show progress bars.
+
+    Returns:
+        (``analysis.json``, summary as text).
     """
-    path = Path(output)
-    path.mkdir(parents=True, exist_ok=True)
+    require_float(source.model)
     recipe = QuantizationPlan.of(recipe).recipe
     inputs = ImageInputs(source.search_images, source.processor)
     parts = split_inputs(inputs, recipe.data, recipe.search.seed)
@@ -51,7 +61,7 @@ def analyze_job(
     report = ImageInputs(source.report_images, source.processor)
     unseen = list(report.batches(recipe.data.batch_size))
     outliers = measure_outliers(runner.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
-    rows = _plain_rows(
+    rows = plain_rows(
         Reporter(runner, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
     )
     results: dict[str, Any] = {
@@ -69,10 +79,10 @@ def analyze_job(
         "rows": [row.to_dict() for row in rows],
         "environment": environment(),
     }
-    write_json(path / "analysis.json", results)
-    plot_analysis(path / "analysis.png", scan.per_block(), {"float": norms}, source.name, objective.name)
-    _draw_outliers(source, outliers.block, path / "outliers.png")
-    lines = [f"{source.name}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
+    with output as out:
+        write_json(out.stage / "analysis.json", results)
+        draw_report(source, {"float": norms}, scan.per_block(), objective.name, out.stage, show_photos, outliers.block)
+    lines = [f"{source.title}: sensitive block {scan.sensitive_block} ({objective.name}, {recipe.quantization.label})"]
     lines += [f"  {name}: drop {drop:.4f}" for name, drop in scan.top()]
     for block, per in enumerate(zip(norms.max_block_input, norms.median_block_input, norms.max_fc2_input, strict=True)):
         lines.append(f"  block {block}: input max {per[0]:.2f}, median {per[1]:.2f}; fc2 input max {per[2]:.2f}")
@@ -82,4 +92,4 @@ def analyze_job(
         lines.append(f"  {row.name}: {accuracy}feature cosine {row.cosine:.4f}")
     if source.note:
         lines.append(source.note)
-    return results, "\n".join([*lines, f"written: {path}/analysis.json, analysis.png, outliers.png"])
+    return results, "\n".join([*lines, f"written: {output.path}/analysis.json, analysis.png, outliers.png"])

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import evaluate
 from torch.nn import functional as F
+from transformers.utils import logging
 
-from optimum_regcache.commands.report import environment
-from optimum_regcache.commands.sources import accuracy_data, open_source, saved_recipe
+from optimum_regcache.commands.report import environment, retention
+from optimum_regcache.commands.sources import (
+    Hub,
+    accuracy_data,
+    open_model,
+    open_source,
+    saved_recipe,
+)
 from optimum_regcache.config.files import write_json
-from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.config.output import check_result_file
+from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.passes import encode
@@ -22,9 +31,10 @@ from optimum_regcache.evaluation.objective import AccuracyObjective
 from optimum_regcache.export.layout import is_exported
 from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.fusion import fuse
-from optimum_regcache.hub.loading import load_model
 from optimum_regcache.kernels import native
 from optimum_regcache.layers.linear import quant_linears
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,11 @@ class Subject:
     Attributes:
         model: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features are
             those of the float original.
-        original: the float original; default: the one in the recipe beside the model.
+        original: the float original; default: the one in the recipe beside the model, if it can be opened.
         dataset: images; default: those of the recipe.
         template: zero-shot prompt.
         device: ``cpu`` or ``cuda``.
+        hub: for `load_model` and `load_processor`; ``revision`` is that of ``model``.
     """
 
     model: str
@@ -45,42 +56,78 @@ class Subject:
     dataset: str | None = None
     template: str | None = None
     device: str = "cpu"
+    hub: Hub = field(default_factory=dict)
 
 
 def evaluate_job(
-    subject: Subject, recipe: Recipe, output: str | Path, *, metrics: Sequence[str] = (), fused: bool = False
+    subject: Subject,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    metrics: Sequence[str] = (),
+    fused: bool = False,
+    overwrite: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Evaluate a saved model (float, quantized or exported); beside its float original if that is given or recorded.
+    """Evaluate a saved model (float, quantized or exported); beside its float original if that is given, or recorded and to be
+    had.
 
     Args:
         subject: model and images.
         recipe: amounts and seed.
         output: JSON file.
-        metrics: further metrics of the `evaluate` library, by name or path; they get predictions and labels.
+        metrics: further metrics: names that the `evaluate` library ships, or paths; they get predictions and labels.
         fused: evaluate the model twice more after `fuse`, with float32 and with int8 attention (simulated where this machine
             has no operator for it).
+        overwrite: ``output`` may hold the result of another evaluation.
 
     Returns:
         (results, text).
 
     Raises:
-        ValueError: ``metrics`` without labels, or ``fused`` with an exported model.
+        ValueError: ``metrics`` without labels or of another kind, ``fused`` with an exported model, or a float original that
+            is the model itself or quantized.
+        OSError: a name that leads nowhere.
     """
     model_dir, device = subject.model, subject.device
-    saved = saved_recipe(model_dir)
-    original = subject.original or (model_dir if model_dir in reference.names() else saved.model)
-    dataset = subject.dataset or saved.dataset
-    source = open_source(original or model_dir, dataset, recipe, template=subject.template, device=device)
+    if subject.original is not None:
+        _refuse_itself(subject.original, model_dir)
+    asked = {
+        **asdict(subject),
+        "hub": subject.hub.get("revision"),
+        "recipe": recipe.to_dict(),
+        "more": [*metrics, fused],
+    }
+    job = check_result_file(output, asked, overwrite)
+    loaded = {name: load_metric(name) for name in metrics}
     exported = is_exported(model_dir)
     if fused and exported:
         raise ValueError(f"--fused is for models that run in PyTorch; {model_dir} is exported.")
-    model: Any = ExportedEncoder.from_pretrained(model_dir) if exported else load_model(model_dir).to(device)  # type: ignore
+    if exported:
+        model: Any = ExportedEncoder.from_pretrained(model_dir)
+        processor: Any = None
+    else:
+        network, processor = open_model(model_dir, subject.hub)
+        model = cast("Any", network).to(device)
+    original, opened, saved = _float_original(subject, model)
+    if original is None and exported:
+        raise ValueError(
+            f"{model_dir} is exported: it can be judged beside its float original only. Give --float-model."
+        )
+    source = open_source(
+        original or model_dir,
+        subject.dataset or saved.dataset,
+        recipe,
+        template=subject.template,
+        device=device,
+        opened=opened or (model, processor),
+    )
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
     labels, text = accuracy_data(source, report, source.report_images)
     results: dict[str, Any] = {
-        "model": model_dir,
-        "float_model": original,
+        "job": job,
+        "model": model_dir if model_dir in reference.names() else recorded_name(model_dir),
+        "float_model": original and source.name,
         "dataset": source.dataset_name,
         "images": len(report),
         "quantized_layers": model.info["quantized_layers"] if exported else sum(1 for _ in quant_linears(model)),
@@ -91,9 +138,9 @@ def evaluate_job(
         results["accuracy"] = float(accuracy.scores(model).mean())
         if original is not None:
             results["float_accuracy"] = float(accuracy.scores(source.model).mean())
-            results["recovery"] = results["accuracy"] / max(results["float_accuracy"], 1e-12)
-        for name in metrics:
-            results |= evaluate.load(name).compute(predictions=accuracy.predictions(model), references=labels) or {}
+            results["retention"] = retention(results["accuracy"], results["float_accuracy"])
+        for metric in loaded.values():
+            results |= metric.compute(predictions=accuracy.predictions(model), references=labels) or {}
     elif metrics:
         raise ValueError(
             f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none."
@@ -116,9 +163,78 @@ def evaluate_job(
             if original is not None:
                 again["feature_cosine"] = float(F.cosine_similarity(encode(model, batches), theirs).mean())
             results["fused"][f"{attention} attention"] = again
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results)
-    shown = {k: v for k, v in results.items() if k not in ("norms", "environment", "fused")}
+    write_json(output, results)
+    shown = {k: v for k, v in results.items() if k not in ("job", "norms", "environment", "fused")}
     shown |= {f"fused, {k}": ", ".join(f"{n} {x}" for n, x in v.items()) for k, v in results.get("fused", {}).items()}
-    return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {path}"
+    return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {output}"
+
+
+def _float_original(subject: Subject, model: Any) -> tuple[str | None, tuple[Any, Any] | None, Recipe]:
+    """(name, (model, processor), recipe beside the model); no name where there is nothing to compare with."""
+    saved = saved_recipe(subject.model, subject.hub)
+    hub = {k: v for k, v in subject.hub.items() if k != "revision"}
+    if subject.original is not None:
+        opened = open_model(subject.original, hub, "--float-model")
+        if getattr(opened[0], "is_quantized", False):
+            raise ValueError(
+                f"--float-model {subject.original} is quantized; give the float original, or leave it out."
+            )
+        return subject.original, opened, saved
+    if subject.model in reference.names() or (saved.model is None and not getattr(model, "is_quantized", False)):
+        return None, None, saved  # it is a float model itself
+    name = "" if saved.model is None else recorded_name(saved.model)
+    try:
+        if saved.model is None:
+            raise ValueError("none is recorded.")
+        if name.startswith(LOCAL) and saved.model not in reference.names():
+            raise ValueError("it was a folder of the machine where the model was quantized.")
+        return saved.model, open_model(saved.model, hub | _revision(saved), "--float-model"), saved
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning(
+            f"No comparison with a float original{f' ({name.removeprefix(LOCAL)})' if name else ''}: {reason} Give it with "
+            "--float-model."
+        )
+        return None, None, saved
+
+
+def _revision(saved: Recipe) -> Hub:
+    return {} if saved.revision is None else {"revision": saved.revision}
+
+
+def _refuse_itself(original: str, model: str) -> None:
+    """Raise ``ValueError`` if both names are those of one model: the comparison would show no loss."""
+    paths = Path(original), Path(model)
+    same = original == model or (all(p.exists() for p in paths) and paths[0].resolve() == paths[1].resolve())
+    if same:
+        raise ValueError(f"--float-model {original} is the model itself. Give the float original, or leave it out.")
+
+
+def load_metric(name: str) -> Any:
+    """A metric that the `evaluate` library ships (its own name space on the Hub), or the script of a path.
+
+    Raises:
+        ValueError: another name; somebody else's code is run where its path is given only.
+        FileNotFoundError: a path that does not exist.
+    """
+    if name.startswith(".") or Path(name).is_absolute() or name.endswith(".py"):
+        if not Path(name).exists():
+            raise FileNotFoundError(f"--metric {name}: there is no such file.")
+        return evaluate.load(str(Path(name).resolve()))
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ValueError(
+            f"--metric {name}: give the name of a metric that the evaluate library ships (accuracy, f1, ...), or the path of a "
+            f"script on purpose (./{name})."
+        )
+    planted = [p for p in (Path(name), Path(f"{name}.py"), Path(f"evaluate-metric/{name}")) if p.exists()]
+    if planted:
+        raise ValueError(
+            f"--metric {name}: {planted[0]} of the working directory has that name and would run. Give ./{planted[0]} to run "
+            "it, or work in another directory."
+        )
+    try:
+        return evaluate.load(f"evaluate-metric/{name}")
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"--metric {name}: the evaluate library ships no such metric, or the Hub cannot be reached."
+        ) from error

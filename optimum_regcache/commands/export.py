@@ -13,7 +13,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_regcache.commands.sources import saved_recipe
+from optimum_regcache.commands.sources import Hub, open_model, saved_recipe
+from optimum_regcache.config.output import Output
+from optimum_regcache.config.recipe import LOCAL, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs, collate, load_images
 from optimum_regcache.encoders.tower import find_tower
@@ -21,20 +23,22 @@ from optimum_regcache.export.layout import NETWORKS, read_info, write_info
 from optimum_regcache.export.onnx import EncoderOutputs, export_onnx
 from optimum_regcache.export.openvino import export_openvino
 from optimum_regcache.export.runner import ExportedEncoder
-from optimum_regcache.hub.loading import load_model, load_processor
 
 logger = logging.get_logger(__name__)
 
 LEAST_COSINE = 0.999  # below, the export is not the same model; ties of rounding stay far above
 
 
-def export_job(
+def export_job(  # noqa: PLR0913 (the options of the command)
     model_dir: str,
     export_format: str,
     output: str | Path,
     image_size: list[int] | None = None,
     dataset: str | None = None,
     num_images: int = 8,
+    *,
+    overwrite: bool = False,
+    hub: Hub | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Export a saved model, check it, and write the comparison into ``export.json``.
 
@@ -45,12 +49,15 @@ def export_job(
         image_size: side, or height and width; default: the processor's.
         dataset: images of the check; default: those of the embedded encoder that the recipe names, else random pixels.
         num_images: images of the check.
+        overwrite: ``output`` may hold another result.
+        hub: for `load_model` and `load_processor`.
 
     Returns:
         (``export.json``, table as text).
 
     Raises:
-        ValueError: a model that cannot be exported, or impossible options.
+        ValueError: a model that cannot be exported, impossible options, or an output that may not be written.
+        OSError: a name that leads nowhere, or an output that cannot be written.
         ImportError: a package is missing.
     """
     if export_format not in NETWORKS:
@@ -61,21 +68,25 @@ def export_job(
         raise ValueError(f"The check needs at least one image, got num_images={num_images}.")
     begun = time.perf_counter()
     size = None if image_size is None else (image_size[0], image_size[-1])
-    model, processor, recipe = load_model(model_dir), load_processor(model_dir), saved_recipe(model_dir)
+    what, check = [model_dir, (hub or {}).get("revision")], [dataset, num_images]
+    job = {"kind": "export", "model": what, "format": [export_format, size], "check": check}
+    out = Output(output, job, overwrite=overwrite, models=[model_dir], dataset=dataset)
+    (model, processor), recipe = open_model(model_dir, hub or {}), saved_recipe(model_dir, hub)
     write = {"onnx": export_onnx, "openvino": export_openvino}[export_format]
-    path = write(model, output, processor=processor, image_size=size)
-    if recipe.model or recipe.dataset:
-        recipe.save(path / "recipe.yaml")
-    info = read_info(path)
-    pixels, images = _check_images(dataset, recipe.model or model_dir, processor, num_images, info["image_size"])
-    info["parity"] = {"images": images, "outputs": compare(model, ExportedEncoder.from_pretrained(path), pixels)}
-    info["bytes"] = sum(p.stat().st_size for p in path.iterdir() if p.suffix in (".onnx", ".data", ".xml", ".bin"))
-    info["seconds"] = round(time.perf_counter() - begun, 1)
-    write_info(path, info)
+    with out:
+        path = write(model, out.stage, processor=processor, image_size=size)
+        if recipe.model or recipe.dataset:
+            recipe.portable(reference.names()).save(path / "recipe.yaml")
+        info = read_info(path)
+        pixels, images = _check_images(dataset, recipe.model or model_dir, processor, num_images, info["image_size"])
+        info["parity"] = {"images": images, "outputs": compare(model, ExportedEncoder.from_pretrained(path), pixels)}
+        info["bytes"] = sum(p.stat().st_size for p in path.iterdir() if p.suffix in (".onnx", ".data", ".xml", ".bin"))
+        info["seconds"] = round(time.perf_counter() - begun, 1)
+        write_info(path, info)
     worst = min(row["cosine"] for row in info["parity"]["outputs"].values())
     if not worst >= LEAST_COSINE:
-        logger.warning(f"The exported encoder differs from the model: cosine {worst:.4f}. Do not use {path}.")
-    return info, _render(info, path)
+        logger.warning(f"The exported encoder differs from the model: cosine {worst:.4f}. Do not use {output}.")
+    return info, _render(info, out.path)
 
 
 def _check_images(
@@ -86,7 +97,7 @@ def _check_images(
     if dataset is not None:
         if processor is None:
             raise ValueError(f"The images of {dataset} need the model's processor; none is saved beside the model.")
-        images = load_images(dataset, num_samples=count)
+        images, name = load_images(dataset, num_samples=count), recorded_name(dataset).removeprefix(LOCAL)
     elif origin in reference.names() and processor is not None:
         images, name = reference.load(origin).dataset("report", count, 0), f"{origin} (embedded images)"
     if images is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optimum_regcache.commands.sources import Source
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.norms import TokenNorms
@@ -15,9 +15,35 @@ from optimum_regcache.evaluation.outliers import REPORTED_RATIO
 from optimum_regcache.search.mining import mine_tokens
 
 
-def _draw_outliers(source: Source, block: int, path: Path, count: int = 12) -> None:
+def draw_report(
+    source: Source,
+    norms: dict[str, TokenNorms],
+    sensitivity: dict[int, float],
+    objective: str,
+    folder: Path,
+    photos: bool,
+    block: int | None = None,
+) -> None:
+    """``analysis.png`` and ``outliers.png``.
+
+    Args:
+        source: model and images.
+        norms: name -> norms; the first is the float model with nothing installed.
+        sensitivity: block -> drop.
+        objective: name of what drops.
+        folder: where they go.
+        photos: show images of the user's own.
+        block: whose outlier tokens are drawn; default: the one with the largest ratio of largest to median norm.
+    """
+    plot_analysis(folder / "analysis.png", sensitivity, norms, source.title, objective)
+    first = next(iter(norms.values()))
+    peak = int((first.max_block_input / first.median_block_input).argmax()) if block is None else block
+    _draw_outliers(source, peak, folder / "outliers.png", photos or source.dataset_name.endswith(EMBEDDED_IMAGES))
+
+
+def _draw_outliers(source: Source, block: int, path: Path, photos: bool, count: int = 12) -> None:
     """The outlier tokens (as `measure_outliers` counts them) of the first report images at the input of ``block``, and the
-    largest other tokens up to three an image."""
+    largest other tokens up to three an image; on grey sheets without ``photos``: a folder that is uploaded shows none."""
     tower = find_tower(source.model)
     images = ImageInputs(source.report_images.select(range(min(count, len(source.report_images)))), source.processor)
     pictures, outliers, others, grid = [], [], [], 0
@@ -27,7 +53,8 @@ def _draw_outliers(source: Source, block: int, path: Path, count: int = 12) -> N
             return  # SigLIP2: patches of varying grids
         every = mine_tokens(source.model, [batch], [block], top=10**6, per_image=10**6, progress=False)[block]
         number = int((every.norms >= REPORTED_RATIO * every.norms.median()).sum())
-        pictures.append(_to_picture(batch["pixel_values"][0]))
+        pixels = batch["pixel_values"][0]
+        pictures.append(_to_picture(pixels if photos else torch.ones_like(pixels)))
         outliers.append(every.position[:number].tolist())
         others.append(every.position[number:3].tolist())
         grid = batch["pixel_values"].shape[-1] // tower.config.patch_size
@@ -35,12 +62,12 @@ def _draw_outliers(source: Source, block: int, path: Path, count: int = 12) -> N
 
 
 def _to_picture(pixels: torch.Tensor) -> Any:
-    """Model input [3, H, W] as a picture, contrast stretched."""
+    """Model input [3, H, W] as a picture, contrast stretched; light grey if it is of one value."""
     from PIL import Image
 
     low, high = pixels.amin(), pixels.amax()
-    scaled = ((pixels - low) / (high - low).clamp(min=1e-6) * 255).byte()
-    return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())
+    scaled = (pixels - low) / (high - low) * 255 if high > low else torch.full_like(pixels, 235)
+    return Image.fromarray(scaled.byte().permute(1, 2, 0).cpu().numpy())
 
 
 def plot_analysis(

@@ -2,166 +2,143 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_regcache.commands.card import write_model_card
-from optimum_regcache.commands.pictures import _draw_outliers, plot_analysis
-from optimum_regcache.commands.report import NOTHING, Reporter, Row, environment, render_table
-from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data
-from optimum_regcache.config import DeletionConfig, RegCacheConfig
+from optimum_regcache.commands.compare import ReportOptions, compare, installs, pictures
+from optimum_regcache.commands.report import environment, render_table
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Hub, Source
 from optimum_regcache.config.files import write_json
-from optimum_regcache.config.recipe import Recipe
-from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.config.output import Output
+from optimum_regcache.config.recipe import LOCAL, Recipe
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.hub.loading import load_model
-from optimum_regcache.methods import quantize_with
-from optimum_regcache.quantizer import RegCacheQuantizer
-from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.fit import FitResult, install_setup, search_config
+from optimum_regcache.quantizer import write_model
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
-from optimum_regcache.search.run import QuantizationRun, run_plan
-from optimum_regcache.search.setups import Setup
-from optimum_regcache.search.trials import TrialRunner
+from optimum_regcache.search.run import run_plan
 
 
 def quantize_job(
-    source: Source, recipe: Recipe, output: str | Path, *, progress: bool = True
+    source: Source,
+    recipe: Recipe,
+    output: Output,
+    *,
+    options: ReportOptions | None = None,
+    hub: Hub | None = None,
+    progress: bool = True,
 ) -> tuple[dict[str, Any], str]:
-    """Search, quantize, save, open again, report.
+    """Search, quantize, save, open again, report; the folder changes at the end, all at once.
+
+    Args:
+        source: model and images.
+        recipe: what to make.
+        output: folder of the result.
+        options: of the report.
+        hub: how the model was opened; for the card.
+        progress: show progress bars.
 
     Returns:
         (results as written to ``results.json``, summary table as text).
+
+    Raises:
+        ValueError: options that do not fit.
+        OSError: too little space, or a file that is not what was written.
     """
-    begun = time.perf_counter()
-    path = Path(output)
-    path.mkdir(parents=True, exist_ok=True)
+    begun, options = time.perf_counter(), options or ReportOptions()
+    options.check(source.dataset_name)
     images = ReferenceImages(source.search_images, source.processor, template=source.template)
     plan = QuantizationPlan.of(recipe)
-    run = run_plan(source.model, images, plan, work_dir=path / "search", progress=progress)
-    quantized, config, fit = run.quantized, run.quantized.config, run.fit
-    given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
-    recipe = replace(run.recipe, model=source.name, dataset=given)
-    RegCacheQuantizer(source.model, source.processor).save(quantized.model, path, recipe=recipe)
-    rows, notes = _report(source, plan, run, path, progress)
-    results: dict[str, Any] = {
-        "model": source.name,
-        "dataset": source.dataset_name,
-        "note": source.note,
-        "quantization": config.label,
-        "protocol": config.protocol,
-        "methods": [dict(entry) for entry in config.methods],
-        "simulated": config.simulated_reason,
-        "measured": quantized.measured,
-        "stage_seconds": quantized.seconds,
-        "report_images": len(source.report_images),
-        "rows": [row.to_dict() for row in rows],
-        "fit": fit.to_dict() if fit else None,
-        "recipe": recipe.to_dict(),
-        "environment": environment(),
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
-    write_json(path / "results.json", results)
+    with output:
+        output.require_space(least_bytes(source.model))
+        run = run_plan(source.model, images, plan, work_dir=output.work, progress=progress)
+        config, fit = run.quantized.config, run.fit
+        given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
+        recipe = replace(run.recipe, model=source.name, dataset=given, revision=(hub or {}).get("revision"))
+        write_model(output.stage, run.quantized.model, source.processor, recipe)
+        opened: Any = load_model(output.stage, dtype=next(source.model.parameters()).dtype)
+        require_same_tensors(run.quantized.model, opened)
+        found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress)
+        if fit is not None:
+            found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
+        results: dict[str, Any] = {
+            "model": source.name,
+            "dataset": source.dataset_name,
+            "note": source.note,
+            "quantization": config.label,
+            "protocol": config.protocol,
+            "methods": [dict(entry) for entry in config.methods],
+            "simulated": config.simulated_reason,
+            "measured": run.quantized.measured,
+            "stage_seconds": run.quantized.seconds,
+            "report_images": len(source.report_images),
+            "rows": [row.to_dict() for row in found.rows],
+            "below_naive": [row.name for row in found.rows if row.below_naive],
+            "seeds": found.seeds,
+            "fit": fit.to_dict() if fit else None,
+            "recipe": recipe.to_dict(),
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        write_json(output.stage / "results.json", results)
+        write_model_card(
+            output.stage, output.path, recipe, found.rows, [*found.notes, *_origin(source, hub or {})],
+            dataset=source.images_title, pipeline_tag=_pipeline_tag(source.model), installed=installs(config),
+        )  # fmt: skip
     title = (
-        f"{source.name} {config.label.upper()} on {len(source.report_images)} unseen images of {source.dataset_name}"
+        f"{source.title} {config.label.upper()} on {len(source.report_images)} unseen images of {source.images_title}"
     )
-    write_model_card(path, source.name, config.label, source.dataset_name, rows, notes, _pipeline_tag(source.model))
-    return results, render_table(rows, title, notes)
+    return results, render_table(found.rows, title, found.notes)
 
 
-def _report(
-    source: Source, plan: QuantizationPlan, run: QuantizationRun, path: Path, progress: bool
-) -> tuple[list[Row], list[str]]:
-    """The rows of the table, the last of them of the checkpoint in ``path``, and the notes below."""
-    report = ImageInputs(source.report_images, source.processor)
-    labels, text = accuracy_data(source, report, source.report_images)
-    config, fit = run.quantized.config, run.fit
-    runner = TrialRunner(source.model, search_config(config), run.calibration)
-    found = fit.sensitive_block if fit else None
-    sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
-    batches = list(report.batches(plan.recipe.data.batch_size))
-    reporter = Reporter(runner, batches, labels, text, sensitive)
-    rows = _plain_rows(reporter)
-    notes = [source.note] if source.note else []
-    if fit is not None:
-        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
-        for kind, (cache, deletion) in fit.variants.items():
-            trial = best[kind]
-            rows.append(reporter.row(kind, cache, deletion, trial.setup.describe() if trial else ""))
-        top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
-        if found is not None:
-            notes.append(f"sensitive block {found}; most sensitive layers: {top}")
-        notes.append(f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}")
-        if fit.variants:
-            notes.append("prefix only / delete only: the best of their kind in the search, whether installed or not")
-    if any(row.name == "per token" for row in rows):
-        notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
-    if config.methods:
-        rows += _method_rows(source, plan, run, reporter, progress)
-        notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
-    opened: Any = load_model(path, dtype=next(source.model.parameters()).dtype)
-    opened = opened.to(source.model.device)
-    name = "plain" if fit is None and config.registers.mode == "none" and not config.deletion.active else "RegCache"
-    installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
-    rows.append(reporter.model_row(name, opened, run.quantized.float_model, installed))
-    notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
-    if fit is not None:
-        _pictures(source, fit, reporter, path, notes)
-    notes.append("norms: patch tokens, float model with the same registers, deletion and rewrites")
-    notes.append(f"quantized: {config.protocol}")
-    if config.simulated_reason:
-        notes.append(f"simulated, not run in integers: {config.simulated_reason}")
-    return rows, notes
+def least_bytes(model: nn.Module) -> int:
+    """Bytes that the quantized model takes at least: half a byte for a weight of a block's linear layer."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    tower = find_tower(model)
+    for block in range(len(tower.blocks)):
+        weights: list[Any] = [layer.weight for layer in tower.block_linears(block).values()]
+        total -= sum(w.numel() * w.element_size() - w.numel() // 2 for w in weights)
+    return total
 
 
-def method_label(config: RegCacheConfig) -> str:
-    """The methods of a config in one word, for tables."""
-    return " + ".join(entry["name"] for entry in config.methods) or "rtn"
+def require_same_tensors(saved: nn.Module, opened: nn.Module) -> None:
+    """Compare what was opened with what was saved, bit by bit.
+
+    Raises:
+        OSError: a tensor differs.
+    """
+    theirs = opened.state_dict()
+    for name, tensor in saved.state_dict().items():
+        other = theirs.get(name)
+        same = other is None or (
+            tensor.shape == other.shape and torch.equal(_bits(tensor), _bits(other.to(tensor.device, tensor.dtype)))
+        )
+        if not same:
+            raise OSError(
+                errno.EIO, f"{name} is another one when the saved model is opened again; nothing was replaced"
+            )
 
 
-def _method_rows(
-    source: Source, plan: QuantizationPlan, run: QuantizationRun, reporter: Reporter, progress: bool
-) -> list[Row]:
-    """The methods without registers, and under the best prefix and the best deletion of the search."""
-    config, fit = run.quantized.config, run.fit
-    setups: list[tuple[str, Setup, RegisterCache | None, DeletionConfig]] = []
-    if config.registers.mode == "fixed" or config.deletion.active or fit is not None:
-        setups.append(("alone", Setup(), None, DeletionConfig()))
-    if fit is not None:
-        best = {"prefix only": fit.search.best_prefix, "delete only": fit.search.best_delete}
-        for kind, (cache, deletion) in fit.variants.items():
-            trial = best[kind]
-            if trial is not None:
-                setups.append((kind, trial.setup, cache, deletion))
-    rows = []
-    for kind, setup, cache, deletion in setups:
-        installed = install_setup(plan.resolved, cache, deletion)
-        result = quantize_with(source.model, installed, cache, run.calibration, progress)
-        name = f"{method_label(config)}, {kind}"
-        rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
-    return rows
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _plain_rows(reporter: Reporter) -> list[Row]:
-    """Float, and quantized with nothing installed."""
-    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
-    static = reporter.runner.config.activations.mode == "static"
-    return [*rows, reporter.dynamic_row("per token")] if static else rows
-
-
-def _pictures(source: Source, fit: FitResult, reporter: Reporter, path: Path, notes: list[str]) -> None:
-    try:
-        norms = {name: reporter.norms[name] for name in ("naive", "RegCache")}
-        per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
-        plot_analysis(path / "analysis.png", per_block, norms, source.name, reporter.cosine.name)
-        peak = int((norms["naive"].max_block_input / norms["naive"].median_block_input).argmax())
-        _draw_outliers(source, peak, path / "outliers.png")
-    except ImportError as error:
-        notes.append(f"no pictures: {error}")
+def _origin(source: Source, hub: Hub) -> list[str]:
+    """How the float original was opened, for the card."""
+    lines = []
+    if hub.get("revision"):
+        lines.append(f"float original at revision `{hub['revision']}`")
+    if hub.get("trust_remote_code"):
+        lines.append("opened with `trust_remote_code`: code of the original's repository ran")
+    if source.name.startswith(LOCAL):
+        lines.append("the float original was a local folder; `evaluate` compares with it through `--float-model`")
+    return lines
 
 
 def _pipeline_tag(model: PreTrainedModel) -> str:

@@ -1,10 +1,11 @@
-"""The main job's report: float, naive, per token, prefix only, delete only and RegCache side by side on unseen images."""
+"""The rows of a report: variants of one model side by side on unseen images."""
 
 from __future__ import annotations
 
 import io
+import math
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.passes import Batch
-from optimum_regcache.evaluation.norms import TokenNorms, measure_token_norms
+from optimum_regcache.evaluation.norms import TokenNorms, block_flops, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.trials import TrialRunner
@@ -25,29 +26,44 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table. The metric is top-1 accuracy where there are labels, else the feature cosine.
 
     Attributes:
         name: variant.
         cosine: mean feature cosine to the float model.
         accuracy: top-1, None without labels.
-        recovery: quantized metric / float metric (accuracy if there is one, else cosine).
-        max_block_norm, max_fc2_norm: largest patch-token l_inf norm at the input of any block, and at the MLP output
-            projection's input of the sensitive block, measured in the float model with the same registers and deletion.
+        retention: metric / metric of the float model; None where that is zero or no number.
+        recovered_loss: (metric - naive) / (float - naive): the share of what round to nearest loses that the variant gains
+            back; None where naive loses nothing, and for the float row.
+        max_block_norm, mean_block_norm: largest l_inf norm of a patch token that any block computes on, and mean over tokens
+            and blocks, in the float model with the same registers, deletion and rewrites.
+        max_fc2_norm: largest at the MLP output projection's input of the sensitive block, in the same model.
+        flops: of the blocks' matrix products for one image, registers and deletion included; None where it is not known.
+        below_naive: whether the metric lies below round to nearest with nothing installed, by more than two paired standard
+            errors.
         installed: what was installed.
     """
 
     name: str
     cosine: float
     accuracy: float | None
-    recovery: float
+    retention: float | None
+    recovered_loss: float | None
     max_block_norm: float
+    mean_block_norm: float
     max_fc2_norm: float
+    flops: float | None
+    below_naive: bool
     installed: str
+
+    @property
+    def metric(self) -> float:
+        """Accuracy, or the cosine without labels."""
+        return self.cosine if self.accuracy is None else self.accuracy
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 class Reporter:
@@ -72,32 +88,39 @@ class Reporter:
         self.cosine = CosineObjective(runner.float_model, batches)
         self.accuracy = None if labels is None else AccuracyObjective(batches, labels, text_features)
         self.norms: dict[str, TokenNorms] = {}
-        self._float_metric = 1.0
+        self._scores: dict[str, torch.Tensor] = {}
+
+    def scores(self, model: nn.Module) -> torch.Tensor:
+        """The metric of each image, float32 [n]."""
+        return (self.accuracy or self.cosine).scores(model)
 
     def _row(self, name: str, model: nn.Module, installed: str, float_twin: nn.Module | None = None) -> Row:
-        cosine = float(self.cosine.scores(model).mean())
-        accuracy = None if self.accuracy is None else float(self.accuracy.scores(model).mean())
-        norms = self.norms[name] = measure_token_norms(float_twin or self.runner.float_model, self.batches)
-        metric = cosine if accuracy is None else accuracy
-        if name == "float":
-            self._float_metric = metric
+        twin = float_twin or self.runner.float_model
+        scores = self._scores[name] = self.scores(model)
+        norms = self.norms[name] = measure_token_norms(twin, self.batches)
+        metric = float(scores.mean())
+        naive, best = (float(self._scores[n].mean()) if n in self._scores else None for n in ("naive", "float"))
         return Row(
             name,
-            cosine,
-            accuracy,
-            metric / self._float_metric if self._float_metric else float("nan"),
+            metric if self.accuracy is None else float(self.cosine.scores(model).mean()),
+            None if self.accuracy is None else metric,
+            retention(metric, best),
+            None if name == "float" else recovered_loss(metric, naive, best),
             float(norms.max_block_input.max()),
+            float(norms.mean_block_input.mean()),
             float(norms.max_fc2_input[self.block]),
+            block_flops(twin, norms.tokens),
+            naive is not None and clearly_below(scores, self._scores["naive"]),
             installed,
         )
 
     def float_row(self) -> Row:
-        """The float model; must be asked for first, the recovery of the others refers to it."""
+        """The float model; must be asked for first, the figures of the others refer to it."""
         self.runner.reset()
         return self._row("float", self.runner.float_model, "-")
 
     def row(self, name: str, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
-        """Install, recalibrate, measure."""
+        """Install, recalibrate, measure. The row ``naive`` comes before those that are compared with it."""
         self.runner.install(cache, deletion)
         row = self._row(name, self.runner.quantized, installed)
         self.runner.reset()
@@ -118,45 +141,72 @@ class Reporter:
         return self._row(name, model, installed, float_twin)
 
 
+def retention(metric: float, best: float | None) -> float | None:
+    """Metric of a quantized model / that of the float model; None where it is not defined."""
+    return metric / best if best and math.isfinite(metric / best) else None
+
+
+def recovered_loss(metric: float, naive: float | None, best: float | None) -> float | None:
+    """Share of the loss of round to nearest that is gained back; None where it loses nothing."""
+    if naive is None or best is None or not best > naive or not math.isfinite(metric):
+        return None
+    return (metric - naive) / (best - naive)
+
+
+def clearly_below(scores: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether the mean of ``scores`` [n] lies below that of ``others`` [n] by more than two paired standard errors; scores
+    that are no numbers do."""
+    difference = (scores - others).double()
+    mean = float(difference.mean())
+    if math.isnan(mean):
+        return True
+    return len(difference) > 1 and -mean > 2 * float(difference.std()) / math.sqrt(len(difference))
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and texts of the table."""
+    headings = ["variant", "top-1", "cosine", "retention", "recovered", "max norm", "mean norm", "max fc2", "FLOPs"]
+    base = rows[0].flops
+    lines = [
+        [
+            r.name + (" (below naive)" if r.below_naive else ""),
+            _percent(r.accuracy, 2),
+            f"{r.cosine:.4f}",
+            _percent(r.retention),
+            _percent(r.recovered_loss),
+            f"{r.max_block_norm:.2f}",
+            f"{r.mean_block_norm:.2f}",
+            f"{r.max_fc2_norm:.2f}",
+            f"{100 * (r.flops / base - 1):+.1f} %" if r.flops and base else "-",
+            r.installed,
+        ]
+        for r in rows
+    ]
+    return [*headings, "installed"], lines
+
+
 def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:
     """The summary as text for a terminal."""
+    headings, lines = _cells(rows)
     table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
-    table.add_column("variant")
-    with_accuracy = any(r.accuracy is not None for r in rows)
-    if with_accuracy:
-        table.add_column("top-1", justify="right")
-    for heading in ("cosine", "recovery", "max norm", "max fc2 input"):
-        table.add_column(heading, justify="right")
-    table.add_column("installed")
-    for r in rows:
-        accuracy = [f"{100 * r.accuracy:.2f} %" if r.accuracy is not None else "-"] if with_accuracy else []
-        table.add_row(
-            r.name,
-            *accuracy,
-            f"{r.cosine:.4f}",
-            f"{100 * r.recovery:.1f} %",
-            f"{r.max_block_norm:.2f}",
-            f"{r.max_fc2_norm:.2f}",
-            r.installed,
-        )
-    console = Console(width=width or 120, record=True, file=io.StringIO())
+    shown = [i for i, name in enumerate(headings) if name != "top-1" or any(r.accuracy is not None for r in rows)]
+    for i in shown:
+        table.add_column(headings[i], justify="left" if i in (0, len(headings) - 1) else "right")
+    for line in lines:
+        table.add_row(*(line[i] for i in shown))
+    console = Console(width=width or 150, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
 
 def markdown_table(rows: list[Row]) -> str:
     """The summary for a model card."""
-    lines = [
-        "| variant | top-1 | feature cosine | recovery | max token norm | max fc2 input | installed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        accuracy = "-" if r.accuracy is None else f"{100 * r.accuracy:.2f} %"
-        lines.append(
-            f"| {r.name} | {accuracy} | {r.cosine:.4f} | {100 * r.recovery:.1f} % | {r.max_block_norm:.2f} | "
-            f"{r.max_fc2_norm:.2f} | {r.installed} |"
-        )
-    return "\n".join(lines)
+    headings, lines = _cells(rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *lines))
 
 
 def environment() -> dict[str, str]:

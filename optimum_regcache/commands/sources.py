@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs, class_names, load_splits, reference_and_report, subsample
 from optimum_regcache.encoders.tower import has_classifier
@@ -22,6 +22,7 @@ from optimum_regcache.hub.loading import load_model, load_processor
 logger = logging.get_logger(__name__)
 
 EMBEDDED_IMAGES = " (embedded images)"
+Hub = dict[str, Any]  # arguments of `load_model` and `load_processor` that say where files are and what may run
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Source:
     """A model with its reference and report images; the two share none.
 
     Attributes:
-        name, dataset_name: for reports.
+        name, dataset_name: for reports and recipes; of a path the last part only.
         model, processor: opened.
         search_images, report_images: `datasets.Dataset`.
         template: zero-shot prompt.
@@ -45,39 +46,113 @@ class Source:
     template: str
     note: str
 
+    @property
+    def title(self) -> str:
+        """The name for readers."""
+        return self.name.removeprefix(LOCAL)
+
+    @property
+    def images_title(self) -> str:
+        """The name of the images for readers."""
+        return self.dataset_name.removeprefix(LOCAL)
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuse a path that leads nowhere, before it is asked for at the Hub.
+
+    Raises:
+        FileNotFoundError: it looks like a path and does not exist.
+        ValueError: it stands for a folder of another machine.
+    """
+    if name.startswith(LOCAL):
+        raise ValueError(
+            f"{name} stands for a folder of the machine where the recipe was made. Give its path here with {option}."
+        )
+    first = Path(name).parts[0]
+    looks = name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    if (looks or (first != name and Path(first).is_dir())) and not Path(name).exists():
+        raise FileNotFoundError(f"{option}: there is no directory {name} (the working directory is {Path.cwd()}).")
+
+
+def is_here(name: str) -> bool:
+    """Whether ``name`` is a reference encoder or a path, and not on the Hub."""
+    return name in reference.names() or Path(name).exists()
+
+
+def require_hub(name: str, hub: Hub) -> None:
+    """Raise ``ValueError`` for a revision of what is not on the Hub."""
+    if hub.get("revision") and is_here(name):
+        raise ValueError(f"--revision has no effect: {name} is not on the Hub. Leave it out.")
+
+
+def open_model(name: str, hub: Hub, option: str = "--model") -> tuple[PreTrainedModel, Any]:
+    """Model and processor by directory, Hub id or reference name.
+
+    Raises:
+        OSError: neither a directory here, nor to be had from the Hub.
+        ValueError: ``revision`` for what is not on the Hub.
+    """
+    check_name(name, option)
+    require_hub(name, hub)
+    try:
+        return load_model(name, **hub), load_processor(name, **hub)
+    except OSError as error:
+        if is_here(name):
+            raise
+        raise OSError(f"{option}: {name} is no directory here, and the Hub does not give it: {error}") from error
+
 
 def open_source(
-    model: str | None, dataset: str | None, recipe: Recipe, *, template: str | None = None, device: str = "cpu"
+    model: str | None,
+    dataset: str | None,
+    recipe: Recipe,
+    *,
+    template: str | None = None,
+    device: str = "cpu",
+    hub: Hub | None = None,
+    opened: tuple[Any, Any] | None = None,
 ) -> Source:
     """Open model and data by name; without a model the embedded encoder, without data the encoder's own scenes.
+
+    Args:
+        model, dataset: names or paths; default: those of the recipe.
+        recipe: amounts and seed; its revision belongs to its model.
+        template: zero-shot prompt.
+        device: ``cpu`` or ``cuda``.
+        hub: for `load_model` and `load_processor`.
+        opened: model and processor, if they are open already.
 
     Raises:
         ValueError: a model of the user's without a data set, or a data set too small to hold back report images.
     """
     name = model or recipe.model or reference.DEFAULT
-    dataset = dataset or recipe.dataset
+    dataset, hub = dataset or recipe.dataset, dict(hub or {})
     seed, data = recipe.search.seed, recipe.data
-    if name in reference.names():
-        ref = reference.load(name)
-        opened, processor, note, default_template = ref.model, ref.processor, ref.note, ref.template
-    else:
-        opened, processor, note, default_template = load_model(name), load_processor(name), "", DEFAULT_TEMPLATE
-        if dataset is None:
-            raise ValueError(
-                f"--dataset is needed for {name}: a Hub id, an image folder or a parquet file. Only the reference encoders "
-                f"({', '.join(reference.names())}) bring their own images."
-            )
-    network: Any = opened
-    if dataset is None:
-        ref_data = reference.load(name).dataset
-        search_images = ref_data("search", data.num_samples, seed)
-        report_images = ref_data("report", data.num_report, seed)
-        dataset = f"{name}{EMBEDDED_IMAGES}"
-    else:
+    if recipe.revision is not None and name == recipe.model:
+        hub.setdefault("revision", recipe.revision)
+    if dataset is None and name not in reference.names():
+        raise ValueError(
+            f"--dataset is needed for {name.removeprefix(LOCAL)}: a Hub id, an image folder or a parquet file. Only the "
+            f"reference encoders ({', '.join(reference.names())}) bring their own images."
+        )
+    if dataset is not None and dataset.startswith(LOCAL):
+        check_name(dataset, "--dataset")
+    require_hub(name, hub)
+    ref = reference.load(name) if name in reference.names() else None
+    network: Any
+    network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
+    if dataset is not None:
         search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
+        dataset = recorded_name(dataset)
+    else:
+        scenes = (ref or reference.load(name)).dataset
+        search_images, report_images = scenes("search", data.num_samples, seed), scenes("report", data.num_report, seed)
+        dataset = f"{name}{EMBEDDED_IMAGES}"
+    network = network.to(device)
     return Source(
-        name, dataset, network.to(device), processor, search_images, report_images, template or default_template, note
-    )
+        name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,
+        template or (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "",
+    )  # fmt: skip
 
 
 def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
@@ -102,12 +177,13 @@ def accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[tor
     return labels, zero_shot_features(source.model, source.processor, names, source.template)
 
 
-def saved_recipe(name: str) -> Recipe:
+def saved_recipe(name: str, hub: Hub | None = None) -> Recipe:
     """The recipe beside a saved model (directory or Hub id); an empty one if there is none."""
     path = Path(name) / "recipe.yaml"
     if not Path(name).exists() and name not in reference.names():
+        where = {k: v for k, v in (hub or {}).items() if k in ("revision", "token", "cache_dir", "local_files_only")}
         try:
-            path = Path(hf_hub_download(name, "recipe.yaml"))
+            path = Path(hf_hub_download(name, "recipe.yaml", **where))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
             return Recipe()
     try:

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` under a temporary name in the same directory, then rename."""
+    """Write ``text`` under a temporary name of its own in the same directory, then rename. A link is replaced, not followed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:  # "x" fails on whatever is there, a link included
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    """Write JSON atomically; a number that is not finite becomes null."""
+    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def finite(data: Any) -> Any:
+    """``data`` with None for every float that JSON cannot hold."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in cast("dict[Any, Any]", data).items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in cast("list[Any]", data)]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -56,7 +56,7 @@ def migrate_recipe(values: dict[str, Any]) -> dict[str, Any]:
     if not is_mapping(search):
         return values
     search = values["search"] = dict(search)
-    if search.get("strategy") in STRATEGIES:
+    if isinstance(search.get("strategy"), str) and search["strategy"] in STRATEGIES:
         search["strategy"] = STRATEGIES[search["strategy"]]
     if "noise_sigmas" in search and "algorithm" not in search and "sensitivity" in search:  # saved complete, by 0.1.0
         search |= {"algorithm": "coordinate", "always": True}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.config.files import write_text
 from optimum_regcache.config.migrate import migrate_field, migrate_recipe
 from optimum_regcache.config.validation import build_part, check_types, is_mapping, plain, require
+from optimum_regcache.config.yaml_text import read_yaml
+
+LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class SearchConfig:
         )
         for name in ("blocks_before", "max_delete", "min_gain", "noise_sigmas"):
             require(getattr(self, name) >= 0, f"search.{name} must be >= 0, got {getattr(self, name)}.")
+        require(0 <= self.seed < 2**32, f"search.seed must lie between 0 and 2**32 - 1, got {self.seed}.")
         for name in ("top_tokens", "num_candidates", "sensitivity_images"):
             require(getattr(self, name) >= 1, f"search.{name} must be at least 1, got {getattr(self, name)}.")
         require(
@@ -140,7 +146,9 @@ class Recipe:
         quantization: what the result is made of.
         search: how registers and deletion are found.
         data: how many images.
-        model, dataset: suggested Hub ids or paths; the command line may override them.
+        model, dataset: Hub ids, paths or names of reference encoders; the command line may override them. A saved recipe
+            holds no path: ``local:NAME`` stands for a folder or file of the machine that it was made on.
+        revision: of ``model`` on the Hub.
         notes: free text: what was measured with this recipe, or that it was not measured yet.
     """
 
@@ -149,7 +157,17 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
     dataset: str | None = None
+    revision: str | None = None
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dataset", "revision"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str)):
+                raise TypeError(f"{name} must be a string or null, got {value!r}.")
+            require(value is None or bool(value.strip()), f"{name} must not be empty; leave it out, or write null.")
+        if not isinstance(self.notes, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"notes must be a string, got {self.notes!r}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -160,6 +178,8 @@ class Recipe:
         """
         values = migrate_recipe(values)
         preset = values.pop("preset", None)
+        if not (preset is None or isinstance(preset, str)):
+            raise TypeError(f"preset must be a string, got {preset!r}.")
         base = RegCacheConfig.from_preset(preset) if preset is not None else RegCacheConfig()
         quantization = values.pop("quantization", None)
         if isinstance(quantization, RegCacheConfig):
@@ -168,7 +188,7 @@ class Recipe:
         elif quantization is not None:
             if not is_mapping(quantization):
                 raise TypeError(f"quantization must be a mapping, got {type(quantization).__name__}.")
-            parts = {k: v for k, v in quantization.items() if k not in ("quant_method", "version")}
+            parts = {str(k): v for k, v in quantization.items() if k not in ("quant_method", "version")}
             RegCacheConfig(**{k: v for k, v in quantization.items() if k in ("quant_method", "version")})
             base = base.replace(**parts)
         known = {f.name for f in fields(cls)} | {"preset"}
@@ -184,6 +204,7 @@ class Recipe:
             data=build_part(DataConfig, values.get("data"), "data"),
             model=values.get("model"),
             dataset=values.get("dataset"),
+            revision=values.get("revision"),
             notes=values.get("notes", ""),
         )
 
@@ -202,9 +223,14 @@ class Recipe:
             raise FileNotFoundError(
                 f"No recipe {str(source)!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file."
             )
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_bytes(), str(path))
         require(isinstance(data, dict), f"{path} is not a recipe: expected a mapping with keys such as 'quantization'.")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(": ".join((str(path), str(error)))) from None
+        except TypeError as error:
+            raise TypeError(": ".join((str(path), str(error)))) from None
 
     def override(self, assignments: list[str]) -> Recipe:
         """Apply ``section.field=value`` strings, for example ``search.max_delete=4`` or
@@ -223,7 +249,7 @@ class Recipe:
                 require(is_mapping(node) and part in node, f"Unknown recipe field {path!r}.")
                 node = node[part]
             require(is_mapping(node) and leaf in node, f"Unknown recipe field {path!r}.")
-            node[leaf] = yaml.safe_load(value)
+            node[leaf] = read_yaml(value.encode(), text)
         return Recipe.from_dict(data)
 
     def with_quantization(self, config: RegCacheConfig) -> Recipe:
@@ -236,11 +262,25 @@ class Recipe:
         return {
             "model": self.model,
             "dataset": self.dataset,
+            "revision": self.revision,
             "notes": self.notes,
             "quantization": self.quantization.to_dict(),
             **parts,
         }
 
+    def portable(self, known: Collection[str] = ()) -> Recipe:
+        """The same recipe without paths of this machine; names of ``known`` stay as they are."""
+        names = {name: getattr(self, name) for name in ("model", "dataset")}
+        return replace(self, **{k: v if v is None or v in known else recorded_name(v) for k, v in names.items()})
+
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def recorded_name(name: str) -> str:
+    """What may be written down of a model or data set: a name as it is, of a path the last part only."""
+    if name.startswith(LOCAL):
+        return name
+    looks = name.startswith(("/", ".", "~")) or "\\" in name or re.match(r"[A-Za-z]:", name)
+    return LOCAL + (Path(name).resolve().name or "folder") if looks or Path(name).exists() else name

@@ -236,22 +236,32 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
     Args:
         model: model or tower.
         batches: images.
-        visit: called with (site, block, states [B, N, D], valid bool [B, N], false at padding) for every block, site
-            ``block`` being its input and ``fc2`` the input of its MLP output projection. CLS and registers come first.
+        visit: called with (site, block, states [B, N, D], valid bool [B, N], false at padding and where a deleted token is
+            masked) for every block, site ``block`` being what it computes on, after its deletion, and ``fc2`` the input of
+            its MLP output projection. CLS and registers come first.
 
     """
     tower, padding = find_tower(model), PaddingMask()
 
     def hook(site: str, block: int) -> Any:
+        runtime: Any = getattr(tower.blocks[block], "regcache", None)
+
         def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = padding.unpack(args[0])
-            visit(site, block, x, padding.valid(x.shape[0], x.shape[1], x.device).clone())
+            valid = padding.valid(x.shape[0], x.shape[1], x.device).clone()
+            selection = None if runtime is None else runtime.current.selection
+            if selection is not None and selection.kept is None:
+                valid &= ~selection.dropped
+            visit(site, block, x, valid)
 
         return seen
 
     handles: list[Any] = []
-    for index, block in enumerate(tower.blocks):
-        handles.append(block.register_forward_pre_hook(hook("block", index)))
+    for index in range(len(tower.blocks)):
+        handles.append(
+            tower.norm(index, 0).register_forward_pre_hook(hook("block", index))
+        )  # a block's own input still
+        # holds what it deletes, and lacks the token that its first one adds
         handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
     try:
         with unfused(tower.module):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from optimum_regcache.data import reference
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.files import check_files
 
 logger = logging.get_logger(__name__)
 
@@ -32,14 +33,18 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: the model holds no supported encoder.
+        ValueError: the model holds no supported encoder, or a file of its directory is not what it should be.
+        FileNotFoundError: a directory without a model.
     """
     if str(name) in reference.names():
         return reference.load(str(name), dtype=dtype).model
+    if Path(name).is_dir():
+        check_files(Path(name, kwargs.get("subfolder") or ""))
     config = cast("Any", AutoConfig).from_pretrained(name, **_where(kwargs))
     names = cast("list[str]", getattr(config, "architectures", None) or [])
-    classes = [getattr(transformers, a, None) for a in names]
-    loader = cast("Any", next((c for c in classes if c is not None), AutoModel))
+    classes: list[Any] = [getattr(transformers, a, None) for a in names]
+    models = (c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel))
+    loader = cast("Any", next(models, AutoModel))
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
     find_tower(model)
     return model

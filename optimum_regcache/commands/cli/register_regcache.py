@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
@@ -11,7 +12,37 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 _PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
 
 
+def _add_hub(parser: ArgumentParser) -> None:
+    """How models are opened, and what every command understands."""
+    parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
+    parser.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
+    parser.add_argument("--cache-dir", help="folder of downloads (default: that of huggingface_hub)")
+    parser.add_argument(
+        "--local-files-only", "--offline", action="store_true", help="ask no Hub: only what is on this machine"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the code of the model's repository, with your rights; off unless given, and said in the card",
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--overwrite", action="store_true", help="replace the result of another job in --output")
+
+
+def _add_pictures(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--show-photos", action="store_true",
+        help="draw outliers.png on the images of --dataset, which then lie in the folder (embedded scenes are always shown)",
+    )  # fmt: skip
+
+
+def hub_options(args: Namespace) -> dict[str, Any]:
+    """Those of `load_model` and `load_processor` that were given."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
 def _add_common(parser: ArgumentParser, several: bool = False) -> None:
+    _add_hub(parser)
     parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
     parser.add_argument("--dataset", help="Hub id, image folder or parquet (default: the embedded encoder's scenes)")
     parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
@@ -75,11 +106,12 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
                 f"{', '.join(unread)} has no effect: nothing is searched with registers.mode="
                 f"{recipe.quantization.registers.mode!r}. Use registers.mode='search', or leave it out."
             )
-    return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset)
+    revision = args.revision or (recipe.revision if args.model is None else None)
+    return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset, revision=revision)
 
 
 class _Command(BaseOptimumCLICommand):
-    """Turns expected errors into one line and exit code 2."""
+    """The one place where exceptions end: a line on stderr, and an exit code (docs/reference/commands.md)."""
 
     args: Any
 
@@ -87,24 +119,53 @@ class _Command(BaseOptimumCLICommand):
         """Do it and print the summary."""
         raise NotImplementedError
 
-    def open(self, preset: str | None) -> tuple[Any, Any]:
-        """Model with its images, and the resolved recipe."""
+    def open(self, recipe: Any) -> Any:
+        """Model with its images."""
         from optimum_regcache.commands.sources import open_source
 
-        recipe = resolve_recipe(self.args, preset)
-        return open_source(None, None, recipe, template=self.args.template, device=self.args.device), recipe
+        args = self.args
+        return open_source(None, None, recipe, template=args.template, device=args.device, hub=hub_options(args))
+
+    def output(self, path: Any, kind: str, recipe: Any, *more: Any) -> Any:
+        """The folder of the result; refuses before any work."""
+        from optimum_regcache.config.output import Output
+        from optimum_regcache.data import reference
+
+        job = {"kind": kind, **recipe.to_dict(), "more": [self.args.template, *more]}
+        models = [] if recipe.model in reference.names() else [recipe.model]
+        return Output(path, job, overwrite=self.args.overwrite, models=models, dataset=recipe.dataset)
 
     def run(self) -> None:
+        args = self.args
         try:
-            if self.args.device == "cuda":
+            empty = [name for name, value in vars(args).items() if _is_empty(value)]
+            if empty:
+                raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Give a value, or leave the option out.")
+            if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
+                os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+            if args.device == "cuda":
                 import torch
 
                 if not torch.cuda.is_available():
                     raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
             self.job()
-        except (ValueError, FileNotFoundError, ImportError, TypeError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+        except BaseException as error:
+            if isinstance(error, SystemExit):
+                raise
+            if args.debug:
+                import traceback
+
+                traceback.print_exc()
+            from optimum_regcache.commands.failures import explain
+
+            code, line = explain(error)
+            print(line, file=sys.stderr, flush=True)
+            sys.exit(code)
+
+
+def _is_empty(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(v, str) and not v.strip() for v in values)
 
 
 class QuantizeCommand(_Command):
@@ -114,6 +175,11 @@ class QuantizeCommand(_Command):
     def parse_args(parser: ArgumentParser) -> None:
         _add_common(parser, several=True)
         parser.add_argument("--output", required=True, help="directory of the quantized model")
+        _add_pictures(parser)
+        parser.add_argument(
+            "--report-seeds", type=int, default=1, metavar="N",
+            help="repeat the main rows on N sets of embedded scenes and report the spread (default 1)",
+        )  # fmt: skip
         parser.add_argument(
             "--no-registers", action="store_true", help="without registers and deletion, for comparison"
         )
@@ -132,15 +198,20 @@ class QuantizeCommand(_Command):
     def job(self) -> None:
         from pathlib import Path
 
+        from optimum_regcache.commands.compare import ReportOptions
         from optimum_regcache.commands.quantize import quantize_job
 
-        output = Path(self.args.output)
-        presets = list(dict.fromkeys(self.args.preset or [""]))
-        for preset in presets:
-            source, recipe = self.open(preset)
-            path = output / preset if len(presets) > 1 else output
-            results, table = quantize_job(source, recipe, path)
-            print(f"{table}\nsaved to {path} in {results['seconds']:.0f} s", flush=True)
+        args, path = self.args, Path(self.args.output)
+        presets = list(dict.fromkeys(args.preset or [""]))
+        options = ReportOptions(args.show_photos, args.report_seeds)
+        jobs = []
+        for preset in presets:  # all are checked before the first is begun
+            recipe = resolve_recipe(args, preset)
+            folder = path / preset if len(presets) > 1 else path
+            jobs.append((recipe, self.output(folder, "quantize", recipe, args.show_photos, args.report_seeds)))
+        for recipe, output in jobs:
+            results, table = quantize_job(self.open(recipe), recipe, output, options=options, hub=hub_options(args))
+            print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
 
 
 class AnalyzeCommand(_Command):
@@ -150,12 +221,15 @@ class AnalyzeCommand(_Command):
     def parse_args(parser: ArgumentParser) -> None:
         _add_common(parser)
         parser.add_argument("--output", required=True, help="directory of the analysis")
+        _add_pictures(parser)
 
     def job(self) -> None:
         from optimum_regcache.commands.analyze import analyze_job
 
-        source, recipe = self.open(self.args.preset)
-        print(analyze_job(source, recipe, self.args.output)[1])
+        args = self.args
+        recipe = resolve_recipe(args, args.preset)
+        output = self.output(args.output, "analyze", recipe, args.show_photos)
+        print(analyze_job(self.open(recipe), recipe, output, show_photos=args.show_photos)[1])
 
 
 class EvaluateCommand(_Command):
@@ -167,8 +241,10 @@ class EvaluateCommand(_Command):
         parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
         parser.add_argument("--output", required=True, help="JSON file of the results")
         parser.add_argument(
-            "--metric", action="append", default=[], help="further metric of the evaluate library, for example accuracy"
-        )
+            "--metric", action="append", default=[],
+            help="further metric: a name that the evaluate library ships (its script is downloaded from the Hub and run), or "
+            "the path of a script, which is run with your rights",
+        )  # fmt: skip
         parser.add_argument(
             "--fused", action="store_true", help="evaluate also with fused int8 blocks, with float32 and int8 attention"
         )
@@ -180,12 +256,16 @@ class EvaluateCommand(_Command):
         unread = [f"--{name}" for name in ("preset", "objective") if getattr(self.args, name) is not None]
         if unread:
             raise ValueError(f"{', '.join(unread)} has no effect: evaluate opens a finished model. Leave it out.")
-        model, dataset = self.args.model or DEFAULT, self.args.dataset
-        self.args.model = self.args.dataset = None
+        model, dataset, hub = self.args.model or DEFAULT, self.args.dataset, hub_options(self.args)
+        self.args.model = self.args.dataset = self.args.revision = None
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
-        subject = Subject(model, args.float_model, dataset, args.template, args.device)
-        print(evaluate_job(subject, recipe, args.output, metrics=args.metric, fused=args.fused)[1])
+        subject = Subject(model, args.float_model, dataset, args.template, args.device, hub)
+        print(
+            evaluate_job(subject, recipe, args.output, metrics=args.metric, fused=args.fused, overwrite=args.overwrite)[
+                1
+            ]
+        )
 
 
 class ExportCommand(_Command):
@@ -193,6 +273,7 @@ class ExportCommand(_Command):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
+        _add_hub(parser)
         parser.add_argument("--model", required=True, help="directory, Hub id, or reference encoder")
         parser.add_argument("--format", required=True, choices=("onnx", "openvino"))
         parser.add_argument("--output", required=True, help="directory of the exported encoder")
@@ -205,8 +286,8 @@ class ExportCommand(_Command):
         from optimum_regcache.commands.export import export_job
 
         a = self.args
-        _, text = export_job(a.model, a.format, a.output, a.image_size, a.dataset, a.num_images)
-        print(text)
+        options: dict[str, Any] = {"overwrite": a.overwrite, "hub": hub_options(a)}
+        print(export_job(a.model, a.format, a.output, a.image_size, a.dataset, a.num_images, **options)[1])
 
 
 class BuildCommand(_Command):
@@ -218,6 +299,7 @@ class BuildCommand(_Command):
             "--instructions", default="auto", choices=("auto", "avx512_vnni", "avx2", "all"),
             help="auto builds what this CPU runs and loads it; the others need only a compiler (default auto)",
         )  # fmt: skip
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         parser.set_defaults(device="cpu")
 
     def job(self) -> None:

@@ -1,0 +1,223 @@
+"""What a quantized model is compared with: the rows of its report, and the notes below them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from optimum_regcache.commands.pictures import draw_report
+from optimum_regcache.commands.report import NOTHING, Reporter, Row
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data
+from optimum_regcache.config import DeletionConfig, RegCacheConfig
+from optimum_regcache.data import reference
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.methods import quantize_with
+from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.fit import FitResult, install_setup, search_config
+from optimum_regcache.search.plan import QuantizationPlan
+from optimum_regcache.search.run import QuantizationRun
+from optimum_regcache.search.setups import Setup
+from optimum_regcache.search.trials import TrialRunner
+
+logger = logging.get_logger(__name__)
+
+_Variant = tuple[str, Setup, RegisterCache | None, DeletionConfig]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report shows.
+
+    Attributes:
+        show_photos: draw outlier tokens on images of the user's own; those of the embedded encoders are always shown.
+        seeds: sets of embedded scenes to repeat the main rows on.
+    """
+
+    show_photos: bool = False
+    seeds: int = 1
+
+    def check(self, dataset: str) -> None:
+        """Refuse what the images ``dataset`` do not allow.
+
+        Raises:
+            ValueError: several seeds without embedded scenes, or fewer than one.
+        """
+        if self.seeds < 1:
+            raise ValueError(f"--report-seeds must be at least 1, got {self.seeds}.")
+        if self.seeds > 1 and not dataset.endswith(EMBEDDED_IMAGES):
+            raise ValueError(
+                f"--report-seeds needs the scenes of an embedded encoder; the unseen images of {dataset} are the same for "
+                "every seed."
+            )
+
+
+@dataclass
+class Comparison:
+    """Rows, notes, and the main rows on other scenes.
+
+    Attributes:
+        rows: the table; the last one is the saved checkpoint.
+        notes: below the table.
+        seeds: ``--report-seeds``: row -> values, mean and standard deviation of its metric; empty for one seed.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seeds: dict[str, Any] = field(default_factory=dict)
+
+
+def installs(config: RegCacheConfig) -> bool:
+    """Whether the model holds registers or deletes tokens."""
+    return config.registers.mode != "none" or config.deletion.active
+
+
+def compare(
+    source: Source, plan: QuantizationPlan, run: QuantizationRun, opened: Any, options: ReportOptions, progress: bool
+) -> tuple[Comparison, Reporter]:
+    """Measure the variants of ``run`` on the report images; ``opened`` is the saved checkpoint, opened again."""
+    report = ImageInputs(source.report_images, source.processor)
+    config, fit = run.quantized.config, run.fit
+    runner = TrialRunner(source.model, search_config(config), run.calibration)
+    found = fit.sensitive_block if fit else None
+    sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
+    size = plan.recipe.data.batch_size
+    labels, text = accuracy_data(source, report, source.report_images)
+    reporter = Reporter(runner, list(report.batches(size)), labels, text, sensitive)
+    result = Comparison(plain_rows(reporter), [source.note] if source.note else [])
+    notes = result.notes
+    if fit is not None:
+        result.rows += [reporter.row(name, c, d, s.describe()) for name, s, c, d in _ablation(fit)]
+        top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
+        if found is not None:
+            notes.append(f"sensitive block {found}; most sensitive layers: {top}")
+        notes.append(f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}")
+        if fit.variants:
+            notes.append(
+                "prefix only / delete only: what is installed, one half of it at a time; best prefix / best delete: the best "
+                "of their kind in the search"
+            )
+    if any(row.name == "per token" for row in result.rows):
+        notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
+    if config.methods:
+        result.rows += _method_rows(source, plan, run, reporter, progress)
+        notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
+    name = "RegCache" if installs(config) else "plain"
+    installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
+    result.rows.append(reporter.model_row(name, opened, run.quantized.float_model, installed))
+    notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
+    notes.append("retention: metric / that of float; recovered: (metric - naive) / (float - naive)")
+    notes.append("norms and FLOPs: patch tokens and blocks, float model with the same registers, deletion and rewrites")
+    notes.append(f"quantized: {config.protocol}")
+    if config.simulated_reason:
+        notes.append(f"simulated, not run in integers: {config.simulated_reason}")
+    if options.seeds > 1:
+        result.seeds = _other_seeds(source, plan, reporter, opened, options.seeds, result.rows)
+        notes.append(_describe_seeds(result.seeds, labels is not None))
+    worse = [row.name for row in result.rows if row.below_naive]
+    if worse:
+        notes.append(f"WORSE THAN ROUND TO NEAREST (naive): {', '.join(worse)}. Do not use these settings here.")
+    if result.rows[-1].below_naive:
+        logger.warning(
+            f"The quantized model is worse than plain round to nearest: {result.rows[-1].metric:.4f}, naive "
+            f"{result.rows[1].metric:.4f}. Other methods, or none, serve this encoder better."
+        )
+    return result, reporter
+
+
+def plain_rows(reporter: Reporter) -> list[Row]:
+    """Float, and quantized with nothing installed."""
+    rows = [reporter.float_row(), reporter.row("naive", None, DeletionConfig(), NOTHING)]
+    static = reporter.runner.config.activations.mode == "static"
+    return [*rows, reporter.dynamic_row("per token")] if static else rows
+
+
+def method_label(config: RegCacheConfig) -> str:
+    """The methods of a config in one word, for tables."""
+    return " + ".join(entry["name"] for entry in config.methods) or "rtn"
+
+
+def _ablation(fit: FitResult) -> Iterator[_Variant]:
+    """The two halves of what is installed, and the best of each kind in the search where that is another one."""
+    chosen, halves = fit.search.chosen, set[Setup]()
+    if chosen.start_block is not None and chosen.count:
+        prefix = Setup(chosen.start_block, chosen.scope, chosen.candidate, chosen.num_copies)
+        delete = Setup(count=chosen.count)
+        halves = {prefix, delete}
+        yield "prefix only", prefix, fit.cache, DeletionConfig()
+        yield "delete only", delete, None, fit.config.deletion
+    best = {"prefix": fit.search.best_prefix, "delete": fit.search.best_delete}
+    for kind, trial in best.items():
+        if trial is not None and trial.setup not in (*halves, chosen):
+            yield f"best {kind}", trial.setup, *fit.variants[f"{kind} only"]
+
+
+def _method_rows(
+    source: Source, plan: QuantizationPlan, run: QuantizationRun, reporter: Reporter, progress: bool
+) -> list[Row]:
+    """The methods without registers, and under each half of what is installed."""
+    config, fit, rows = run.quantized.config, run.fit, list[Row]()
+    setups: list[_Variant] = []
+    if installs(config) or fit is not None:
+        setups.append(("alone", Setup(), None, DeletionConfig()))
+    if fit is not None:
+        setups += _ablation(fit)
+    for kind, setup, cache, deletion in setups:
+        installed = install_setup(plan.resolved, cache, deletion)
+        result = quantize_with(source.model, installed, cache, run.calibration, progress)
+        name = f"{method_label(config)}, {kind}"
+        rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
+    return rows
+
+
+def _other_seeds(
+    source: Source, plan: QuantizationPlan, reporter: Reporter, opened: Any, seeds: int, rows: list[Row]
+) -> dict[str, Any]:
+    """float, naive and the saved model on the scenes of further seeds; the first values are those of the table."""
+    first, count, runner = plan.recipe.search.seed, plan.recipe.data.num_report, reporter.runner
+    names = ("float", "naive", rows[-1].name)
+    values = {name: [next(r.metric for r in rows if r.name == name)] for name in names}
+    scenes = reference.load(source.name).dataset
+    for seed in range(first + 1, first + seeds):
+        images = scenes("report", count, seed)
+        inputs = ImageInputs(images, source.processor)
+        runner.reset()
+        labels, text = accuracy_data(source, inputs, images)
+        other = Reporter(runner, list(inputs.batches(plan.recipe.data.batch_size)), labels, text, reporter.block)
+        values["float"].append(float(other.scores(runner.float_model).mean()))
+        runner.install(None, DeletionConfig())
+        values["naive"].append(float(other.scores(runner.quantized).mean()))
+        runner.reset()
+        values[names[2]].append(float(other.scores(opened).mean()))
+    return {
+        name: {"values": v, "mean": statistics.mean(v), "std": statistics.stdev(v)} for name, v in values.items()
+    } | {"seeds": list(range(first, first + seeds))}
+
+
+def _describe_seeds(seeds: dict[str, Any], percent: bool) -> str:
+    scale, unit = (100, " %") if percent else (1, "")
+    digits = 1 if percent else 4
+    parts = [
+        f"{name} {scale * v['mean']:.{digits}f} +- {scale * v['std']:.{digits}f}{unit}"
+        for name, v in seeds.items()
+        if name != "seeds"
+    ]
+    return f"over {len(seeds['seeds'])} seeds of the report scenes: {', '.join(parts)} (mean +- standard deviation)"
+
+
+def pictures(
+    source: Source, fit: FitResult, reporter: Reporter, rows: list[Row], folder: Path, photos: bool
+) -> list[str]:
+    """``analysis.png`` and ``outliers.png`` in ``folder``; returns a note if they cannot be drawn."""
+    norms = {name: reporter.norms[name] for name in ("naive", rows[-1].name)}
+    per_block = fit.sensitivity.per_block() if fit.sensitivity else {}
+    try:
+        draw_report(source, norms, per_block, reporter.cosine.name, folder, photos)
+    except ImportError as error:
+        return [f"no pictures: {error}"]
+    return []
