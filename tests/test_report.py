@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TOWERS
+from models import MODELS, TOWERS
 
 from optimum_regcache import RegCacheConfig
 from optimum_regcache.commands import compare as comparing
@@ -24,6 +24,8 @@ from optimum_regcache.commands.report import (
 )
 from optimum_regcache.commands.sources import open_source
 from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
 from optimum_regcache.search.trials import TrialRunner
@@ -139,3 +141,36 @@ def test_seeds_need_embedded_scenes() -> None:
         ReportOptions(seeds=3).check("imgs")
     with pytest.raises(ValueError, match=r"--report-seeds must be at least 1, got 0"):
         ReportOptions(seeds=0).check("imgs")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "zero-shot", "features"])
+def test_both_scores_come_from_one_run(kind: str) -> None:
+    model: Any
+    if kind == "zero-shot":
+        tiny = MODELS["clip_dual"]
+    else:
+        tiny = MODELS["vit_classifier"]
+    model = tiny.build()
+    batches = [{"pixel_values": tiny.inputs(seed)["pixel_values"]} for seed in (1, 2)]
+    count = sum(len(b["pixel_values"]) for b in batches)
+    cosine = CosineObjective(model, batches)
+    text = None
+    if kind == "zero-shot":
+        text = torch.nn.functional.normalize(torch.randn(5, cosine.reference.shape[1]), dim=-1)
+    accuracy = None if kind == "features" else AccuracyObjective(batches, torch.arange(count) % 2, text)
+    runs = 0
+
+    def count_runs(module: Any, args: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    other = tiny.build(seed=1)
+    find_tower(other).blocks[0].register_forward_pre_hook(count_runs)
+    found = score_both(other, cosine, accuracy)
+    assert runs == len(batches)
+    torch.testing.assert_close(found[0], cosine.scores(other))
+    if accuracy is None:
+        assert found[1] is None
+    else:
+        assert found[1] is not None
+        assert torch.equal(found[1], accuracy.scores(other))

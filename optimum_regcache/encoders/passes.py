@@ -139,6 +139,11 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
         lengths = inputs["image_grid_thw"].prod(1) // tower.config.spatial_merge_size**2
         return torch.stack([part.mean(0) for part in torch.split(merged, _integers(lengths))]).float()
+    return pooled_features(tower, output)
+
+
+def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
+    """Pooled features [B, D], float32, of the output of a tower whose images are not packed."""
     if getattr(output, "image_embeds", None) is not None:
         return output.image_embeds.float()
     if getattr(output, "pooler_output", None) is not None:

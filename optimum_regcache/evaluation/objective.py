@@ -12,8 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, encode, first_images, image_features, move
-from optimum_regcache.encoders.tower import has_classifier
+from optimum_regcache.encoders.passes import (
+    Batch,
+    FeatureEncoder,
+    encode,
+    first_images,
+    image_features,
+    move,
+    pooled_features,
+)
+from optimum_regcache.encoders.tower import find_tower, has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -97,6 +105,31 @@ class AccuracyObjective(Objective):
                 logits = model(**move(batch, model)).logits.float().cpu()
             predictions.append(logits.argmax(-1))
         return torch.cat(predictions)
+
+
+@torch.inference_mode()
+def score_both(
+    model: nn.Module, cosine: CosineObjective, accuracy: AccuracyObjective | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores of both objectives, each float32 [n], from one run of the model over their common images."""
+    if accuracy is None:
+        return cosine.scores(model), None
+    if accuracy.text_features is not None:
+        features = F.normalize(encode(model, cosine.batches), dim=-1)
+        predictions = (features @ accuracy.text_features.T).argmax(-1)
+    else:
+        tower, outputs = find_tower(model), list[Any]()
+        handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        parts, classes = [], []
+        try:
+            for batch in cosine.batches:
+                outputs.clear()
+                classes.append(model(**move(batch, model)).logits.float().cpu().argmax(-1))
+                parts.append(pooled_features(tower, outputs[0]).cpu())
+        finally:
+            handle.remove()
+        features, predictions = F.normalize(torch.cat(parts), dim=-1), torch.cat(classes)
+    return (features * cosine.reference).sum(-1), predictions.eq(accuracy.labels).float()
 
 
 def check_template(template: str) -> None:
