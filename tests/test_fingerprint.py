@@ -223,3 +223,17 @@ def test_equal_models_are_equal_files(intact: Path, tmp_path: Path) -> None:
         contents.add((folder / "model.safetensors").read_bytes())
         assert torch.equal(CLIP.run(hf.AutoModel.from_pretrained(folder)), CLIP.run(quantized(CLIP)))
     assert len(contents) == 1
+
+
+def test_a_part_of_a_larger_model_opens_without_a_list_of_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = quantized(MODELS["clip_dual"])
+    whole.save_pretrained(tmp_path)
+    hf.utils.logging.set_verbosity_warning()
+    part = hf.CLIPVisionModel.from_pretrained(tmp_path)
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    pixels = MODELS["clip_dual"].inputs()["pixel_values"]
+    with torch.no_grad():
+        expected = whole.vision_model(pixel_values=pixels).last_hidden_state
+        assert torch.equal(part(pixel_values=pixels).last_hidden_state, expected)

@@ -145,12 +145,8 @@ def test_seeds_need_embedded_scenes() -> None:
 
 @pytest.mark.parametrize("kind", ["classifier", "zero-shot", "features"])
 def test_both_scores_come_from_one_run(kind: str) -> None:
-    model: Any
-    if kind == "zero-shot":
-        tiny = MODELS["clip_dual"]
-    else:
-        tiny = MODELS["vit_classifier"]
-    model = tiny.build()
+    tiny = MODELS["clip_dual" if kind == "zero-shot" else "vit_classifier"]
+    model: Any = tiny.build()
     batches = [{"pixel_values": tiny.inputs(seed)["pixel_values"]} for seed in (1, 2)]
     count = sum(len(b["pixel_values"]) for b in batches)
     cosine = CosineObjective(model, batches)

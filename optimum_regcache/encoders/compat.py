@@ -3,6 +3,7 @@ releases (5.4 to 5.24). What can be probed is probed; version numbers are not as
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, cast
@@ -123,6 +124,13 @@ def never_loaded(model: PreTrainedModel) -> set[str]:
     state = model.state_dict(keep_vars=True)
     marks = {name: bool(getattr(tensor, "_is_hf_initialized", False)) for name, tensor in state.items()}
     return {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
+
+
+def leave_out(model: PreTrainedModel, names: list[str]) -> None:
+    """Tell `from_pretrained` that the checkpoint tensors called ``names`` belong to a part that ``model`` does not have."""
+    target: Any = model
+    known: Any = target._keys_to_ignore_on_load_unexpected or []  # a list or a set
+    target._keys_to_ignore_on_load_unexpected = type(known)([*known, *(f"^{re.escape(name)}$" for name in names)])
 
 
 def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:

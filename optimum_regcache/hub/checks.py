@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers.utils import logging
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.encoders.compat import loaded_names, tied_names
+from optimum_regcache.encoders.compat import leave_out, loaded_names, tied_names
 from optimum_regcache.encoders.tower import find_tower, named_modules
 from optimum_regcache.hub.stored import AGAIN, Fingerprint, StoredTensor, file_digests, read_files
 
 State = dict[str, torch.Tensor]
+
+logger = logging.get_logger(__name__)
 
 _OWN = (
     "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
@@ -65,6 +68,8 @@ def check_files(model: Any, config: RegCacheConfig, paths: list[Path]) -> bool:
     targets, state = loaded_names(model, list(stored)), model.state_dict()
     _check_names(model, state, stored, targets)
     _check_forms(model, state, stored, targets)
+    if not _is_saved_class(model):
+        _leave_out_other_parts(model, state, targets)
     return saved is not None and _check_saved(config, stored, saved)
 
 
@@ -137,6 +142,16 @@ def missing_names(model: Any, state: State, found: set[str]) -> set[str]:
     parts = {_part(name, prefix) for name in found}
     blocks = f"{prefix}{tower.family.blocks}."
     return {n for n in missing if n.startswith(blocks) or _part(n, prefix) in parts}
+
+
+def _leave_out_other_parts(model: Any, state: State, targets: dict[str, list[str]]) -> None:
+    """A part of a larger model is opened: what belongs to the others is no surprise, and one line says so."""
+    other = [name for name, found in targets.items() if not state.keys() & set(found)]
+    prefix = f"{find_tower(model).name}." if find_tower(model).name else ""
+    if other:
+        leave_out(model, [*other, *(target for name in other for target in targets[name])])
+        parts = sorted({_part(name, prefix) for name in other})
+        logger.info(f"{type(model).__name__} has no {listing(parts)}; these parts of the checkpoint stay behind.")
 
 
 def _is_saved_class(model: Any) -> bool:
