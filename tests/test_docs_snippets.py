@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -52,9 +53,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks_run(page: Path, prepared: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, prepared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, names = prepared
-    monkeypatch.chdir(folder)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     names = dict(names)
     for block in python_blocks(page):
         if "fuse(" in block.text and kernel_reason() is not None:

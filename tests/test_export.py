@@ -311,9 +311,10 @@ def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
 
     results = []
     for directory in (saved, path):
-        options = ("--float-model", "clip-scenes", "--num-report", "32", "--output", str(tmp_path / "r.json"))
+        output = tmp_path / f"{directory.name}.json"
+        options = ("--float-model", "clip-scenes", "--num-report", "32", "--output", str(output))
         run(capsys, monkeypatch, "evaluate", "--model", str(directory), *options)
-        results.append(json.loads((tmp_path / "r.json").read_text()))
+        results.append(json.loads(output.read_text()))
     ours, theirs = results
     assert theirs["format"] == "onnx"
     for field in ("quantization", "quantized_layers", "images", "float_accuracy"):

@@ -20,8 +20,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from optimum_regcache import RegCacheQuantizer, SearchConfig
 from optimum_regcache.commands.evaluate import Subject, evaluate_job
 from optimum_regcache.commands.quantize import quantize_job
-from optimum_regcache.commands.report import Row, markdown_table, render_table
 from optimum_regcache.commands.sources import Source, accuracy_data, open_source
+from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.data import ImageInputs, reference
 from optimum_regcache.data.labels import imagenet_classes, is_generic, match_classes
@@ -271,25 +271,19 @@ def test_the_report_of_a_folder_in_another_order(renamed: str, tmp_path: Path) -
     planted.build_processor().save_pretrained(tmp_path / "float")
     recipe = Recipe().override(["quantization.registers.mode=none", "data.num_samples=8", "data.batch_size=8"])
     source = open_source(str(tmp_path / "float"), str(tmp_path / "photos"), recipe)
-    results, table = quantize_job(source, recipe, tmp_path / "out", progress=False)
+    results, table = quantize_job(source, recipe, Output(tmp_path / "out", {}), progress=False)
     json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
-    again, _ = evaluate_job(Subject(str(tmp_path / "out")), recipe, tmp_path / "again.json")
+    again, _ = evaluate_job(
+        Subject(str(tmp_path / "out"), str(tmp_path / "float"), str(tmp_path / "photos")),
+        recipe,
+        tmp_path / "again.json",
+    )
     if renamed == "order":
         assert results["rows"][0]["accuracy"] == again["float_accuracy"] == 1.0
         assert again["accuracy_note"] is None
     else:
         assert {row["accuracy"] for row in results["rows"]} == {None}
-        assert all(0 < row["recovery"] <= 1.001 for row in results["rows"])
+        assert all(0 < row["retention"] <= 1.001 for row in results["rows"])
         assert f"no top-1: {used} of {used} classes of the data set are unknown to the model" in " ".join(table.split())
         assert "unknown to the model" in again["accuracy_note"]
         assert "accuracy" not in again
-
-
-def test_an_undefined_recovery_is_a_dash() -> None:
-    row = Row("naive", 0.5, 0.0, None, 1.0, 2.0, "nothing")
-    assert "| naive | 0.00 % | 0.5000 | - | 1.00 | 2.00 | nothing |" in markdown_table([row])
-    table = render_table([row], "[red]t", ["classes '[bold]'"])
-    assert "nan" not in table
-    assert "[red]t" in table
-    assert "classes '[bold]'" in table
-    assert row.to_dict()["recovery"] is None

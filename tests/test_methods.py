@@ -242,7 +242,7 @@ def test_the_command_line_quantizes_with_methods(
     assert results["simulated"] == "the attention products are simulated"
     assert RegCacheConfig(**results["recipe"]["quantization"]).methods == tuple(results["methods"])
     with pytest.raises(SystemExit):
-        command("--method", "mse", "rtn", "--output", str(tmp_path))
+        command("--method", "mse", "rtn", "--output", str(tmp_path / "other"))
     assert "rtn and mse both decide the input scales" in capsys.readouterr().err
 
 

@@ -143,9 +143,8 @@ def test_damage_is_noticed_when_transformers_renames_its_argument(
 def test_files_that_cannot_be_found_are_an_error() -> None:
     model = CLIP.build()
     assert _checkpoint_files(model, {"checkpoint_files": None}) == []
-    assert _checkpoint_files(model, {"checkpoint_files": ["a/model.safetensors", "b.bin"]}) == [
-        Path("a/model.safetensors")
-    ]
+    files = ["a/model.safetensors", "b.bin"]
+    assert _checkpoint_files(model, {"checkpoint_files": files}) == [Path(name) for name in files]
     with pytest.raises(ValueError, match="cannot be checked for missing tensors"):
         _checkpoint_files(model, {})
 
@@ -156,7 +155,7 @@ def test_unknown_renaming_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"not known here .* pip install \"transformers>=5.4,<6\" \(tested: 5.4 to 5.24\)"
     ):
-        compat.loaded_key_names(model, ["x"])
+        compat.loaded_names(model, ["x"])
 
 
 def test_attention_weights_are_wanted_where_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:

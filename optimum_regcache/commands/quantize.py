@@ -20,6 +20,7 @@ from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import LOCAL, Recipe
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.hub.loading import load_model
+from optimum_regcache.hub.stored import content
 from optimum_regcache.quantizer import write_model
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
@@ -118,16 +119,12 @@ def require_same_tensors(saved: nn.Module, opened: nn.Module) -> None:
     for name, tensor in saved.state_dict().items():
         other = theirs.get(name)
         same = other is None or (
-            tensor.shape == other.shape and torch.equal(_bits(tensor), _bits(other.to(tensor.device, tensor.dtype)))
+            tensor.shape == other.shape and torch.equal(content(tensor), content(other.to(tensor.dtype)))
         )
         if not same:
             raise OSError(
                 errno.EIO, f"{name} is another one when the saved model is opened again; nothing was replaced"
             )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _origin(source: Source, hub: Hub) -> list[str]:

@@ -129,8 +129,9 @@ def never_loaded(model: PreTrainedModel) -> set[str]:
 def leave_out(model: PreTrainedModel, names: list[str]) -> None:
     """Tell `from_pretrained` that the checkpoint tensors called ``names`` belong to a part that ``model`` does not have."""
     target: Any = model
-    known: Any = target._keys_to_ignore_on_load_unexpected or []  # a list or a set
-    target._keys_to_ignore_on_load_unexpected = type(known)([*known, *(f"^{re.escape(name)}$" for name in names)])
+    known: Any = target._keys_to_ignore_on_load_unexpected
+    patterns = [*(known or ()), *(f"^{re.escape(name)}$" for name in names)]
+    target._keys_to_ignore_on_load_unexpected = set(patterns) if isinstance(known, set) else patterns
 
 
 def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:

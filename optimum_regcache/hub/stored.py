@@ -53,13 +53,17 @@ def _head(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return zlib.crc32(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """CRC-32 of dtype, shape and bytes: finds damage, edits and mix-ups, no forgery."""
+def content(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in order, uint8 [n], on the CPU; its own memory where that is possible."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 1:  # a single value may have any stride
         flat = torch.empty(1, dtype=flat.dtype).copy_(flat)
-    content = flat.view(torch.uint8).numpy().data
-    return f"{zlib.crc32(content, _head(tensor.dtype, tensor.shape)):08x}"
+    return flat.view(torch.uint8)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """CRC-32 of dtype, shape and bytes: finds damage, edits and mix-ups, no forgery."""
+    return f"{zlib.crc32(content(tensor).numpy().data, _head(tensor.dtype, tensor.shape)):08x}"
 
 
 def fingerprint(model: Any, config: RegCacheConfig) -> dict[str, str]:
