@@ -132,6 +132,15 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
             ("quantize", "--output", "x", "--revision", "main"),
             "--revision has no effect: clip-scenes-induced is not on the",
         ),
+        (
+            ("quantize", "--output", "x", "--template", "a dog"),
+            "--template 'a dog' must hold {} where the class name goes",
+        ),
+        (("quantize", "--output", "x", "--template", "{x}"), "--template '{x}' must hold {} where the class name goes"),
+        (
+            ("quantize", "--output", "x", "--num-samples", "99999999"),
+            "data.num_samples must be at most 10000000, got 99999",
+        ),
         (("quantize", "--output", "x", "--report-seeds", "0"), "--report-seeds must be at least 1, got 0."),
         (("quantize", "--output", "x", "--seed", "-1"), "search.seed must lie between 0 and 2**32 - 1, got -1."),
         (("quantize", "--output", "x", "--set", "quantization.methods=5"), "methods must be a list of names"),

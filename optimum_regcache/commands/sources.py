@@ -102,6 +102,18 @@ def open_model(name: str, hub: Hub, option: str = "--model") -> tuple[PreTrained
         raise OSError(f"{option}: {name} is no directory here, and the Hub does not give it: {error}") from error
 
 
+def check_template(template: str) -> None:
+    """Raise ``ValueError`` unless the class name has a place in ``template``."""
+    try:
+        found = template.format("dog") != template.format("cat")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        found = False
+    if not found:
+        raise ValueError(
+            f"--template {template!r} must hold {{}} where the class name goes, as in 'a photo of a {{}}.'"
+        )
+
+
 def open_source(
     model: str | None,
     dataset: str | None,
@@ -138,6 +150,8 @@ def open_source(
     if dataset is not None and dataset.startswith(LOCAL):
         check_name(dataset, "--dataset")
     require_hub(name, hub)
+    if template is not None:
+        check_template(template)
     ref = reference.load(name) if name in reference.names() else None
     network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))

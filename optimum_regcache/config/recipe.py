@@ -17,6 +17,7 @@ from optimum_regcache.config.migrate import migrate_field, migrate_recipe
 from optimum_regcache.config.validation import build_part, check_types, is_mapping, plain, require
 from optimum_regcache.config.yaml_text import read_yaml
 
+MOST_IMAGES = 10_000_000
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
@@ -133,6 +134,9 @@ class DataConfig:
         require(self.num_samples >= 4, f"data.num_samples must be at least 4, got {self.num_samples}.")
         require(self.num_report >= 1, f"data.num_report must be at least 1, got {self.num_report}.")
         require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}.")
+        for name in ("num_samples", "num_report", "batch_size"):
+            value = getattr(self, name)
+            require(value <= MOST_IMAGES, f"data.{name} must be at most {MOST_IMAGES}, got {value}.")
         for name in ("calibration_fraction", "confirm_fraction"):
             value = getattr(self, name)
             require(0.0 < value < 1.0, f"data.{name} must lie between 0 and 1, got {value}.")
