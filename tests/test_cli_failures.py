@@ -122,12 +122,18 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("quantize", "--model", "", "--output", "x"), "--model is empty. Give a value, or leave the option out."),
-        (("quantize", "--dataset", " ", "--output", "x"), "--dataset is empty. Give a value"),
-        (("quantize", "--output", ""), "--output is empty. Give a value"),
-        (("quantize", "--output", "x", "--method", "gptq", ""), "--method is empty. Give a value"),
-        (("evaluate", "--output", "x", "--metric", ""), "--metric is empty. Give a value"),
-        (("export", "--model", "", "--format", "onnx", "--output", "x"), "--model is empty. Give a value"),
+        (
+            ("quantize", "--model", "", "--output", "x"),
+            "--model is empty or holds a NUL. Give a value, or leave the option out.",
+        ),
+        (("quantize", "--dataset", " ", "--output", "x"), "--dataset is empty or holds a NUL. Give a value"),
+        (("quantize", "--output", ""), "--output is empty or holds a NUL. Give a value"),
+        (("quantize", "--output", "x", "--method", "gptq", ""), "--method is empty or holds a NUL. Give a value"),
+        (("evaluate", "--output", "x", "--metric", ""), "--metric is empty or holds a NUL. Give a value"),
+        (
+            ("export", "--model", "", "--format", "onnx", "--output", "x"),
+            "--model is empty or holds a NUL. Give a value",
+        ),
         (
             ("quantize", "--output", "x", "--revision", "main"),
             "--revision has no effect: clip-scenes-induced is not on the",

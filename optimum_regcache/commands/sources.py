@@ -68,6 +68,8 @@ def check_name(name: str, option: str) -> None:
         raise ValueError(
             f"{name} stands for a folder of the machine where the recipe was made. Give its path here with {option}."
         )
+    if Path(name).exists() and not Path(name).is_dir() and name not in reference.names():
+        raise ValueError(f"{option}: {name} is a file; give the folder that holds the model.")
     first = Path(name).parts[0]
     looks = name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     if (looks or (first != name and Path(first).is_dir())) and not Path(name).exists():
