@@ -147,6 +147,20 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
             ("quantize", "--output", "x", "--num-samples", "99999999"),
             "data.num_samples must be at most 10000000, got 99999",
         ),
+        (("quantize", "--output", "x\0y"), "--output is empty or holds a NUL. Give a value"),
+        (
+            ("quantize", "--output", "x", "--recipe", "/proc/self/status"),
+            "/proc/self/status: Unknown keys in the recipe: ",
+        ),
+        (
+            ("quantize", "--model", "/dev/null", "--dataset", "d", "--output", "x"),
+            "--model: /dev/null is a file; give the",
+        ),
+        (("evaluate", "--output", "/dev/full"), "The output /dev/full is a file that optimum-regcache did not write."),
+        (
+            ("quantize", "--model", "planted-outlier", "--output", "x", "--set", "search.sensitive_block=99", *FEW),
+            "search.sensitive_block=99, but the encoder has blocks 0 to 5.",
+        ),
         (("quantize", "--output", "x", "--report-seeds", "0"), "--report-seeds must be at least 1, got 0."),
         (("quantize", "--output", "x", "--seed", "-1"), "search.seed must lie between 0 and 2**32 - 1, got -1."),
         (("quantize", "--output", "x", "--set", "quantization.methods=5"), "methods must be a list of names"),
