@@ -150,7 +150,7 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
         (("quantize", "--output", "x\0y"), "--output is empty or holds a NUL. Give a value"),
         (
             ("quantize", "--output", "x", "--recipe", "/proc/self/status"),
-            "/proc/self/status: Unknown keys in the recipe: ",
+            "/proc/self/status is not valid YAML in line 1, ",
         ),
         (
             ("quantize", "--model", "/dev/null", "--dataset", "d", "--output", "x"),
