@@ -10,7 +10,7 @@ OUT ?= regcache-out
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign test oldest coverage slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -27,6 +27,10 @@ coverage: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= --cov-fail-under=0
 	$(BIN)/python -m coverage report --fail-under=0 | awk 'NR <= 2 || $$NF + 0 < 90'
 	$(BIN)/python -m coverage report --format=total
+
+# thousands of mutated checkpoints; none may be wrong in silence
+campaign: $(VENV)/ready
+	$(BIN)/python scripts/campaign.py --mutants 108
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow

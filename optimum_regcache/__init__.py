@@ -26,6 +26,7 @@ from optimum_regcache.registers import RegisterCache  # noqa: E402
 if TYPE_CHECKING:
     from optimum_regcache.config.recipe import Recipe, SearchConfig
     from optimum_regcache.fusion import fuse, unfuse
+    from optimum_regcache.hub.checks import accept_edits
     from optimum_regcache.hub.registers import get_registers, set_deletion, set_registers
     from optimum_regcache.kernels.report import backend_report
     from optimum_regcache.layers.linear import set_backend
@@ -55,6 +56,7 @@ _LAZY = {
     "RegCacheQuantizer": "quantizer",
     "Recipe": "config",
     "SearchConfig": "config",
+    "accept_edits": "hub.checks",
     "backend_report": "kernels.report",
     "fuse": "fusion",
     "get_registers": "hub.registers",
@@ -83,6 +85,7 @@ __all__ = [
     "RegistersConfig",
     "SearchConfig",
     "WeightsConfig",
+    "accept_edits",
     "backend_report",
     "fuse",
     "get_registers",

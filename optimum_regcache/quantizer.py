@@ -19,9 +19,10 @@ from optimum_regcache.config.validation import require
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.encoders.passes import Batch
-from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.hub.loading import load_model, load_processor
+from optimum_regcache.hub.stored import sort_metadata
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
@@ -41,7 +42,8 @@ class RegCacheQuantizer(OptimumQuantizer):
         processor: its processor, for data sets of images and for zero-shot accuracy.
 
     Raises:
-        ValueError: ``model`` holds no supported encoder.
+        TypeError: ``model`` is no PyTorch model.
+        ValueError: it holds no supported encoder, is quantized already, has adapters (LoRA), is wrapped, or is not in memory.
 
     Example:
         >>> quantizer = RegCacheQuantizer.from_pretrained("openai/clip-vit-base-patch16")  # doctest: +SKIP
@@ -51,7 +53,7 @@ class RegCacheQuantizer(OptimumQuantizer):
 
     def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
         super().__init__()
-        find_tower(model)
+        require_float(model)
         self.model, self.processor = model.eval(), processor
         self.fit_result: FitResult | None = None
 
@@ -81,11 +83,6 @@ class RegCacheQuantizer(OptimumQuantizer):
         else:
             model = load_model(model_or_path, **kwargs)
             processor = load_processor(model_or_path, **kwargs) if processor is None else processor
-        require(
-            not getattr(model, "is_quantized", False),
-            f"{model_or_path if isinstance(model_or_path, (str, Path)) else type(model).__name__} is already quantized; "
-            "start from the float model.",
-        )
         return cls(model, processor)
 
     def get_calibration_dataset(  # noqa: PLR0913 (the arguments of Optimum's ORTQuantizer)
@@ -322,6 +319,7 @@ def write_model(
 ) -> None:
     """Write model, processor, ``recipe.yaml`` and ``results.json`` into an empty folder."""
     model.save_pretrained(folder, variant=file_prefix)
+    sort_metadata(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")

@@ -341,12 +341,13 @@ def quantized(
         config = config.replace(registers=RegistersConfig(mode="none"))
 
     def make() -> Any:
-        return _quantized(cast(tiny.build(cls=cls), dtype), config, [tiny.inputs(seed=2)])
+        return fit(cast(tiny.build(cls=cls), dtype), config, [tiny.inputs(seed=2)])
 
     return fits.once((tiny, dtype, cls, repr(config)), make) if cached else make()
 
 
-def _quantized(model: Any, config: RegCacheConfig, batches: list[Inputs]) -> Any:
+def fit(model: Any, config: RegCacheConfig, batches: list[Inputs]) -> Any:
+    """The quantized copy of ``model``, with random registers if ``config`` wants any."""
     if config.modules.head and all(site.block is not None for site in quantization_sites(model, head=True)):
         config = config.replace(modules={"head": False})  # refused where there is none
     r = config.registers

@@ -67,6 +67,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+def merge(settings: dict[str, Any], change: dict[str, Any]) -> None:
+    """Change single fields of the parts; what is not named stays."""
+    for name, value in change.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+
+
 @pytest.fixture
 def load_edited(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., Any]:
     """Load a copy of a checkpoint after changing its tensors or its quantization config."""
@@ -192,14 +198,17 @@ def test_registers_that_the_config_does_not_know(load_edited: Callable[..., Any]
         ({"bogus": 1}, r"Unknown key in RegCacheConfig: bogus"),
         ({"weights": {"bits": 8, "scheme": "x"}}, r"Unknown key in weights: scheme"),
         ({"weights": {"bits": 9}}, r"weights\.bits must be an integer from 2 to 8, got 9"),
-        ({"registers": {"mode": "search"}, "deletion": {}}, r"registers\.mode='search' describes a model that is still"),
+        (
+            {"registers": {"mode": "search", "blocks": []}, "deletion": {"block": None, "count": 0}},
+            r"registers\.mode='search' describes a model that is still",
+        ),
         ({"registers": {"mode": "fixed", "blocks": [3, 4]}}, r"registers\.blocks=\[3, 4\], but the encoder has blocks 0 to 3"),
         ({"deletion": {"block": 4, "count": 1}}, r"deletion\.block=4, but the encoder has blocks 0 to 3"),
         ({"modules": {"patch_embedding": True}}, r"holds 24 'weight_scale' tensors, its quantization config needs 25 \(for "),
         ({"modules": {"ignore": ["nothing"]}}, r"modules\.ignore pattern nothing match no module"),
         ({"registers": {"mode": "fixed", "blocks": [1, 2, 3]}}, r"holds 2 'register_key' tensors, .* needs 3"),
         # fewer than stored: the rest would be dropped in silence
-        ({"registers": {"mode": "none"}}, r"'register_key' tensors"),
+        ({"registers": {"mode": "none", "blocks": []}}, r"'register_key' tensors"),
         ({"registers": {"mode": "fixed", "blocks": [3]}}, r"'register_key' tensors"),
         ({"activations": {"mode": "dynamic"}}, r"'input_scale' tensors"),
     ],
@@ -208,7 +217,7 @@ def test_configs_that_do_not_describe_the_tensors(
     change: dict[str, Any], message: str, load_edited: Callable[..., Any]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_edited("clip", config=lambda settings: settings.update(change))
+        load_edited("clip", config=lambda settings: merge(settings, change))
 
 
 @pytest.mark.parametrize(
@@ -222,4 +231,4 @@ def test_configs_that_do_not_describe_the_tensors(
 )
 def test_configs_of_other_shapes(change: dict[str, Any], load_edited: Callable[..., Any]) -> None:
     with pytest.raises((ValueError, RuntimeError), match=r"ignore_mismatched_sizes|The checkpoint"):
-        load_edited("clip", config=lambda settings: settings.update(change))
+        load_edited("clip", config=lambda settings: merge(settings, change))

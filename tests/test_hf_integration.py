@@ -139,12 +139,16 @@ def test_checkpoint_is_small_and_self_describing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip_dual"])
-def test_loaded_models_are_frozen_like_quantized_ones(name: str, tmp_path: Path) -> None:
-    """Not only for order: the attention of SigLIP's pooling head rounds differently when its weights want gradients."""
+def test_loaded_encoders_are_frozen_like_quantized_ones(name: str, tmp_path: Path) -> None:
+    """What is around them is not. Not only for order: the attention of SigLIP's pooling head rounds differently when its
+    weights want gradients."""
     saved = quantized(MODELS[name])
     saved.save_pretrained(tmp_path)
     loaded = type(saved).from_pretrained(tmp_path)
-    assert {p.requires_grad for m in (saved, loaded) for p in m.parameters()} == {False}
+    towers = [find_tower(model).module for model in (saved, loaded)]
+    assert {p.requires_grad for tower in towers for p in tower.parameters()} == {False}
+    inside = {id(p) for p in towers[1].parameters()} | {id(m.bias) for _, m in quant_linears(loaded)}
+    assert all(p.requires_grad for p in loaded.parameters() if id(p) not in inside)
 
 
 def test_loading_does_not_quantize_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +298,8 @@ def test_registration_and_quantizer_flags() -> None:
     register()  # a second time: nothing happens
     quantizer = quantized(CLIP).hf_quantizer
     assert quantizer.is_serializable()
-    assert not quantizer.is_trainable
+    assert quantizer.is_trainable
+    assert quantizer.is_qat_trainable
     assert quantizer.is_compileable
     assert quantizer.requires_calibration
     model = CLIP.build()

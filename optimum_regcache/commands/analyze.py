@@ -16,6 +16,7 @@ from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, split_inputs
 from optimum_regcache.search.sensitivity import scan_sensitivity
@@ -40,6 +41,7 @@ def analyze_job(
     Returns:
         (``analysis.json``, summary as text).
     """
+    require_float(source.model)
     recipe = QuantizationPlan.of(recipe).recipe
     inputs = ImageInputs(source.search_images, source.processor)
     parts = split_inputs(inputs, recipe.data, recipe.search.seed)

@@ -200,6 +200,29 @@ class RegCacheConfig(QuantizationConfigMixin):
         data["methods"] = [dict(m) for m in self.methods]
         return data
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read a stored config; unlike the constructor it takes no default for what is missing.
+
+        Raises:
+            ValueError: naming the keys that are missing.
+        """
+        complete: dict[str, Any] = cls().to_dict()
+        missing: list[str] = []
+        for name in (*PARTS, "methods"):
+            stored = migrate_part(name, config_dict.get(name))
+            if stored is None:
+                missing.append(name)
+            elif is_mapping(stored):
+                missing += [f"{name}.{field}" for field in complete[name] if field not in stored]
+        require(
+            not missing,
+            f"The stored quantization_config lacks {', '.join(missing)}. A default would make it another model: write what the "
+            "model was quantized with, or download or quantize the model again.",
+        )
+        read: Any = super().from_dict  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return read(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything, defaults included: a checkpoint must not change meaning when a default does."""
         return self.to_dict()

@@ -284,8 +284,8 @@ class ImageInputs(Sequence[Batch]):
             for position, item in enumerate(items, start):
                 require(
                     bool(torch.isfinite(torch.as_tensor(item["pixel_values"])).all()),
-                    f"Image {self.indices[position]} of the data holds values that are not finite (nan or inf). Leave it out, or "
-                    "mend what computes its pixel_values.",
+                    f"Image {self.indices[position]} of the data holds values that are not finite (nan or inf). Leave it out, "
+                    "or mend what computes its pixel_values.",
                 )
             batch = collate(items) if self.data_collator is None else dict(self.data_collator(items))
             yield {k: v for k, v in batch.items() if k not in ("labels", "label")}

@@ -74,14 +74,14 @@ def accept_bare_names(model: PreTrainedModel, tower: str) -> None:
         model.base_model_prefix = tower  # transformers adds it to names that are unknown without it
 
 
-def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
-    """Names in ``model`` under which `from_pretrained` would load the checkpoint tensors called ``names``.
+def loaded_names(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
+    """For each of the checkpoint tensors called ``names``: the names in ``model`` under which `from_pretrained` would load it.
 
     Raises:
         ValueError: this release of transformers renames in a way that is not known here.
     """
     try:
-        return _loaded_key_names(model, names)
+        return _loaded_names(model, names)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             "The checkpoint cannot be checked for missing tensors: this release of transformers renames tensors in a way "
@@ -90,25 +90,39 @@ def loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
         ) from error
 
 
-def _loaded_key_names(model: PreTrainedModel, names: list[str]) -> set[str]:
+def _loaded_names(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
     target: Any = model
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict()
-    found: set[str] = set()
+    found: dict[str, list[str]] = {}
     rename = cast("Any", core_model_loading).rename_source_key  # by position: the name of the prefix argument differs
     for name in names:
         renamed, pattern = rename(name, renamings, converters, target.base_model_prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename(name, [], [], target.base_model_prefix, state)
-        if pattern is None:
-            found.add(renamed)
-        else:  # one stored tensor becomes several
-            targets = by_pattern[pattern].target_patterns
-            found.update(renamed.replace(targets[0], t) for t in targets)
+        targets = ("",) if pattern is None else by_pattern[pattern].target_patterns  # one tensor may become several
+        found[name] = [renamed] if pattern is None else [renamed.replace(targets[0], t) for t in targets]
     return found
+
+
+def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of ``model`` under the names, and in the form, in which `save_pretrained` writes them."""
+    return cast("Any", core_model_loading).revert_weight_conversion(model, model.state_dict())
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Tensors that share their values with others and are not stored."""
+    return set(cast("Any", getattr(model, "all_tied_weights_keys", None)) or {})
+
+
+def never_loaded(model: PreTrainedModel) -> set[str]:
+    """Tensors of ``model`` that `from_pretrained` found nowhere; the names of releases that do not tell are left out."""
+    state = model.state_dict(keep_vars=True)
+    marks = {name: bool(getattr(tensor, "_is_hf_initialized", False)) for name, tensor in state.items()}
+    return {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
 
 
 def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:

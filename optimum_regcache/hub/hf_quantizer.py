@@ -16,18 +16,15 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.config.effects import require_effect
-from optimum_regcache.encoders.compat import accept_bare_names, loaded_key_names, mark_quantized
+from optimum_regcache.encoders.compat import accept_bare_names, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
+from optimum_regcache.hub.checks import check_files
 from optimum_regcache.hub.dequantize import dequantize_modules
-from optimum_regcache.hub.structure import check_complete, install_structure, validate_positions
+from optimum_regcache.hub.stored import fingerprint
+from optimum_regcache.hub.structure import check_complete, check_loaded, freeze, install_structure, validate_positions
 from optimum_regcache.layers.install import quantize_modules
 from optimum_regcache.registers import prepare_tower, set_deletion
-
-_OWN_STATE = (
-    "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
-    "register_key", "register_value", "rotation", "scale", "zero_point",
-)  # fmt: skip
 
 
 class RegCacheHfQuantizer(HfQuantizer):
@@ -40,7 +37,9 @@ class RegCacheHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: RegCacheConfig
     pre_quantized: bool
-    _shapes: dict[str, torch.Size] = {}  # noqa: RUF012 (replaced, never changed)
+    _forms: dict[str, tuple[torch.Size, torch.dtype]] = {}  # noqa: RUF012 (replaced, never changed)
+    _as_saved = False
+    _names_known = False
 
     def __init__(self, quantization_config: RegCacheConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
@@ -67,23 +66,26 @@ class RegCacheHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             return model
+        _check_device_map(model, kwargs.get("device_map"))
         quantize_modules(model, self.quantization_config, empty=True)
         install_structure(model, self.quantization_config)
         accept_bare_names(model, find_tower(model).name)
-        _check_files(_checkpoint_files(model, kwargs), model)
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        paths = _checkpoint_files(model, kwargs)
+        self._names_known = bool(paths)
+        self._as_saved = self._names_known and check_files(model, self.quantization_config, paths)
+        self._forms = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            _check_shapes(model, self._shapes)
+            check_loaded(model, self._forms, self._names_known)
         else:
             validate_positions(model, self.quantization_config)
             prepare_tower(model)
             quantize_modules(model, self.quantization_config)
             set_deletion(model, self.quantization_config.deletion)
-        check_complete(model)
-        model.requires_grad_(False)
+        check_complete(model, ranges=self.pre_quantized and not self._as_saved)
+        freeze(model)
         _share_with_vision_config(model, self.quantization_config)
         return model
 
@@ -95,12 +97,21 @@ class RegCacheHfQuantizer(HfQuantizer):
             del vision_config.quantization_config
         return model
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained`: the fingerprint for the files."""
+        return None, fingerprint(model, self.quantization_config)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return False
+        """What is quantized stays as it is; gradients pass through it to whatever else trains."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -121,7 +132,7 @@ def _image_user(config: RegCacheConfig) -> str | None:
 
 
 def _checkpoint_files(model: Any, given: dict[str, Any]) -> list[Path]:
-    """The safetensors files that are about to be loaded; empty where the weights come from elsewhere.
+    """The files that are about to be loaded; empty where the weights come from elsewhere (``state_dict=``).
 
     Args:
         model: that is being loaded.
@@ -132,9 +143,10 @@ def _checkpoint_files(model: Any, given: dict[str, Any]) -> list[Path]:
         ValueError: the files cannot be found, so that damage could not be noticed.
     """
     if "checkpoint_files" in given:
-        return [Path(f) for f in given["checkpoint_files"] or () if str(f).endswith(".safetensors")]
+        return [Path(f) for f in given["checkpoint_files"] or ()]
     folder = Path(str(getattr(model.config, "_name_or_path", "") or ""))
     found = sorted(folder.glob("*.safetensors")) if folder.name and folder.is_dir() else []
+    found = found or (sorted(folder.glob("pytorch_model*.bin")) if folder.name and folder.is_dir() else [])
     if not found:
         raise ValueError(
             "The checkpoint cannot be checked for missing tensors: this release of transformers does not say which files it "
@@ -144,65 +156,27 @@ def _checkpoint_files(model: Any, given: dict[str, Any]) -> list[Path]:
     return found
 
 
-def _check_files(paths: list[Path], model: Any) -> None:
-    """Compare the names in the checkpoint with those that the config promises, after transformers' own renaming.
-
-    Transformers would only warn about a missing tensor and initialise it at random.
+def _check_device_map(model: Any, device_map: Any) -> None:
+    """The quantized encoder runs on one device.
 
     Raises:
-        ValueError: a tensor of the encoder is missing, or one of ours is stored that the config does not describe.
+        ValueError: a part of it would be on another one, on disk or nowhere.
     """
-    from safetensors import safe_open
-
-    if not paths:
+    if not isinstance(device_map, dict):
         return
-    names: list[str] = []
-    for path in paths:
-        with cast("Any", safe_open(path, framework="pt")) as handle:
-            names += list(handle.keys())
-    stored, expected = loaded_key_names(model, names), set(model.state_dict())
-    modules = dict(model.named_modules())
-    for kind in _OWN_STATE:
-        wanted = {n for n in expected if n.rpartition(".")[2] == kind}
-        missing = sorted(wanted - stored)
-        extra = sorted(
-            n
-            for n in stored - wanted
-            if n.endswith(f".{kind}") and (n.rpartition(".")[0] in modules or ".products." in n)
-        )
-        if missing or extra:
-            found = sum(n.rpartition(".")[2] == kind for n in names)
-            example = f"{missing[0]} is missing" if missing else f"{extra[0]} is not described"
-            raise ValueError(
-                f"The checkpoint holds {found} '{kind}' tensors, its quantization config needs {len(wanted)} (for example "
-                f"{example}). The model would be wrong. Download it again, or quantize the model again."
-            )
     tower = find_tower(model)
-    prefix = f"{tower.name}." if tower.name else ""
-    optional = tuple(f"{prefix}{part}." for part in ("pooler", "head"))  # a head that the checkpoint never had
-    missing = sorted(n for n in expected - stored if n.startswith(prefix) and not n.startswith(optional))
-    if missing:
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    places = {str(where) for name, where in cast("dict[str, Any]", device_map).items() if _overlap(name, tower.name)}
+    if len(places) > 1 or places & {"disk", "meta"}:
         raise ValueError(
-            f"The checkpoint is incomplete: {', '.join(missing[:8])}{more} missing. Download it again, or quantize the model "
-            "again."
+            f"device_map puts the quantized encoder on {', '.join(sorted(places))}. It has to stay whole on one device: give "
+            f"{tower.name or 'the model'!r} one entry, for example device_map={{{tower.name!r}: 'cpu', ...}}; other parts of a "
+            "larger model may go elsewhere."
         )
 
 
-def _check_shapes(model: Any, shapes: dict[str, torch.Size]) -> None:
-    """Most releases of transformers load a tensor of any shape into a quantized model.
-
-    Raises:
-        ValueError: a tensor has not the shape that the config promises.
-    """
-    bad = [(name, t.shape) for name, t in model.state_dict().items() if name in shapes and t.shape != shapes[name]]
-    if bad:
-        name, found = bad[0]
-        raise ValueError(
-            f"The checkpoint is damaged or belongs to another config: {', '.join(n for n, _ in bad[:8])}"
-            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} of another shape ({name}: expected "
-            f"{list(shapes[name])}, got {list(found)}). Download it again, or quantize the model again."
-        )
+def _overlap(name: str, tower: str) -> bool:
+    """Whether an entry of a device map concerns the tower."""
+    return not name or not tower or name == tower or name.startswith(f"{tower}.") or tower.startswith(f"{name}.")
 
 
 def _share_with_vision_config(model: Any, config: RegCacheConfig) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.compat import never_loaded
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.checks import listing, missing_names
+from optimum_regcache.hub.stored import AGAIN
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import quant_linears
+from optimum_regcache.math import uniform
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 from optimum_regcache.registers.neurons import set_register_neurons
 from optimum_regcache.rewrites.rotation import empty_rotation
@@ -51,27 +58,103 @@ def install_structure(model: nn.Module, config: RegCacheConfig) -> None:
     set_deletion(model, config.deletion)
 
 
-def check_complete(model: nn.Module) -> None:
-    """Make sure that a loaded model holds real numbers wherever the config promises them.
+def check_loaded(model: Any, forms: dict[str, tuple[torch.Size, torch.dtype]], names_known: bool) -> None:
+    """Compare the tensors of a loaded model with what they were to be, whatever they came from.
+
+    Args:
+        model: loaded.
+        forms: name -> shape and dtype that the config promises.
+        names_known: the files were seen to hold every tensor.
 
     Raises:
-        ValueError: naming every tensor that is missing, renamed or damaged.
+        ValueError: a tensor that was found nowhere, or has another shape or integer dtype.
+    """
+    state = model.state_dict()
+    missing = [] if names_known else sorted(missing_names(model, state, set(state) - never_loaded(model)))
+    require(not missing, f"The checkpoint is incomplete: {listing(missing)} missing. {AGAIN}")
+    tower = find_tower(model)
+    prefix = f"{tower.name}." if tower.name else ""
+    bad = [
+        f"{name} is {_word(t)}, not {list(forms[name][0])} {forms[name][1]}"
+        for name, t in state.items()
+        if name in forms and (name.startswith(prefix) or not forms[name][1].is_floating_point)
+        if t.shape != forms[name][0] or (t.dtype != forms[name][1] and not forms[name][1].is_floating_point)
+    ]
+    require(not bad, f"The checkpoint is damaged or belongs to another config: {listing(bad)}. {AGAIN}")
+
+
+def _word(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def check_complete(model: nn.Module, *, ranges: bool = True) -> None:
+    """Make sure that a loaded model holds real numbers wherever the config promises them.
+
+    Args:
+        model: loaded.
+        ranges: look at codes and zero points too; not needed where every tensor is known to be as it was saved.
+
+    Raises:
+        ValueError: naming every tensor that is missing, renamed, damaged, or not there at all (meta device).
     """
     fields = ("weight_scale", "input_scale", "input_negative_scale")
     scales = {f"{name}.{field}" for name, _ in quant_linears(model) for field in fields}
     scales |= {
         f"{name}.{role}.scale" for name, products in attention_products(model) for role, _ in products.operands()
     }
+    prefix = find_tower(model).name
     bad: list[str] = []
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            require(
+                not name.startswith(prefix),
+                f"{name} of the quantized encoder is not in memory (offloaded, or on the meta device). The encoder has to stay "
+                "on one device: give it one entry in device_map, or raise max_memory.",
+            )
+            continue
         if not tensor.is_floating_point():
             continue
         finite = torch.isfinite(tensor)
         if not bool((finite & (tensor > 0)).all() if name in scales else finite.all()):
             bad.append(name)
-    if bad:
-        raise ValueError(
-            f"The checkpoint is incomplete or damaged: {', '.join(bad[:8])}"
-            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} missing or not finite. Download it again, or quantize "
-            "the model again."
-        )
+    require(not bad, f"The checkpoint is incomplete or damaged: {listing(bad)} missing or not finite. {AGAIN}")
+    if ranges:
+        check_ranges(model)
+
+
+def check_ranges(model: nn.Module) -> None:
+    """Codes and zero points that no quantizer gives.
+
+    Raises:
+        ValueError: naming them.
+    """
+    bad: list[str] = []
+    for name, module in quant_linears(model):
+        if module.weight.is_meta:
+            continue
+        w, a = module.weights, module.activations
+        codes = module.codes()
+        if w.symmetric and codes.numel() and int(codes.min()) == -(2 ** (w.bits - 1)):
+            bad.append(f"{name}.weight holds the code {-(2 ** (w.bits - 1))}")
+        signed = (-(2 ** (w.bits - 1)), 2 ** (w.bits - 1) - 1)  # weight codes are, whatever their zero point
+        for field, low, high in (
+            ("weight_zero_point", *((0, 0) if w.symmetric else signed)),
+            ("input_zero_point", *((0, 0) if a.symmetric else uniform.code_range(a.bits, a.symmetric))),
+        ):
+            zero = getattr(module, field)
+            if zero is not None and bool(((zero < low) | (zero > high)).any()):
+                bad.append(f"{name}.{field} lies outside {low} to {high}")
+    for name, products in attention_products(model):
+        for role, operand in products.operands():
+            c, zero = operand.config, operand.zero_point
+            low, high = (0, 0) if c.symmetric else uniform.code_range(c.bits, c.symmetric)
+            if zero is not None and not zero.is_meta and bool(((zero < low) | (zero > high)).any()):
+                bad.append(f"{name}.{role}.zero_point lies outside {low} to {high}")
+    require(not bad, f"The checkpoint is damaged: {listing(bad)}. {AGAIN}")
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients for the encoder and whatever else is quantized; heads, text towers and language models stay trainable."""
+    find_tower(model).module.requires_grad_(False)
+    for _, module in quant_linears(model):
+        module.requires_grad_(False)

@@ -16,6 +16,7 @@ from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.door import require_float
 from optimum_regcache.methods import Quantized, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
@@ -71,6 +72,7 @@ def run_plan(
     if torch.is_inference_mode_enabled():  # tensors made there could never be used with autograd
         with torch.inference_mode(False), torch.no_grad():
             return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
+    require_float(model)
     recipe, resolved = plan.recipe, plan.resolved
     parts = images.split(recipe.data, recipe.search.seed) if images is not None else known.parts if known else None
     fit, mode = None, resolved.config.registers.mode

@@ -1,0 +1,70 @@
+"""What quantization refuses to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS, TOWERS, quantized
+
+from optimum_regcache import RegCacheQuantizer
+
+
+def adapters() -> Any:
+    model = TOWERS["clip"].build()
+    model._hf_peft_config_loaded = True
+    return model
+
+
+class Foreign(torch.nn.Linear):
+    """A layer of another quantization library."""
+
+
+Foreign.__module__ = "bitsandbytes.nn.modules"
+
+
+def foreign() -> Any:
+    model = TOWERS["clip"].build()
+    model.encoder.layers[0].mlp.fc1 = Foreign(64, 128)
+    return model
+
+
+def on_meta() -> Any:
+    model = TOWERS["clip"].build()
+    model.encoder.layers[3].to("meta")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: quantized(TOWERS["clip"]),
+            ValueError,
+            "CLIPVisionModel is already quantized; start from the float model",
+        ),
+        (lambda: quantized(MODELS["clip_dual"]).vision_model, ValueError, "is already quantized"),
+        (foreign, ValueError, "is already quantized"),
+        (adapters, ValueError, r"carries adapters \(LoRA or others\)\. Merge them first"),
+        (on_meta, ValueError, "is not in memory"),
+        (lambda: torch.nn.DataParallel(TOWERS["clip"].build()), ValueError, r"pass model\.module"),
+        (lambda: torch.compile(TOWERS["clip"].build()), ValueError, r"pass model\._orig_mod"),
+        (lambda: "openai/clip-vit-base-patch16", TypeError, r"A model is needed, got str\. .*from_pretrained"),
+        (lambda: None, TypeError, "A model is needed, got NoneType"),
+    ],
+)
+def test_the_constructor_is_the_door(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RegCacheQuantizer(make())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_models_are_recognised() -> None:
+    peft = pytest.importorskip("peft")
+    model = TOWERS["clip"].build()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries adapters"):
+        RegCacheQuantizer(wrapped)
+    assert RegCacheQuantizer(wrapped.merge_and_unload()).model is not None
