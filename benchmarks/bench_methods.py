@@ -74,7 +74,7 @@ class Bench:
         self.confirmation = CosineObjective(source.model, list(parts.confirmation.batches(data.batch_size)))
         report = ImageInputs(source.report_images, source.processor)
         batches = list(report.batches(data.batch_size))
-        labels, text = accuracy_data(source, report, source.report_images)
+        labels, text = accuracy_data(source, report)
         self.norm_batches = batches[: max(1, 64 // data.batch_size)]
         self.cosine = CosineObjective(source.model, batches)
         self.metric: Objective = self.cosine if labels is None else AccuracyObjective(batches, labels, text)

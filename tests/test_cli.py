@@ -273,7 +273,9 @@ def test_report_images_come_from_the_test_split_or_are_held_back(tmp_path):
 
 def test_a_model_of_the_users_needs_a_data_set(tmp_path):
     reference.load("planted-outlier").model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"--dataset is needed for .*: a Hub id, an image folder or a parquet file"):
+    with pytest.raises(
+        ValueError, match=r"--dataset is needed for .*: a Hub id, a folder of images, a folder written by save_to_disk"
+    ):
         open_source(str(tmp_path), None, Recipe())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from models import MODELS
 
 from optimum_regcache import Recipe, SearchConfig
@@ -26,7 +27,7 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import METHODS
-from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, split_inputs
 from optimum_regcache.search.run import run_plan
 
 # Contexts: recipe fields besides the one that changes.
@@ -159,6 +160,7 @@ TABLE: dict[str, list[Case]] = {
     "data.calibration_fraction": [changes(0.7), changes(0.7, SEARCH)],
     "data.confirm_fraction": [changes(0.7, SEARCH)],
     "data.batch_size": [changes(1, with_(NONE, activations__observer="moving_average"))],
+    "data.skip_broken": [changes(True)],
     "data.num_report": [changes(3, {"data.num_samples": 4, "data.num_report": 2})],
 }
 W4 = {**NONE, "quantization.weights.bits": 4, "quantization.activations.bits": 4}
@@ -305,6 +307,12 @@ def test_a_changed_setting_changes_the_result_or_is_refused(
     if name == "data.num_report":
         counts = [len(open_source("planted-outlier", None, recipe).report_images) for recipe in (before, after)]
         assert counts == [2, 3]
+        return
+    if name == "data.skip_broken":
+        images = [*planted.load_dataset("calibration", 7)["image"], None]
+        inputs = ImageInputs(Dataset.from_dict({"image": images}), planted.build_processor())
+        counts = [len(split_inputs(inputs, recipe.data, 0).everything) for recipe in (before, after)]
+        assert counts == [8, 7]
         return
     first, second = (outcome(case.model, json.dumps(recipe.to_dict()), folder) for recipe in (before, after))
     assert first != second, f"{name}={case.value!r} changed nothing"

@@ -14,6 +14,7 @@ from optimum_regcache import (
     RegCacheQuantizer,
     RegisterCache,
     fuse,
+    set_backend,
     set_registers,
 )
 from optimum_regcache.config import DeletionConfig
@@ -73,6 +74,34 @@ def quantized(**parts: Any) -> Any:
     )
 
 
+ACTIVATIONS = [
+    {},
+    {"outlier_tokens": "per_token"},
+    {"mode": "dynamic"},
+    {"mode": "dynamic", "symmetric": False},
+    {"mode": "dynamic", "bits": 16},
+    {"mode": "dynamic", "granularity": "per_token"},
+]
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
+def test_every_form_of_activations(activations: dict[str, Any]) -> None:
+    model = quantized(activations=activations)
+    for backend in ("auto", "simulated", "reference", "int_mm", "onednn"):
+        try:
+            set_backend(model, backend)
+        except ValueError:
+            continue  # this layer has no such form
+        for kind in (float("nan"), float("inf")):
+            x = broken(kind)
+            with torch.inference_mode():
+                alone = model(pixel_values=x[1:]).last_hidden_state
+                found = model(pixel_values=x)
+            torch.testing.assert_close(found.last_hidden_state[1:], alone, atol=1e-5, rtol=1e-5)
+            assert found.last_hidden_state[0].isnan().all()  # the class token too
+            assert found.pooler_output[0].isnan().all()
+
+
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_int8)])
 @pytest.mark.parametrize("kind", [float("nan"), float("inf")])
 def test_quantized_models_too(fused: bool, kind: float) -> None:
@@ -85,6 +114,7 @@ def test_quantized_models_too(fused: bool, kind: float) -> None:
         for order in ([0, 1, 2], [1, 2, 0]):
             found = model(pixel_values=x[order]).last_hidden_state
             torch.testing.assert_close(found[[order.index(1), order.index(2)]], alone, atol=1e-5, rtol=1e-5)
+            assert found[order.index(0)].isnan().all()
 
 
 def test_a_reference_image_of_nan_is_named() -> None:

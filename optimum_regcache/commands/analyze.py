@@ -8,7 +8,7 @@ from typing import Any
 from optimum_regcache.commands.compare import plain_rows
 from optimum_regcache.commands.pictures import draw_report
 from optimum_regcache.commands.report import Reporter, environment
-from optimum_regcache.commands.sources import Source, accuracy_data
+from optimum_regcache.commands.sources import Source, accuracy_data, targets_of
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import Recipe
@@ -49,8 +49,11 @@ def analyze_job(
     parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
     images = list(parts.selection.batches(recipe.data.batch_size))
     runner = TrialRunner(source.model, recipe.quantization, calibration)
-    labels, text = accuracy_data(source, parts.selection, source.search_images)
-    objective = make_objective(recipe.search.objective, runner.float_model, images, labels, text)
+    kind, labels, text = recipe.search.objective, None, None
+    if kind == "accuracy":
+        targets = targets_of(source, inputs).needed()
+        labels, text = targets.labels(parts.selection), targets.text_features
+    objective = make_objective(kind, runner.float_model, images, labels, text)
     scan = scan_sensitivity(
         runner.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
     )
@@ -61,9 +64,7 @@ def analyze_job(
     report = ImageInputs(source.report_images, source.processor)
     unseen = list(report.batches(recipe.data.batch_size))
     outliers = measure_outliers(runner.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
-    rows = plain_rows(
-        Reporter(runner, unseen, *accuracy_data(source, report, source.report_images), scan.sensitive_block)
-    )
+    rows = plain_rows(Reporter(runner, unseen, *accuracy_data(source, report), scan.sensitive_block))
     results: dict[str, Any] = {
         "model": source.name,
         "dataset": source.dataset_name,
@@ -71,6 +72,7 @@ def analyze_job(
         "quantization": recipe.quantization.label,
         "images": len(parts.selection),
         "report_images": len(report),
+        "dropped_images": source.dropped,
         "sensitivity": scan.to_dict(),
         "norms": norms.to_dict(),
         "outlier_cosine": tokens.outlier_cosine(),

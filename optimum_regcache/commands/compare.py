@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from optimum_regcache.commands.pictures import draw_report
 from optimum_regcache.commands.report import NOTHING, Reporter, Row
-from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data
+from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data, targets_of
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
@@ -87,10 +87,15 @@ def compare(
     found = fit.sensitive_block if fit else None
     sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
     size = plan.recipe.data.batch_size
-    labels, text = accuracy_data(source, report, source.report_images)
-    reporter = Reporter(runner, list(report.batches(size)), labels, text, sensitive)
+    targets = targets_of(source, report)
+    labels = targets.labels(report)
+    reporter = Reporter(runner, list(report.batches(size)), labels, targets.text_features, sensitive)
     result = Comparison(plain_rows(reporter), [source.note] if source.note else [])
     notes = result.notes
+    if targets.note is not None:
+        notes.append(f"{'top-1' if targets.available else 'no top-1'}: {targets.note}")
+    if any(source.dropped.values()):
+        notes.append("broken images left out: {search} of the search, {report} of the report".format(**source.dropped))
     if fit is not None:
         result.rows += [reporter.row(name, c, d, s.describe()) for name, s, c, d in _ablation(fit)]
         top = ", ".join(f"{name} ({drop:.4f})" for name, drop in fit.sensitivity.top()) if fit.sensitivity else "given"
@@ -188,7 +193,7 @@ def _other_seeds(
         images = scenes("report", count, seed)
         inputs = ImageInputs(images, source.processor)
         runner.reset()
-        labels, text = accuracy_data(source, inputs, images)
+        labels, text = accuracy_data(source, inputs)
         other = Reporter(runner, list(inputs.batches(plan.recipe.data.batch_size)), labels, text, reporter.block)
         values["float"].append(float(other.scores(runner.float_model).mean()))
         runner.install(None, DeletionConfig())

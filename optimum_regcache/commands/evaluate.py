@@ -13,13 +13,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from optimum_regcache.commands.report import environment, retention
-from optimum_regcache.commands.sources import (
-    Hub,
-    accuracy_data,
-    open_model,
-    open_source,
-    saved_recipe,
-)
+from optimum_regcache.commands.sources import Hub, open_model, open_source, saved_recipe, targets_of
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
@@ -115,7 +109,7 @@ def evaluate_job(
         )
     source = open_source(
         original or model_dir,
-        subject.dataset or saved.dataset,
+        saved.dataset if subject.dataset is None else subject.dataset,
         recipe,
         template=subject.template,
         device=device,
@@ -123,13 +117,16 @@ def evaluate_job(
     )
     report = ImageInputs(source.report_images, source.processor)
     batches = list(report.batches(recipe.data.batch_size))
-    labels, text = accuracy_data(source, report, source.report_images)
+    targets = targets_of(source, report)
+    labels, text = targets.labels(report), targets.text_features
     results: dict[str, Any] = {
         "job": job,
         "model": model_dir if model_dir in reference.names() else recorded_name(model_dir),
         "float_model": original and source.name,
         "dataset": source.dataset_name,
         "images": len(report),
+        "dropped_images": source.dropped.get("report", 0),
+        "accuracy_note": targets.note,
         "quantized_layers": model.info["quantized_layers"] if exported else sum(1 for _ in quant_linears(model)),
         "environment": environment(),
     }
@@ -143,7 +140,8 @@ def evaluate_job(
             results |= metric.compute(predictions=accuracy.predictions(model), references=labels) or {}
     elif metrics:
         raise ValueError(
-            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none."
+            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none: "
+            f"{targets.note}."
         )
     if original is not None:
         ours, theirs = encode(model, batches), encode(source.model, batches)

@@ -78,6 +78,7 @@ def quantize_job(
             "measured": run.quantized.measured,
             "stage_seconds": run.quantized.seconds,
             "report_images": len(source.report_images),
+            "dropped_images": source.dropped,
             "rows": [row.to_dict() for row in found.rows],
             "below_naive": [row.name for row in found.rows if row.below_naive],
             "seeds": found.seeds,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -192,7 +193,8 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def render_table(rows: list[Row], title: str, notes: list[str], width: int | None = None) -> str:
     """The summary as text for a terminal."""
     headings, lines = _cells(rows)
-    table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
+    caption = escape("\n".join(notes))  # class names and paths may hold brackets, which rich takes for styles
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     shown = [i for i, name in enumerate(headings) if name != "top-1" or any(r.accuracy is not None for r in rows)]
     for i in shown:
         table.add_column(headings[i], justify="left" if i in (0, len(headings) - 1) else "right")

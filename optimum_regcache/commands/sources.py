@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
-from optimum_regcache.data.images import ImageInputs, class_names, load_splits, reference_and_report, subsample
-from optimum_regcache.encoders.tower import has_classifier
-from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, zero_shot_features
+from optimum_regcache.data.images import ImageInputs, reference_and_report, subsample
+from optimum_regcache.data.loading import FORMATS, drop_broken, load_splits
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
+from optimum_regcache.evaluation.targets import Targets, accuracy_targets
 from optimum_regcache.hub.loading import load_model, load_processor
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,7 @@ class Source:
         search_images, report_images: `datasets.Dataset`.
         template: zero-shot prompt.
         note: what the model is, when it is one of ours.
+        dropped: images of either side that ``data.skip_broken`` left out.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Source:
     report_images: Any
     template: str
     note: str
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -104,18 +107,6 @@ def open_model(name: str, hub: Hub, option: str = "--model") -> tuple[PreTrained
         raise OSError(f"{option}: {name} is no directory here, and the Hub does not give it: {error}") from error
 
 
-def check_template(template: str) -> None:
-    """Raise ``ValueError`` unless the class name has a place in ``template``."""
-    try:
-        found = template.format("dog") != template.format("cat")
-    except (KeyError, IndexError, ValueError, AttributeError):
-        found = False
-    if not found:
-        raise ValueError(
-            f"--template {template!r} must hold {{}} where the class name goes, as in 'a photo of a {{}}.'"
-        )
-
-
 def open_source(
     model: str | None,
     dataset: str | None,
@@ -137,16 +128,17 @@ def open_source(
         opened: model and processor, if they are open already.
 
     Raises:
-        ValueError: a model of the user's without a data set, or a data set too small to hold back report images.
+        ValueError: a model of the user's without a data set, a data set too small to hold back report images, or a template
+            without ``{}``.
     """
     name = model or recipe.model or reference.DEFAULT
-    dataset, hub = dataset or recipe.dataset, dict(hub or {})
+    dataset, hub = recipe.dataset if dataset is None else dataset, dict(hub or {})
     seed, data = recipe.search.seed, recipe.data
     if recipe.revision is not None and name == recipe.model:
         hub.setdefault("revision", recipe.revision)
     if dataset is None and name not in reference.names():
         raise ValueError(
-            f"--dataset is needed for {name.removeprefix(LOCAL)}: a Hub id, an image folder or a parquet file. Only the "
+            f"--dataset is needed for {name.removeprefix(LOCAL)}: {FORMATS}. Only the "
             f"reference encoders ({', '.join(reference.names())}) bring their own images."
         )
     if dataset is not None and dataset.startswith(LOCAL):
@@ -154,12 +146,16 @@ def open_source(
     require_hub(name, hub)
     if template is not None:
         check_template(template)
+    dropped = {"search": 0, "report": 0}
     ref = reference.load(name) if name in reference.names() else None
     network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
     if dataset is not None:
         search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
         dataset = recorded_name(dataset)
+        if data.skip_broken:  # after the split, so that it depends on nothing but the data set
+            search_images, dropped["search"] = drop_broken(search_images, f"{dataset} (search)")
+            report_images, dropped["report"] = drop_broken(report_images, f"{dataset} (report)")
     else:
         scenes = (ref or reference.load(name)).dataset
         search_images, report_images = scenes("search", data.num_samples, seed), scenes("report", data.num_report, seed)
@@ -167,7 +163,7 @@ def open_source(
     network = network.to(device)
     return Source(
         name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,
-        template or (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "",
+        template if template is not None else (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "", dropped,
     )  # fmt: skip
 
 
@@ -179,18 +175,15 @@ def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> 
     return subsample(search, num_samples, seed), subsample(report, num_report, seed)
 
 
-def accuracy_data(source: Source, inputs: ImageInputs, images: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def targets_of(source: Source, inputs: ImageInputs) -> Targets:
+    """How the labels of ``inputs`` become classes of the source's model."""
+    return accuracy_targets(source.model, source.processor, inputs, source.template)
+
+
+def accuracy_data(source: Source, inputs: ImageInputs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(labels, text features) if top-1 accuracy can be computed, else (None, None)."""
-    labels, names = inputs.labels(), class_names(images)
-    if labels is None:
-        return None, None
-    if has_classifier(source.model):
-        classes = int(source.model.config.num_labels or 0)
-        same = (names is None or len(names) == classes) and int(labels.max()) < classes
-        return (labels, None) if same else (None, None)
-    if names is None or not hasattr(source.model, "get_text_features") or not hasattr(source.processor, "tokenizer"):
-        return None, None
-    return labels, zero_shot_features(source.model, source.processor, names, source.template)
+    targets = targets_of(source, inputs)
+    return targets.labels(inputs), targets.text_features
 
 
 def saved_recipe(name: str, hub: Hub | None = None) -> Recipe:

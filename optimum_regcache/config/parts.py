@@ -43,7 +43,8 @@ class ActivationsConfig:
 
     Attributes:
         bits: 2 to 8, or 16 (simulated only).
-        mode: ``static`` (scale stored after calibration) or ``dynamic`` (computed for each input).
+        mode: ``static`` (scale stored after calibration) or ``dynamic`` (computed for each input; ``per_tensor`` shares it over
+            the batch, so that an image's result depends on the others, ``per_token`` does not).
         granularity: ``per_tensor``; ``per_token`` (one scale per row, shape [..., 1]) needs ``mode="dynamic"``.
         symmetric: zero point fixed at 0, otherwise free.
         observer: static only: ``minmax``, ``moving_average``, ``percentile``, ``mse`` or ``percentile_mse`` (the range with the

@@ -121,6 +121,8 @@ class DataConfig:
             beat "install nothing" on these.
         num_report: images of the command line's report, from another split.
         batch_size: images per forward pass.
+        skip_broken: leave out images that are missing or cannot be decoded, with a warning and a count in the results, instead
+            of stopping at the first. The search and the report keep their images, less the broken ones.
     """
 
     num_samples: int = 256
@@ -128,6 +130,7 @@ class DataConfig:
     confirm_fraction: float = 0.33
     num_report: int = 512
     batch_size: int = 32
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "data")

@@ -1,17 +1,20 @@
-"""Image data: any Hub id, folder or parquet file through `datasets`, turned into model inputs by the model's processor."""
+"""Image data: the rows that search and reports use, turned into model inputs by the model's processor."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from pyarrow import compute
+from torch.utils.data import DataLoader
 
 from optimum_regcache.config.validation import require
+from optimum_regcache.data.loading import image_column, label_column, load_splits, readable_rows, stored_pictures
+from optimum_regcache.data.picture import model_inputs, picture_name, read_picture
 from optimum_regcache.encoders.passes import Batch
 
 if TYPE_CHECKING:
@@ -20,48 +23,6 @@ if TYPE_CHECKING:
 
 # what the vision models take; other columns of a data set stay behind
 MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw")
-
-
-def load_splits(name: str, *, config_name: str | None = None, token: str | None = None) -> dict[str, Dataset]:
-    """All splits of an image data set.
-
-    Args:
-        name: Hub id, directory of images (``imagefolder``), directory of parquet (splits by
-            file or folder name) or one parquet file (split ``train``).
-        config_name: configuration of a Hub data set.
-        token: Hub token.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: no image column.
-    """
-    from datasets import load_dataset
-
-    path = Path(name).expanduser()
-    if path.exists():
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if files:
-            named = {"train": [str(files[0])]} if len(files) == 1 else _parquet_splits(files)
-            loaded = load_dataset("parquet", data_files=named)
-        else:
-            loaded = load_dataset("imagefolder", data_dir=str(path))
-    elif name.startswith((".", "/", "~")) or name.endswith(".parquet"):
-        raise FileNotFoundError(f"No such data set file or directory: {name}")
-    else:
-        loaded = load_dataset(name, config_name, token=token)
-    splits = {str(k): v for k, v in loaded.items()}  # type: ignore[union-attr]
-    image_column(next(iter(splits.values())))
-    return splits
-
-
-def _parquet_splits(files: list[Path]) -> dict[str, list[str]]:
-    """Split name -> files: ``train.parquet``, ``train-00000-of-00002.parquet`` and ``train/0000.parquet`` are ``train``."""
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        stem = re.sub(r"(-\d+-of-\d+|[-_]\d+)$", "", file.stem)
-        stem = file.parent.name if stem.isdigit() else stem
-        splits.setdefault(re.sub(r"\W", "_", stem), []).append(str(file))
-    return splits
 
 
 def choose_split(splits: dict[str, Dataset], split: str | None, name: str) -> Dataset:
@@ -127,33 +88,6 @@ def subsample(dataset: Dataset, num_samples: int | None, seed: int) -> Dataset:
     return dataset.shuffle(seed=seed).select(range(num_samples))
 
 
-def image_column(dataset: Dataset) -> str:
-    """Name of the image column.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from datasets import Image
-
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            return name
-    raise ValueError(
-        f"The data set has no image column; its columns are {', '.join(dataset.column_names)}. "
-        "Cast one with dataset.cast_column(name, datasets.Image())."
-    )
-
-
-def label_column(dataset: Dataset) -> str | None:
-    """Name of the class-label column, None if there is none."""
-    from datasets import ClassLabel
-
-    for name, feature in dataset.features.items():
-        if isinstance(feature, ClassLabel):
-            return name
-    return "label" if "label" in dataset.column_names else None
-
-
 def class_names(dataset: Dataset) -> list[str] | None:
     """Names of the classes, None if the data set does not know them."""
     column = label_column(dataset)
@@ -173,12 +107,48 @@ def object_boxes(dataset: Any) -> list[list[float]] | None:
     return boxes if all(0.0 <= v <= 1.0 for box in boxes for v in box) else None
 
 
+def as_rows(source: Any) -> Any:
+    """What can be indexed, of the forms in which people hold images; see :class:`ImageInputs`.
+
+    Raises:
+        TypeError: a form that has no fixed rows, with what to pass in its place.
+        ValueError: several splits.
+    """
+    from datasets import Dataset, IterableDataset, IterableDatasetDict
+
+    if isinstance(source, Mapping) and "pixel_values" in source:
+        return [source]
+    if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
+        require(len(source) == 1, f"The data has the splits {', '.join(map(str, source))}. Pass one: data[split].")
+        return next(iter(source.values()))
+    if isinstance(source, DataLoader) and hasattr(source.dataset, "__len__"):
+        return list(source)
+    if isinstance(source, (IterableDataset, IterableDatasetDict)):
+        raise TypeError(
+            "A streamed data set has no fixed rows, which search and calibration need. Pass some of them: "
+            "Dataset.from_list(list(data.take(256)), features=data.features), of one split."
+        )
+    if isinstance(source, (str, Path)):
+        raise TypeError(f"Got the name {str(source)!r} in place of images. Open it: load_images({str(source)!r}).")
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or hasattr(source, "keys"):
+        keys = ", ".join(map(str, source)) if isinstance(source, Mapping) else ""
+        what = f"a {type(source).__name__}" + (f" of {keys}" if keys else "")
+        raise TypeError(
+            f"Got {what} in place of images. Give a datasets.Dataset of images, or a list of mappings such as "
+            "{'pixel_values': tensor}; of a generator, list(itertools.islice(generator, 256))."
+        )
+    return source
+
+
 class ImageInputs(Sequence[Batch]):
     """Model inputs of a data set, one image each, computed when asked for.
 
-    Accepts a `datasets.Dataset` of images (with a processor) or any sequence of mappings that already hold
-    ``pixel_values``: one image ([C, H, W]; SigLIP2 [patches, values]; Qwen-VL likewise, with its ``image_grid_thw``) or a
-    batch of them.
+    Accepts a `datasets.Dataset` of images (with a processor), or mappings that already hold ``pixel_values``: one image
+    ([C, H, W]; SigLIP2 [patches, values]; Qwen-VL likewise, with its ``image_grid_thw``) or a batch of them. The mappings
+    come as a sequence, as one batch, or from a `DataLoader`, which is read once, in its order. A `DatasetDict` may have one
+    split. ``with_transform`` is applied, also where it makes ``pixel_values``; other formats of a data set change nothing.
+
+    The processor gets the pictures as they are stored, with their EXIF orientation applied: `optimum_regcache.data.picture`.
 
     Args:
         source: the images.
@@ -186,7 +156,8 @@ class ImageInputs(Sequence[Batch]):
         data_collator: turns a list of such mappings into a batch, instead of stacking.
 
     Raises:
-        ValueError: no images, or a data set without processor.
+        TypeError: data without fixed rows: generators, streamed data sets.
+        ValueError: no images, or a data set without processor. Reading an image raises it too, with the name of the image.
     """
 
     def __init__(
@@ -197,25 +168,31 @@ class ImageInputs(Sequence[Batch]):
     ) -> None:
         from datasets import Dataset as DatasetClass
 
-        self.source, self.processor, self.data_collator = source, processor, data_collator
+        self.source, self.processor, self.data_collator = as_rows(source), processor, data_collator
         self._image: str | None = None
-        self._label: str | None = None
+        self._pictures: Any = None
         self._rows: list[tuple[int, int | None]] | None = None  # (item, image within a batched item)
-        if isinstance(source, DatasetClass):
-            if "pixel_values" in source.column_names:
-                self.source = source.with_format("torch")
-            else:
-                self._image, self._label = image_column(source), label_column(source)
-                require(
-                    processor is not None,
-                    "A data set of images needs the model's processor. Save the processor beside the model, pass "
-                    "RegCacheQuantizer.from_pretrained(model, processor=...), or give ready {'pixel_values': ...} items.",
-                )
+        require(len(self.source) > 0, "The data set is empty.")
+        if isinstance(self.source, DatasetClass):
+            self._open(self.source)
         if self._image is None:
-            self._rows = [row for i in range(len(source)) for row in self._images_of(i)]
-        count = len(source) if self._rows is None else len(self._rows)
-        self.indices = list(range(count))
+            self._rows = [row for i in range(len(self.source)) for row in self._images_of(i)]
+        self.indices = list(range(len(self.source) if self._rows is None else len(self._rows)))
         require(len(self.indices) > 0, "The data set is empty.")
+
+    def _open(self, source: Dataset) -> None:
+        """Find out whether ``source`` holds images or model inputs."""
+        transformed = source.format["type"] == "custom"
+        if "pixel_values" in (source[0] if transformed else source.column_names):
+            self.source = source if transformed else source.with_format("torch")
+            return
+        self._image = image_column(source)
+        self._pictures = source if transformed else stored_pictures(source)
+        require(
+            self.processor is not None,
+            "A data set of images needs the model's processor. Save the processor beside the model, pass "
+            "RegCacheQuantizer.from_pretrained(model, processor=...), or give ready {'pixel_values': ...} items.",
+        )
 
     def _images_of(self, item: int) -> list[tuple[int, int | None]]:
         row = self.source[item]
@@ -247,16 +224,14 @@ class ImageInputs(Sequence[Batch]):
             return self.subset(range(len(self))[index])
         if self._rows is not None:
             item, position = self._rows[self.indices[index]]
-            keep = (*MODEL_INPUTS, "labels", "label")
-            row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in keep}
+            row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in MODEL_INPUTS or _is_label(k, v)}
             if "image_grid_thw" in row:
                 return {**row, "image_grid_thw": row["image_grid_thw"].reshape(3)}
             return row if position is None else {k: v[position] for k, v in row.items()}
-        row = self.source[self.indices[index]]
-        processor = getattr(self.processor, "image_processor", self.processor)
-        inputs = processor(images=row[self._image].convert("RGB"), return_tensors="pt")
-        packed = ("pixel_values",) if "image_grid_thw" in inputs else ()  # no axis of images
-        return {k: v if k in packed else v[0] for k, v in inputs.items()}
+        row = self.indices[index]
+        value = self._pictures[row].get(self._image)
+        picture = read_picture(value, row, getattr(self.source.features[self._image], "mode", None))
+        return model_inputs(picture, self.processor, picture_name(value, row))
 
     def subset(self, positions: Sequence[int]) -> ImageInputs:
         """The given positions, in that order; the data is not read again."""
@@ -265,17 +240,37 @@ class ImageInputs(Sequence[Batch]):
         require(len(part.indices) > 0, "The data set is empty.")
         return part
 
-    def labels(self) -> torch.Tensor | None:
-        """int64 [n]; None without labels, or if they are not class numbers. Images are not decoded."""
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, None if the data does not know them."""
+        return class_names(self.source) if hasattr(self.source, "features") else None
+
+    def label_values(self) -> list[Any]:
+        """One value per image, as the data holds it, None where there is none. Images are not decoded."""
         if self._image is not None:
-            if self._label is None:
-                return None
-            column = self.source[self._label]
-            values = [column[i] for i in self.indices]
-            return torch.tensor(values) if all(isinstance(v, int) and v >= 0 for v in values) else None
-        items = [self[i] for i in range(len(self))]
-        values = [item.get("labels", item.get("label")) for item in items]
-        return None if any(v is None for v in values) else torch.tensor([int(v) for v in values])
+            column = label_column(self.source)
+            values = self.source.with_format(None)[column] if column else [None] * len(self.source)
+            return [values[i] for i in self.indices]
+        values = [item.get("labels", item.get("label")) for item in self]
+        return [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
+
+    def highest_label(self) -> int | None:
+        """The highest class number in the table that the images were chosen from; None for ready ``pixel_values``."""
+        if self._image is None:
+            return None
+        column: Any = self.source.data.column(label_column(self.source))
+        return cast("Any", compute).max(column).as_py()
+
+    def labels(self) -> torch.Tensor | None:
+        """int64 [n], as the data numbers its classes; None without labels, or if they are not class numbers."""
+        values = self.label_values()
+        return torch.tensor(values) if all(isinstance(v, int) and v >= 0 for v in values) else None
+
+    def readable(self) -> ImageInputs:
+        """Without images that are missing or cannot be decoded, with one warning for them."""
+        if self._image is None or self.source.format["type"] == "custom":
+            return self
+        good = set(readable_rows(self._pictures, self.indices, "the reference images"))
+        return self.subset([p for p, row in enumerate(self.indices) if row in good])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of model inputs, without labels, in order."""
@@ -296,6 +291,10 @@ class ImageInputs(Sequence[Batch]):
         for i in sorted({0, len(self) // 2, len(self) - 1}):
             digest.update(torch.as_tensor(self[i]["pixel_values"]).float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _is_label(key: str, value: Any) -> bool:
+    return key in ("labels", "label") and value is not None and not isinstance(value, str)
 
 
 def collate(items: list[Mapping[str, Any]]) -> Batch:

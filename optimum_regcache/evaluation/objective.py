@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -98,6 +99,34 @@ class AccuracyObjective(Objective):
         return torch.cat(predictions)
 
 
+def check_template(template: str) -> None:
+    """Refuse a zero-shot prompt in which the class name has no place, or more than one.
+
+    Raises:
+        ValueError: anything but exactly one ``{}``.
+    """
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except (TypeError, ValueError):
+        fields = []
+    require(
+        fields == [("", "", None)],
+        f"The template must hold {{}} once, where the class name goes, and no other braces, for example "
+        f"'{DEFAULT_TEMPLATE}'; got {template!r}.",
+    )
+
+
+def zero_shot_problem(model: Any, processor: Any) -> str | None:
+    """Why class names cannot be compared with images; None if they can."""
+    if not hasattr(model, "get_text_features"):
+        return f"{type(model).__name__} has no text tower"
+    tokenizer = getattr(processor, "tokenizer", None)
+    words, known = 0 if tokenizer is None else len(tokenizer), int(model.config.text_config.vocab_size)
+    if words <= known // 2:  # without its files, transformers makes a tokenizer of special tokens only
+        return f"the tokenizer has {words} tokens and the text tower {known}; save the full processor beside the model"
+    return None
+
+
 @torch.inference_mode()
 def zero_shot_features(model: Any, processor: Any, names: list[str], template: str = DEFAULT_TEMPLATE) -> torch.Tensor:
     """Normalised text features [classes, D] of ``template.format(name)``.
@@ -105,18 +134,17 @@ def zero_shot_features(model: Any, processor: Any, names: list[str], template: s
     Of a list of synonyms ("tench, Tinca tinca") the first is taken. SigLIP's text tower expects padding to its full length.
 
     Raises:
-        ValueError: the model has no text tower, or the processor no tokenizer.
+        ValueError: the model has no text tower, the processor no tokenizer or one without its files, or the template no
+            place for the name.
     """
-    require(
-        hasattr(model, "get_text_features"),
-        f"{type(model).__name__} has no text tower, so zero-shot accuracy cannot be computed. Use objective='cosine'.",
-    )
-    tokenizer = getattr(processor, "tokenizer", None)
-    require(tokenizer is not None, "Zero-shot accuracy needs the model's tokenizer; save the full processor beside it.")
+    check_template(template)
+    problem = zero_shot_problem(model, processor)
+    require(problem is None, f"Zero-shot accuracy cannot be computed: {problem}. Use objective='cosine'.")
+    tokenizer = processor.tokenizer
     length = model.config.text_config.max_position_embeddings
     padding = "max_length" if "siglip" in str(model.config.model_type) else True
     prompts = [template.format(name.split(",")[0]) for name in names]
-    tokens = tokenizer(prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")  # type: ignore[misc]
+    tokens = tokenizer(prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
     output = model.get_text_features(**move(dict(tokens), model))
     features = output if isinstance(output, torch.Tensor) else output.pooler_output
     return F.normalize(features.float().cpu(), dim=-1)
@@ -138,7 +166,7 @@ def make_objective(
         return CosineObjective(float_model, batches)
     require(kind == "accuracy", f"Unknown objective {kind!r}; expected cosine or accuracy.")
     if labels is None:
-        raise ValueError("objective='accuracy' needs labels; this data set has none. Use objective='cosine'.")
+        raise ValueError("objective='accuracy' needs labels that the model can predict. Use objective='cosine'.")
     require(
         text_features is not None or has_classifier(float_model),
         f"objective='accuracy' needs a classifier or a text tower with class names; {type(float_model).__name__} gives "

@@ -63,12 +63,19 @@ def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = 
         model: float model; on the meta device if ``empty``.
         config: what to quantize and how (round to nearest).
         empty: leave the new modules without weights, for a checkpoint to be loaded into.
+
+    Raises:
+        ValueError: patterns that match nothing, or nothing left to quantize.
     """
     sites = config_sites(model, config)
     unused = [p for p in config.modules.mixed_precision if not any(matches(site.path, p) for site in sites)]
     if unused:
         raise ValueError(
             f"modules.mixed_precision pattern(s) {', '.join(unused)} match no module that would be quantized."
+        )
+    if not (sites or empty or config.attention.quantize):
+        raise ValueError(
+            f"Nothing is left to quantize: modules.ignore={list(config.modules.ignore)} takes every module out. Shorten it."
         )
     for site in sites:
         module: Any = model.get_submodule(site.name)

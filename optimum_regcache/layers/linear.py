@@ -256,7 +256,10 @@ class QuantLinear(nn.Module):
         trains = self.bias is not None and self.bias.requires_grad
         recorded = torch.is_grad_enabled() and (x.requires_grad or trains)
         runtime = self._differentiable_runtime() if recorded else self.runtime()
-        return runtime(self.prepare_input(x))
+        y = runtime(self.prepare_input(x))
+        if self.activations.mode == "dynamic" and self.activations.granularity == "per_tensor":
+            y = y + (x - x).sum(-1, keepdim=True)  # nan stays nan, so that the next layer leaves it out of its scale
+        return y
 
     def extra_repr(self) -> str:
         a = self.activations

@@ -96,12 +96,14 @@ def dynamic_qparams(x: torch.Tensor, bits: int, symmetric: bool, granularity: st
     """Scale and zero point from the input itself.
 
     Returns:
-        ``per_token``: shape [..., 1] for ``x`` of shape [..., features]; ``per_tensor``: shape [].
+        ``per_token``: shape [..., 1] for ``x`` of shape [..., features]; ``per_tensor``: shape [], of the finite values, so
+        that an image of nan does not take the scale from the others of its batch.
     """
     x = x.float()
     if granularity == "per_token":
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
+        x = torch.where(x.isfinite(), x, 0.0)
         low, high = x.amin(), x.amax()
     return choose_qparams(low, high, bits, symmetric)
 

@@ -176,7 +176,13 @@ class TowerRuntime:
         return D.fill_deleted(hidden, state.selection, state.valid) if kept is None else D.gather_tokens(hidden, kept)
 
     def enter(self, hidden: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
-        """Before the first block: rotate the residual stream, and add the test-time register."""
+        """Before the first block: rotate the residual stream, and add the test-time register.
+
+        An image [N, D] with a value that is not finite becomes nan as a whole, as attention in float makes it: integer codes
+        cannot say nan, so the class token would look like that of a good image.
+        """
+        if hidden.ndim == 3:
+            hidden = hidden + (hidden - hidden).sum((1, 2), keepdim=True)  # 0, or nan
         if rotation is not None:
             hidden = hidden @ rotation.to(hidden)
         if not self.extra_token:

@@ -19,10 +19,11 @@ from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheC
 from optimum_regcache.config.effects import require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs, class_names
-from optimum_regcache.encoders.passes import Batch
-from optimum_regcache.encoders.tower import find_tower, has_classifier
-from optimum_regcache.evaluation.objective import Objective, make_objective, zero_shot_features
+from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.encoders.passes import Batch, num_images
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.evaluation.objective import Objective, make_objective
+from optimum_regcache.evaluation.targets import Targets, accuracy_targets
 from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.journal import Journal
@@ -118,11 +119,13 @@ def fit_registers(
     """
     resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
-    text = _text_features(model, images) if search.objective == "accuracy" else None
-    parts = images.split(plan.recipe.data, search.seed)
-    journal = _open_journal(work_dir, model, plan.recipe, parts, text)
+    parts, targets = images.split(plan.recipe.data, search.seed), None
+    if search.objective == "accuracy":
+        inputs = parts.everything
+        targets = accuracy_targets(model, images.processor, inputs, images.template, warn=False).needed()
+    journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
     try:
-        return _Fit(model, parts, plan, journal, text, progress).run()
+        return _Fit(model, parts, plan, journal, targets, progress).run()
     finally:
         journal.close()
 
@@ -136,14 +139,14 @@ class _Fit:
         parts: ReferenceParts,
         plan: QuantizationPlan,
         journal: Journal,
-        text: torch.Tensor | None,
+        targets: Targets | None,
         progress: bool,
     ) -> None:
         self.model, self.parts, self.plan, self.journal, self.progress = model, parts, plan, journal, progress
         self.search, self.resolved, size = plan.recipe.search, plan.resolved, plan.recipe.data.batch_size
         calibration, self.selection = (list(p.batches(size)) for p in (parts.calibration, parts.selection))
         self.runner = TrialRunner(model, search_config(self.resolved.config), calibration)
-        self.scoring = _Scoring(self.runner, self.search.objective, text)
+        self.scoring = _Scoring(self.runner, self.search.objective, targets)
         self.judges = self.scoring.judges(parts, self.selection, size)
         self.scores = TrialScores(self.runner, self.judges.selection, journal)
         self.depth = len(find_tower(self.runner.float_model).blocks)
@@ -236,19 +239,20 @@ class _Scoring:
     Attributes:
         runner: holds the float model that they compare with.
         kind: `SearchConfig.objective`.
-        text: text features, where labels are predicted from them.
+        targets: how labels become classes of the model; None where nothing looks at labels.
     """
 
     runner: TrialRunner
     kind: str
-    text: torch.Tensor | None
+    targets: Targets | None
 
     def objective(self, part: ImageInputs, batches: list[Batch]) -> Objective:
         """On the first ``batches`` of ``part``."""
-        labels = part.labels() if self.kind == "accuracy" else None
+        labels = None if self.targets is None else self.targets.labels(part)
         if labels is not None:
-            labels = labels[: sum(len(b["pixel_values"]) for b in batches)]
-        return make_objective(self.kind, self.runner.float_model, batches, labels, self.text)
+            labels = labels[: sum(num_images(b) for b in batches)]
+        text = None if self.targets is None else self.targets.text_features
+        return make_objective(self.kind, self.runner.float_model, batches, labels, text)
 
     def judges(self, parts: ReferenceParts, selection: list[Batch], size: int) -> Judges:
         """For the batches of the selection part, and the confirmation part in batches of ``size``."""
@@ -290,26 +294,12 @@ def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: list[Batch]
     return score
 
 
-def _text_features(model: Any, images: ReferenceImages) -> torch.Tensor | None:
-    from datasets import Dataset
-
-    if has_classifier(model):
-        return None
-    names = class_names(images.dataset) if isinstance(images.dataset, Dataset) else None
-    if names is None:
-        raise ValueError(
-            "objective='accuracy' needs class names: a datasets.Dataset whose label column is a ClassLabel. Use "
-            "objective='cosine' otherwise."
-        )
-    return zero_shot_features(model, images.processor, names, images.template)
-
-
 def _open_journal(
     work_dir: str | Path | None,
     model: nn.Module,
     recipe: Recipe,
     parts: ReferenceParts,
-    text_features: torch.Tensor | None,
+    targets: Targets | None,
 ) -> Journal:
     """The journal of finished steps in ``work_dir``, named after everything that can change a score."""
     if work_dir is None:
@@ -322,8 +312,9 @@ def _open_journal(
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
     tensors = dict(model.state_dict())
-    labels = parts.selection.labels() if recipe.search.objective == "accuracy" else None
-    extra = {"text features": text_features, "labels": labels}
+    extra = (
+        {} if targets is None else {"text features": targets.text_features, "labels": targets.labels(parts.selection)}
+    )
     tensors |= {name: value for name, value in extra.items() if value is not None}
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())

@@ -11,7 +11,7 @@ import torch
 
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.data.images import ImageInputs, split_reference
-from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
+from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
 from optimum_regcache.methods import ResolvedConfig, resolve
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -22,7 +22,7 @@ class ReferenceImages:
     """Images for calibration and search, as the caller has them.
 
     Attributes:
-        dataset: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``.
+        dataset: anything that `ImageInputs` accepts.
         processor: of the model; for images and for zero-shot accuracy.
         collator: builds a batch from items.
         template: zero-shot prompt for ``objective="accuracy"``.
@@ -32,6 +32,9 @@ class ReferenceImages:
     processor: Any = None
     collator: Collator | None = None
     template: str = DEFAULT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        check_template(self.template)
 
     @cached_property
     def inputs(self) -> ImageInputs:
@@ -61,8 +64,9 @@ class ReferenceParts:
 
 
 def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
-    """Seeded division of at most ``data.num_samples`` inputs."""
+    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out."""
     inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
+    inputs = inputs.readable() if data.skip_broken else inputs
     split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
     return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
 

@@ -44,7 +44,9 @@ def hub_options(args: Namespace) -> dict[str, Any]:
 def _add_common(parser: ArgumentParser, several: bool = False) -> None:
     _add_hub(parser)
     parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
-    parser.add_argument("--dataset", help="Hub id, image folder or parquet (default: the embedded encoder's scenes)")
+    parser.add_argument(
+        "--dataset", help="Hub id, image folder, table of images (default: the embedded encoder's scenes)"
+    )
     parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
     more = "; several make one model each, in OUTPUT/PRESET" if several else ""
     options: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
@@ -52,6 +54,12 @@ def _add_common(parser: ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
     parser.add_argument("--num-report", type=int, help="unseen images for the report")
     parser.add_argument("--batch-size", type=int, help="images per forward pass")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        default=None,
+        help="leave out images that are missing or cannot be decoded",
+    )
     parser.add_argument(
         "--objective", choices=("cosine", "accuracy"), help="what the search maximises (default cosine)"
     )
@@ -81,6 +89,7 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         "data.num_samples": args.num_samples,
         "data.num_report": args.num_report,
         "data.batch_size": args.batch_size,
+        "data.skip_broken": args.skip_broken,
         "search.objective": args.objective,
         "search.seed": args.seed,
     }

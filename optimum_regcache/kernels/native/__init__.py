@@ -6,6 +6,7 @@ Where neither can be built the same operations run in plain PyTorch (`optimum_re
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -14,11 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from optimum_regcache.kernels import cpu
 from optimum_regcache.kernels.native import compiler
-from optimum_regcache.kernels.native.compiler import BuildError, Library
+from optimum_regcache.kernels.native.compiler import BuildError, Library, RefusedError
 from optimum_regcache.kernels.native.fakes import register_fakes
+
+logger = logging.get_logger(__name__)
 
 SWITCH = "OPTIMUM_REGCACHE_NATIVE"
 _FOLDER = Path(__file__).parent
@@ -74,10 +78,13 @@ def unavailable_reason() -> str | None:
     if chosen is None:
         return "the CPU has no AVX2 instructions."
     try:
-        path = compiler.ensure(chosen)
+        _load(chosen, compiler.ensure(chosen))
+    except RefusedError as error:
+        logger.warning(f"The int8 operators are not used, which is slower: {error}")
+        return str(error)
     except BuildError as error:
         return str(error)
-    return _load(chosen, path)
+    return None
 
 
 def blocks_reason() -> str | None:
@@ -88,19 +95,22 @@ def blocks_reason() -> str | None:
     return unavailable_reason()
 
 
-_loaded: set[Path] = set()
+_loaded: dict[Path, int] = {}  # its file stays open: the loader knows libraries by their names, and this is a number
 
 
-def _load(chosen: Library, path: Path) -> str | None:
+def _load(chosen: Library, path: Path) -> None:
     if path in _loaded:
-        return None
+        return
+    descriptor = compiler.opened(path)
     try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError) as error:
-        return f"loading the C++ operators failed: {str(error).strip().splitlines()[0]} Delete {path.parent}."
+        ctypes.CDLL(f"/proc/self/fd/{descriptor}")  # the file that was checked, by no other name
+    except OSError as error:
+        os.close(descriptor)
+        raise RefusedError(
+            f"loading the C++ operators failed: {str(error).strip().splitlines()[0]} Delete {path.parent}."
+        ) from error
     register_fakes(chosen.blocks)
-    _loaded.add(path)
-    return None
+    _loaded[path] = descriptor
 
 
 @dataclass(frozen=True)
@@ -158,9 +168,11 @@ def build(instructions: str = "auto") -> list[BuildReport]:
 
 
 def _build(chosen: Library) -> BuildReport:
-    start, there = time.perf_counter(), compiler.target(chosen).exists()
+    start = time.perf_counter()
     try:
+        there = os.path.lexists(compiler.target(chosen))
         path = compiler.ensure(chosen, ahead=True)
+        os.close(compiler.opened(path))
     except BuildError as error:
         return BuildReport(chosen.instructions, seconds=time.perf_counter() - start, reason=str(error))
     return BuildReport(chosen.instructions, path, time.perf_counter() - start, not there)

@@ -1,4 +1,8 @@
-"""Compiles the C++ operators: one folder of the cache for each PyTorch, Python, set of flags and version of the sources."""
+"""Compiles the C++ operators: one folder of the cache for each PyTorch, Python, set of flags and version of the sources.
+
+The cache may be shared with other users: what is loaded belongs to this user or root, nobody else may write it, and it is
+whole (its SHA-256 is beside it).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,12 +26,19 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 EXTRA_FLAGS = "OPTIMUM_REGCACHE_CXXFLAGS"  # environment variable: further flags, such as -fsanitize=address
+_OTHER_FOLDER = "TORCH_EXTENSIONS_DIR chooses another folder."
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_LAYOUT = "2"  # of the folder; 2: with a checksum
 _FLAGS = ("-std=c++20", "-fPIC")
 _LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch")
 
 
 class BuildError(RuntimeError):
     """The operators cannot be built; the message says why and what to do."""
+
+
+class RefusedError(BuildError):
+    """What is in the cache must not be loaded; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +75,19 @@ def missing_reason() -> str | None:
 
 
 def target(library: Library) -> Path:
-    """Where the built library is, or will be."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    """Where the built library is, or will be.
+
+    Raises:
+        BuildError: this user has no home directory, and no other folder is given.
+    """
+    try:
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError as error:
+        raise BuildError(
+            f"building the C++ operators failed: this user has no home directory. {_OTHER_FOLDER}"
+        ) from error
     headers = sorted({header for source in library.sources for header in source.parent.glob("*.h")})
-    content = "".join([*_all_flags(library), *(path.read_text() for path in (*headers, *library.sources))])
+    content = "".join([_LAYOUT, *_all_flags(library), *(path.read_text() for path in (*headers, *library.sources))])
     digest, python = hashlib.sha256(content.encode()).hexdigest()[:12], f"py{sys.version_info[0]}{sys.version_info[1]}"
     return Path(root) / f"{library.name}-torch{torch.__version__}-{python}-{digest}" / f"{library.name}.so"
 
@@ -86,13 +107,13 @@ def ensure(library: Library, ahead: bool = False) -> Path:
         BuildError: no compiler, a compiler that fails, or a cache that cannot be written.
     """
     path = target(library)
-    if path.exists():
+    if os.path.lexists(path):  # also a link to nowhere; `opened` judges it
         return path
     reason = missing_reason()
     if reason is not None:
         raise BuildError(reason)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _own_folder(path.parent)
         lock = FileLock(path.parent / "build.lock")  # the system frees it when its holder dies
         try:
             lock.acquire(timeout=0)
@@ -101,7 +122,7 @@ def ensure(library: Library, ahead: bool = False) -> Path:
                 logger.warning(f"Waiting for another process that builds the int8 operators ({path.parent}).")
             lock.acquire()
         try:
-            if not path.exists():
+            if not os.path.lexists(path):
                 hint = "" if ahead else " Build ahead of time with: optimum-cli regcache build"
                 with tqdm.external_write_mode(file=sys.stderr):
                     logger.warning(
@@ -111,11 +132,63 @@ def ensure(library: Library, ahead: bool = False) -> Path:
                 _compile(library, path)
         finally:
             lock.release()
-    except OSError as error:
-        raise BuildError(
-            f"building the C++ operators failed: {error}. TORCH_EXTENSIONS_DIR chooses another folder."
-        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise BuildError(f"building the C++ operators failed: {error}. {_OTHER_FOLDER}") from error
     return path
+
+
+def opened(path: Path) -> int:
+    """The built library, opened and checked: an open file stays what it is, whatever happens to its name meanwhile.
+
+    Returns:
+        File descriptor, for reading.
+
+    Raises:
+        RefusedError: a link, a file that another user owns or may write, or one that is not what was built.
+    """
+    digest = _open_own(checksum(path))
+    with open(digest, "rb") as file:
+        expected = file.read()
+    found = _open_own(path)
+    with open(found, "rb", closefd=False) as file:
+        if hashlib.sha256(file.read()).hexdigest().encode() == expected:
+            return found
+    os.close(found)
+    raise RefusedError(f"loading the C++ operators failed: {path} is damaged. Delete {path.parent}.")
+
+
+def checksum(path: Path) -> Path:
+    """The file beside a built library with its SHA-256."""
+    return path.with_suffix(".sha256")
+
+
+def _open_own(path: Path) -> int:
+    """File descriptor of a file that nobody but this user and root may have written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe does not wait
+    except OSError as error:
+        raise RefusedError(f"loading the C++ operators failed: {error}. Delete {path.parent}.") from error
+    found, fault = os.fstat(descriptor), None
+    if not stat.S_ISREG(found.st_mode):
+        fault = "is not a file"
+    elif found.st_uid not in (0, os.geteuid()):
+        fault = f"belongs to another user ({found.st_uid})"
+    elif found.st_mode & _OTHERS_WRITE:
+        fault = "can be written by other users"
+    if fault is None:
+        return descriptor
+    os.close(descriptor)
+    raise RefusedError(f"loading the C++ operators failed: {path} {fault}. Delete {path.parent}, or {_OTHER_FOLDER}")
+
+
+def _own_folder(folder: Path) -> None:
+    """Make ``folder``, which others cannot write, whatever the umask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        raise BuildError(f"building the C++ operators failed: {folder} is a link or another user's. {_OTHER_FOLDER}")
+    if found.st_mode & _OTHERS_WRITE:
+        folder.chmod(0o755)
 
 
 def _compiler() -> str | None:
@@ -145,7 +218,11 @@ def _compile(library: Library, path: Path) -> None:
                 done.result()
         made = Path(folder, path.name)
         _run([*command, "-shared", *objects, "-o", str(made), *libraries, *_LIBRARIES], path.parent)
-        made.replace(path)
+        digest = Path(folder, checksum(path).name)
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        for each, place in ((digest, checksum(path)), (made, path)):  # the library last
+            each.chmod(0o644)
+            each.replace(place)
 
 
 def _run(command: list[str], folder: Path) -> None:
