@@ -122,15 +122,44 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("quantize", "--model", "", "--output", "x"), "--model is empty. Give a value, or leave the option out."),
-        (("quantize", "--dataset", " ", "--output", "x"), "--dataset is empty. Give a value"),
-        (("quantize", "--output", ""), "--output is empty. Give a value"),
-        (("quantize", "--output", "x", "--method", "gptq", ""), "--method is empty. Give a value"),
-        (("evaluate", "--output", "x", "--metric", ""), "--metric is empty. Give a value"),
-        (("export", "--model", "", "--format", "onnx", "--output", "x"), "--model is empty. Give a value"),
+        (
+            ("quantize", "--model", "", "--output", "x"),
+            "--model is empty or holds a NUL. Give a value, or leave the option out.",
+        ),
+        (("quantize", "--dataset", " ", "--output", "x"), "--dataset is empty or holds a NUL. Give a value"),
+        (("quantize", "--output", ""), "--output is empty or holds a NUL. Give a value"),
+        (("quantize", "--output", "x", "--method", "gptq", ""), "--method is empty or holds a NUL. Give a value"),
+        (("evaluate", "--output", "x", "--metric", ""), "--metric is empty or holds a NUL. Give a value"),
+        (
+            ("export", "--model", "", "--format", "onnx", "--output", "x"),
+            "--model is empty or holds a NUL. Give a value",
+        ),
         (
             ("quantize", "--output", "x", "--revision", "main"),
             "--revision has no effect: clip-scenes-induced is not on the",
+        ),
+        (
+            ("quantize", "--output", "x", "--template", "a dog"),
+            "The template must hold {} once",
+        ),
+        (("quantize", "--output", "x", "--template", "{x}"), "The template must hold {} once"),
+        (
+            ("quantize", "--output", "x", "--num-samples", "99999999"),
+            "data.num_samples must be at most 10000000, got 99999",
+        ),
+        (("quantize", "--output", "x\0y"), "--output is empty or holds a NUL. Give a value"),
+        (
+            ("quantize", "--output", "x", "--recipe", "/proc/self/status"),
+            "/proc/self/status is not valid YAML in line 1, ",
+        ),
+        (
+            ("quantize", "--model", "/dev/null", "--dataset", "d", "--output", "x"),
+            "--model: /dev/null is a file; give the",
+        ),
+        (("evaluate", "--output", "/dev/full"), "The output /dev/full is a file that optimum-regcache did not write."),
+        (
+            ("quantize", "--model", "planted-outlier", "--output", "x", "--set", "search.sensitive_block=99", *FEW),
+            "search.sensitive_block=99, but the encoder has blocks 0 to 5.",
         ),
         (("quantize", "--output", "x", "--report-seeds", "0"), "--report-seeds must be at least 1, got 0."),
         (("quantize", "--output", "x", "--seed", "-1"), "search.seed must lie between 0 and 2**32 - 1, got -1."),

@@ -127,7 +127,8 @@ def compare(
     if options.seeds > 1:
         result.seeds = _other_seeds(source, plan, reporter, opened, options.seeds, result.rows)
         notes.append(_describe_seeds(result.seeds, labels is not None))
-    worse = [row.name for row in result.rows if row.below_naive]
+    made = {name, *(row.name for row in result.rows if row.name.startswith(f"{method_label(config)}, "))}
+    worse = [row.name for row in result.rows if row.below_naive and row.name in made]
     if worse:
         notes.append(f"WORSE THAN ROUND TO NEAREST (naive): {', '.join(worse)}. Do not use these settings here.")
     if result.rows[-1].below_naive:

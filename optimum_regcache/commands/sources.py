@@ -71,6 +71,8 @@ def check_name(name: str, option: str) -> None:
         raise ValueError(
             f"{name} stands for a folder of the machine where the recipe was made. Give its path here with {option}."
         )
+    if Path(name).exists() and not Path(name).is_dir() and name not in reference.names():
+        raise ValueError(f"{option}: {name} is a file; give the folder that holds the model.")
     first = Path(name).parts[0]
     looks = name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     if (looks or (first != name and Path(first).is_dir())) and not Path(name).exists():
@@ -131,8 +133,6 @@ def open_source(
     """
     name = model or recipe.model or reference.DEFAULT
     dataset, hub = recipe.dataset if dataset is None else dataset, dict(hub or {})
-    if template is not None:
-        check_template(template)
     seed, data = recipe.search.seed, recipe.data
     if recipe.revision is not None and name == recipe.model:
         hub.setdefault("revision", recipe.revision)
@@ -144,6 +144,8 @@ def open_source(
     if dataset is not None and dataset.startswith(LOCAL):
         check_name(dataset, "--dataset")
     require_hub(name, hub)
+    if template is not None:
+        check_template(template)
     dropped = {"search": 0, "report": 0}
     ref = reference.load(name) if name in reference.names() else None
     network: Any

@@ -191,7 +191,10 @@ class Output:
             raise
         finally:
             shutil.rmtree(self.stage, ignore_errors=True)
-            if error is not None and any(self.work.glob("*.jsonl")):
+            if error is not None and not any(self.work.glob("*.jsonl")):
+                for lock in self.work.glob("*.jsonl.lock"):
+                    lock.unlink()
+            elif error is not None:
                 note(error, f"Finished steps are kept in {self.work}; the same command goes on from there.")
             self._release()
 
@@ -263,10 +266,10 @@ def check_result_file(path: str | Path, job: Mapping[str, Any], overwrite: bool 
     path, parts = Path(path), digests(job)
     require(not path.is_dir(), f"The output {path} is a folder; a JSON file is written here.")
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
+        found = None
+        if path.is_file() and path.stat().st_size < 1 << 26:
+            with suppress(ValueError):
+                found = json.loads(path.read_text(encoding="utf-8"))
         ours = isinstance(found, dict) and "quantized_layers" in found
         require(ours, f"The output {path} is a file that optimum-regcache did not write. Use another name.")
         same = cast("dict[str, Any]", found).get("job") == parts

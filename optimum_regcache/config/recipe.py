@@ -15,8 +15,9 @@ from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.config.files import write_text
 from optimum_regcache.config.migrate import migrate_field, migrate_recipe
 from optimum_regcache.config.validation import build_part, check_types, is_mapping, plain, require
-from optimum_regcache.config.yaml_text import read_yaml
+from optimum_regcache.config.yaml_text import MAX_BYTES, read_yaml
 
+MOST_IMAGES = 10_000_000
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
@@ -136,6 +137,9 @@ class DataConfig:
         require(self.num_samples >= 4, f"data.num_samples must be at least 4, got {self.num_samples}.")
         require(self.num_report >= 1, f"data.num_report must be at least 1, got {self.num_report}.")
         require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}.")
+        for name in ("num_samples", "num_report", "batch_size"):
+            value = getattr(self, name)
+            require(value <= MOST_IMAGES, f"data.{name} must be at most {MOST_IMAGES}, got {value}.")
         for name in ("calibration_fraction", "confirm_fraction"):
             value = getattr(self, name)
             require(0.0 < value < 1.0, f"data.{name} must lie between 0 and 1, got {value}.")
@@ -195,10 +199,10 @@ class Recipe:
             RegCacheConfig(**{k: v for k, v in quantization.items() if k in ("quant_method", "version")})
             base = base.replace(**parts)
         known = {f.name for f in fields(cls)} | {"preset"}
-        unknown = sorted(map(str, set(values) - known))
+        unknown = sorted(str(key)[:40] for key in set(values) - known)
         require(
             not unknown,
-            f"Unknown key{'s' if len(unknown) > 1 else ''} in the recipe: {', '.join(unknown)}. "
+            f"Unknown key{'s' if len(unknown) > 1 else ''} in the recipe: {', '.join(unknown[:5])}. "
             f"Known keys: {', '.join(sorted(known))}.",
         )
         return cls(
@@ -226,7 +230,8 @@ class Recipe:
             raise FileNotFoundError(
                 f"No recipe {str(source)!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file."
             )
-        data = read_yaml(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            data = read_yaml(file.read(MAX_BYTES + 1), str(path))
         require(isinstance(data, dict), f"{path} is not a recipe: expected a mapping with keys such as 'quantization'.")
         try:
             return cls.from_dict(data)

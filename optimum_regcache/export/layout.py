@@ -58,7 +58,12 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{directory} is no exported encoder: it has no {INFO}. Write one with `optimum-cli regcache export`."
         )
-    info = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Export the model again.") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} must hold a mapping. Export the model again.")
     if info.get("format") not in NETWORKS:
         raise ValueError(f"{path}: unknown format {info.get('format')!r}; expected {' or '.join(NETWORKS)}.")
     return info

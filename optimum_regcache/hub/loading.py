@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where files are, the same for model, config and processor."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    """Those arguments of `from_pretrained` that say where files are and what may run: for model, config and processor alike."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 

@@ -149,7 +149,9 @@ class _Command(BaseOptimumCLICommand):
         try:
             empty = [name for name, value in vars(args).items() if _is_empty(value)]
             if empty:
-                raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Give a value, or leave the option out.")
+                raise ValueError(
+                    f"--{empty[0].replace('_', '-')} is empty or holds a NUL. Give a value, or leave the option out."
+                )
             if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
                 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
             if args.device == "cuda":
@@ -174,7 +176,7 @@ class _Command(BaseOptimumCLICommand):
 
 def _is_empty(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return any(isinstance(v, str) and not v.strip() for v in values)
+    return any(isinstance(v, str) and (not v.strip() or "\0" in v) for v in values)
 
 
 class QuantizeCommand(_Command):
