@@ -21,7 +21,7 @@ REFUSALS = {
     "backbone": (lambda: quantized(DINOV2_BACKBONE), "returns feature maps of chosen stages.* Dinov2Model"),
     "float16": (
         lambda: TOWERS["vit"].build().half(),
-        r"computes in float32, ViTModel holds torch.float16. .*float\(\)",
+        r"computes in float32, ViTModel holds torch.float16. .*dtype=torch\.float32",
     ),
     "products": (refused("vit", attention={"quantize": True}), "attention products are simulated.*quantize=false"),
     "twin": (

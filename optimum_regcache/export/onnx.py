@@ -121,8 +121,8 @@ def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
         )
     if not all(p.dtype == torch.float32 for p in model.parameters()):
         raise ValueError(
-            f"The export computes in float32, {name} holds {model.dtype}. Open it with dtype=torch.float32, or call "
-            "model.float() first."
+            f"The export computes in float32, {name} holds {model.dtype}. Open it again with "
+            "from_pretrained(..., dtype=torch.float32)."
         )
     if any(True for _ in attention_products(model)):
         raise ValueError(
