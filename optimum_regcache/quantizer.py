@@ -72,7 +72,8 @@ class RegCacheQuantizer(OptimumQuantizer):
             model_or_path: the float model.
             file_name: not used; weights are found by transformers.
             processor: overrides the one saved beside the model.
-            kwargs: for the model's `from_pretrained` (``dtype``, ``revision``, ``token``).
+            kwargs: for the model's `from_pretrained` (``dtype``); those that say where files are and whose code may
+                run (``revision``, ``token``, ``trust_remote_code``, ...) hold for config and processor too.
 
         Raises:
             ValueError: the model is already quantized, or holds no supported encoder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ def foreign() -> Any:
     return model
 
 
+def torch_dynamic() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        return torch.ao.quantization.quantize_dynamic(TOWERS["clip"].build(), {torch.nn.Linear})
+
+
 def on_meta() -> Any:
     model = TOWERS["clip"].build()
     model.encoder.layers[3].to("meta")
@@ -47,6 +54,7 @@ def on_meta() -> Any:
         ),
         (lambda: quantized(MODELS["clip_dual"]).vision_model, ValueError, "is already quantized"),
         (foreign, ValueError, "is already quantized"),
+        (torch_dynamic, ValueError, "is already quantized"),
         (adapters, ValueError, r"carries adapters \(LoRA or others\)\. Merge them first"),
         (on_meta, ValueError, "is not in memory"),
         (lambda: torch.nn.DataParallel(TOWERS["clip"].build()), ValueError, r"pass model\.module"),

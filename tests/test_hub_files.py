@@ -10,6 +10,8 @@ import pytest
 import torch
 from models import TOWERS
 
+from optimum_regcache import RegCacheQuantizer
+from optimum_regcache.hub import loading
 from optimum_regcache.hub.loading import load_model
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -91,3 +93,21 @@ def test_a_config_that_is_no_mapping(folder: Path, content: str, message: str) -
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json: no model was saved there"):
         load_model(tmp_path)
+
+
+def test_where_files_are_and_whose_code_may_run_reaches_every_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"revision": "main", "token": False, "cache_dir": str(folder), "local_files_only": True}
+    given |= {"trust_remote_code": True, "code_revision": "main"}
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for auto in (loading.AutoConfig, loading.AutoProcessor, loading.AutoImageProcessor):
+
+        def record(name: Any, _auto: Any = auto, _open: Any = auto.from_pretrained, **kwargs: Any) -> Any:
+            seen.setdefault(_auto.__name__, []).append(dict(kwargs))
+            return _open(name, **kwargs)
+
+        monkeypatch.setattr(auto, "from_pretrained", record)
+    RegCacheQuantizer.from_pretrained(folder, **given)
+    for name in ("AutoConfig", "AutoProcessor", "AutoImageProcessor"):  # transformers calls them too, in its own way
+        assert given in seen[name], name

@@ -9,7 +9,10 @@ from torch import nn
 from optimum_regcache.encoders.tower import find_tower, named_modules
 from optimum_regcache.layers.linear import quant_linears
 
-_FOREIGN = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "optimum.quanto", "awq", "hqq")
+_FOREIGN = (
+    "bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "optimum.quanto", "awq", "hqq", "eetq",
+    "compressed_tensors", "auto_round", "neural_compressor", "quark", "torch.ao.nn.", "torch.nn.quantized",
+)  # fmt: skip
 
 
 def require_float(model: Any) -> None:

@@ -19,8 +19,10 @@ logger = logging.get_logger(__name__)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where files are and what may run: for model, config and processor alike."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    """Those arguments of `from_pretrained` that say where files are and whose code may run, the same for model, config and
+    processor."""
+    places = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+    names = (*places, "trust_remote_code", "code_revision")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
@@ -30,7 +32,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     Args:
         name: directory, Hub id, or a name in `reference.names()`.
         dtype: of the float tensors; float32 by default, because CPUs compute float16 slowly and calibration wants range.
-        kwargs: for `from_pretrained`.
+        kwargs: for `from_pretrained`; those that say where files are and whose code may run (``trust_remote_code``,
+            ``code_revision``) hold for the config too.
 
     Raises:
         ValueError: the model holds no supported encoder, or a file of its directory is not what it should be.
@@ -45,6 +48,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     classes: list[Any] = [getattr(transformers, a, None) for a in names]
     models = (c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel))
     loader = cast("Any", next(models, AutoModel))
+    if loader is not AutoModel:  # its code is that of transformers, which takes no revision
+        kwargs.pop("code_revision", None)
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
     find_tower(model)
     return model
@@ -55,7 +60,7 @@ def load_processor(name: str | Path, **kwargs: Any) -> Any:
 
     Args:
         name: directory, Hub id, or a name in `reference.names()`.
-        kwargs: as for `load_model`; only those that say where to look are used.
+        kwargs: as for `load_model`; only those that say where files are and whose code may run are used.
     """
     if str(name) in reference.names():
         return reference.load(str(name)).processor
