@@ -119,7 +119,7 @@ def torchao_dynamic(model: PreTrainedModel) -> nn.Module:
     Raises:
         ImportError: torchao is not installed.
     """
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore[reportMissingImports]
 
     twin = copy.deepcopy(model)
     quantize_(twin, Int8DynamicActivationInt8WeightConfig())

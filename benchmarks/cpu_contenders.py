@@ -113,7 +113,7 @@ def ours(model: nn.Module) -> Runner:
 
 def torchao_dynamic(job: Job) -> Runner:
     """torchao: a scale per token, computed for each input."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore[reportMissingImports]
 
     model = job.copy(job.model)
     # set_inductor_config would change torch's float32 matmul precision for every contender
@@ -128,7 +128,12 @@ def torchao_dynamic_compiled(job: Job) -> Runner:
 
 def torchao_static(job: Job) -> Runner:
     """torchao: one stored scale per layer, from the largest input in calibration."""
-    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Int8StaticActivationInt8WeightConfig,
+        PerRow,
+        PerTensor,
+        quantize_,
+    )
 
     model = job.copy(job.model)
     largest: dict[str, torch.Tensor] = {}

@@ -302,7 +302,7 @@ def openvino_nncf(job: Job) -> Runner:
     def write(path: Path) -> None:
         ov = import_openvino()
         with quiet():
-            import nncf
+            import nncf  # pyright: ignore[reportMissingImports]
 
             model = nncf.quantize(
                 read(source), nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER,

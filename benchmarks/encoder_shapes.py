@@ -20,7 +20,7 @@ from transformers import (
 Shape = Callable[[], PreTrainedModel]
 
 
-def _sizes(width: int, mlp: int, blocks: int, heads: int, image: int, patch: int) -> dict[str, int]:
+def _sizes(width: int, mlp: int, blocks: int, heads: int, image: int, patch: int) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     return dict(zip(names, (width, mlp, blocks, heads, image, patch), strict=True))
 
@@ -37,7 +37,7 @@ def siglip(*sizes: int) -> Shape:
 
 def dinov2(*sizes: int) -> Shape:
     """DINOv2; sizes as for :func:`clip`. The image size is that of the position embeddings."""
-    values: dict[str, Any] = _sizes(*sizes)
+    values = _sizes(*sizes)
     ratio, rest = divmod(values.pop("intermediate_size"), values["hidden_size"])
     if rest:
         raise ValueError(f"DINOv2's MLP width is a multiple of its width, got {sizes[1]} for {sizes[0]}.")

@@ -260,21 +260,24 @@ def test_build_part_takes_nothing_a_mapping_or_the_part_itself() -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_unknown_keys_of_a_part_are_named_with_the_known_ones(name: str) -> None:
     known = ", ".join(sorted(RegCacheConfig().to_dict()[name]))
+    one: dict[str, Any] = {name: {"bitz": 8}}
+    two: dict[str, Any] = {name: {"b": 1, "a": 2}}
+    number: dict[str, Any] = {name: 8}
     with pytest.raises(ValueError, match=rf"Unknown key in {name}: bitz\. Known keys: {known}\."):
-        RegCacheConfig(**{name: {"bitz": 8}})
+        RegCacheConfig(**one)
     with pytest.raises(ValueError, match=rf"Unknown keys in {name}: a, b\. Known keys: {known}\."):
-        RegCacheConfig(**{name: {"b": 1, "a": 2}})
+        RegCacheConfig(**two)
     with pytest.raises(TypeError, match=rf"{name} must be a mapping or a {name.capitalize()}Config, got int\."):
-        RegCacheConfig(**{name: 8})
+        RegCacheConfig(**number)
 
 
 def test_unknown_keys_of_the_config() -> None:
     known = "activations, attention, deletion, methods, modules, registers, rewrites, weights"
     expected = r"in RegCacheConfig: {}\. Known keys: " + known + r"\."
     with pytest.raises(ValueError, match="Unknown key " + expected.format("weight")):
-        RegCacheConfig(weight={})
+        RegCacheConfig(weight={})  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="Unknown keys " + expected.format("bits, group_size")):
-        RegCacheConfig(group_size=128, bits=8)
+        RegCacheConfig(group_size=128, bits=8)  # pyright: ignore[reportCallIssue]
 
 
 def test_another_quantization_method_is_refused() -> None:

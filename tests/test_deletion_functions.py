@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ NEVER = float("-inf")
 LOWEST = torch.finfo(torch.float32).min
 
 
-def chosen(scores: list[float], count: int, valid: list[int] | None = None, **settings: object) -> list[int]:
+def chosen(scores: list[float], count: int, valid: list[int] | None = None, **settings: Any) -> list[int]:
     """Positions that `choose_dropped` takes from one image."""
     row = torch.tensor([scores])
     real = torch.ones_like(row, dtype=torch.bool) if valid is None else torch.tensor([valid]).bool()
@@ -114,7 +116,7 @@ def test_narrow_mask_after_gathering() -> None:
 
 def test_narrow_mask_in_place() -> None:
     """Deleted columns are closed, the rest of the mask stays."""
-    dropped = narrow(None, False)[1]
+    dropped: Any = narrow(None, False)[1]
     closed = dropped[:, None, None, :]
     assert torch.equal(narrow(None, False)[0], torch.zeros(2, 1, 1, 6).masked_fill(closed, LOWEST))
     open_ = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.4

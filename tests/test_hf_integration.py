@@ -168,7 +168,8 @@ def test_scales_stay_float32_when_loaded_in_another_dtype(tmp_path: Path) -> Non
     saved.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
-    layer, original = (find_tower(m).blocks[0].mlp.fc1 for m in (loaded, saved))
+    blocks: list[Any] = [find_tower(m).blocks[0] for m in (loaded, saved)]
+    layer, original = (block.mlp.fc1 for block in blocks)
     assert torch.equal(layer.weight_scale, original.weight_scale)
     assert torch.equal(layer.input_scale, original.input_scale)
     assert layer.bias.dtype == get_register_cache(loaded).rows(2)[0].dtype == torch.bfloat16

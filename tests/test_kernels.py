@@ -133,7 +133,9 @@ def test_outputs_agree_with_exact_arithmetic(
 @runnable
 def test_input_of_any_rank_and_memory_layout(name: str, config: ActivationsConfig) -> None:
     run = BACKENDS[name](make_state(config))
-    same = {"rtol": 1e-5, "atol": 1e-5} if name == "simulated" else {"rtol": 0, "atol": 0}  # float sums may regroup
+    same: dict[str, Any] = (
+        {"rtol": 1e-5, "atol": 1e-5} if name == "simulated" else {"rtol": 0, "atol": 0}
+    )  # float sums may regroup
     x = make_input()
     before = x.clone()
     expected = run(x)

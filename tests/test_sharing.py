@@ -139,7 +139,7 @@ def test_rewrites_give_new_storage_to_what_they_change(rewrite: Any) -> None:
 
 
 def test_shared_copies_keep_ties_and_gradient_flags_apart() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model: Any = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     model["a"].register_buffer("steps", torch.arange(3))
     twin = shared_copy(model)

@@ -297,7 +297,7 @@ def _is_label(key: str, value: Any) -> bool:
     return key in ("labels", "label") and value is not None and not isinstance(value, str)
 
 
-def collate(items: list[Mapping[str, Any]]) -> Batch:
+def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
     """Stack mappings of tensors of one image each; patches that come with ``image_grid_thw`` are packed into one sequence.
 
     Raises:
