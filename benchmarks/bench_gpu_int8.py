@@ -10,6 +10,7 @@ tokens deleted at its first block; torchao's dynamic int8, compiled, if torchao 
 time(bfloat16 compiled) / time(contender), from the medians of the same run: larger is faster. The cosine is to the float32
 model; with random weights it says nothing about a real one. Without a CUDA device nothing is measured or written.
 """
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

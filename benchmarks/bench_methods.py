@@ -10,6 +10,7 @@ cell is not measured again; interrupt and continue at will. Which of the four "i
 images that are neither reported nor used by the search's ranking: a variant counts only if it beats "none" there by more
 than twice the paired standard error.
 """
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ The revision is checked out beside this one, and each of the two has a process t
 weights and then waits. Round after round the two do the same step, one after the other, in changing order; the ratio of a step
 is the median over the rounds of before / after, so a machine that becomes slower meanwhile spoils none. Above 1: faster now.
 """
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

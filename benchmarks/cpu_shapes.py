@@ -1,4 +1,5 @@
 """Encoders of the CPU benchmark: shapes with random weights, input images, and how many operations an image costs."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 

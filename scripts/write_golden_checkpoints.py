@@ -5,6 +5,7 @@ the same bits and the same outputs.
 
 The committed ones were written by version 0.1.0 and are never written again; a change of format adds a folder beside them.
 """
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The table of encoder families: towers, blocks, quantization sites."""
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The linear operator for CPUs without VNNI: exact where the instruction that libraries use there saturates."""
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`optimum-cli regcache` as a user runs it, and the jobs behind it."""
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """RegCacheConfig and its parts: what is refused, with which words, and that every way of storing it is lossless."""
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

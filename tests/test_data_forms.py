@@ -1,4 +1,5 @@
 """Every form in which people keep images: opened, or refused with what to pass in its place."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportMissingImports=false
 
 from __future__ import annotations
 

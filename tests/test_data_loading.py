@@ -1,4 +1,5 @@
 """Finding columns and splits; loading images from folders and parquet files."""
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

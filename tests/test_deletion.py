@@ -1,4 +1,5 @@
 """Token deletion in the models: which tokens go, what the others compute, what fills the gaps (docs/method.md 6 and 7)."""
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

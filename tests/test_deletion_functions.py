@@ -1,4 +1,5 @@
 """The pure functions behind token deletion, against brute force."""
+# pyright: reportArgumentType=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 

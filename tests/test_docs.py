@@ -1,4 +1,5 @@
 """The documentation holds what it promises: links lead somewhere, commands parse, the reference is complete."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ The table has a row for every field of every config part and every parameter of 
 the first test. What counts as result: tensors and outputs of the model, what the methods measured, everything the search
 recorded. The config itself does not count.
 """
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Exported encoders in ONNX Runtime and OpenVINO against the model in PyTorch."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 

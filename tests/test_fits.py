@@ -1,4 +1,5 @@
 """The copies that `fits.once` hands out: equal, independent, and watched."""
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

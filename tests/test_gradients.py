@@ -1,4 +1,5 @@
 """Gradients through quantized encoders: straight through the quantizers, or an error; never a part of the gradient."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Quantized models as ordinary transformers checkpoints: saving, every way of loading, pipelines."""
+# pyright: reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What a larger model reads between the blocks: every state has all positions, whatever is deleted inside."""
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

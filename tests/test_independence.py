@@ -1,4 +1,5 @@
 """Images of a batch do not touch each other, and what is no number is never taken for one."""
+# pyright: reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

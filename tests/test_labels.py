@@ -1,4 +1,5 @@
 """Classes of a data set become classes of the model by name; where they cannot, there is no accuracy and a reason."""
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The methods and their pipeline on tiny models: registry, refusals, exactness, round trips, integer execution."""
+# pyright: reportArgumentType=false, reportOptionalOperand=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The RegCache* model classes: thin, exact, and savable."""
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

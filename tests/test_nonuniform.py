@@ -1,4 +1,5 @@
 """Property tests of the twin and logarithmic quantizers, asymmetric weights and the percentile range."""
+# pyright: reportOptionalOperand=false
 
 from __future__ import annotations
 

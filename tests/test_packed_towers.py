@@ -1,5 +1,6 @@
 """Vision towers of Qwen2.5-VL and Qwen3-VL: rotary positions, one layer for query, key and value, images packed into one
 sequence. Registers reach every image (and every window) alike; deletion is refused."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 

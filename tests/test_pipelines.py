@@ -1,4 +1,5 @@
 """Quantized checkpoints in transformers pipelines give what the model gives when called directly."""
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

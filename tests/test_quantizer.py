@@ -1,4 +1,5 @@
 """`RegCacheQuantizer`: its arguments, its errors, what it saves."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

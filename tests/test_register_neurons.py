@@ -1,4 +1,5 @@
 """Test-time registers: the planted neurons as ground truth, the two variants, and what is refused."""
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Registers at run time: exact equivalences, independence, bookkeeping (docs/method.md 4 and 5)."""
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

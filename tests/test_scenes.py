@@ -1,4 +1,5 @@
 """Procedural scenes: reproducible, disjoint between splits, and showing what their labels and captions say."""
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

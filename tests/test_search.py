@@ -1,4 +1,5 @@
 """The search engine: decisions, resuming, isolation of K and V, replay."""
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

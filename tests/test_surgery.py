@@ -1,4 +1,5 @@
 """From a float model to a quantized module tree: which modules are replaced, and the checks around it."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

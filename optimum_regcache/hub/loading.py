@@ -47,9 +47,10 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs
     names = cast("list[str]", getattr(config, "architectures", None) or [])
     classes: list[Any] = [getattr(transformers, a, None) for a in names]
     models = (c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel))
-    loader = cast("Any", next(models, AutoModel))
-    if loader is not AutoModel:  # its code is that of transformers, which takes no revision
+    found = next(models, None)
+    if found is not None:  # its code is that of transformers, which takes no revision
         kwargs.pop("code_revision", None)
+    loader = cast("Any", AutoModel if found is None else found)
     model = loader.from_pretrained(name, dtype=dtype, **kwargs).eval()
     find_tower(model)
     return model

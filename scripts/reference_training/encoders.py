@@ -1,4 +1,5 @@
 """The encoders: tokenizer, model, processor, and a forward pass in which every image has registers and deletion of its own."""
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
