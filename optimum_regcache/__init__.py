@@ -6,6 +6,9 @@ Importing this package registers the quantization method ``regcache`` with trans
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from optimum_regcache.encoders.versions import check_transformers
@@ -98,11 +101,23 @@ __all__ = [
 register()
 
 
+class _Moved(ModuleType):
+    """A module under the name that it had in 0.1.0; loads the one it is now when something is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(import_module(_MOVED[self.__name__]), name)
+
+
+_MOVED = {"optimum_regcache.sources": "optimum_regcache.commands.sources"}
+for _name in _MOVED:
+    sys.modules.setdefault(_name, _Moved(_name))
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'optimum_regcache' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"optimum_regcache.{_LAZY[name]}"), name)
 
 

@@ -70,3 +70,12 @@ def test_old_fields_may_be_overridden_by_name() -> None:
     assert recipe.quantization.modules.mixed_precision == ("mlp.fc2",)
     assert recipe.search.strategy == "single_token"
     assert set(FIELDS) == {"search.kv_mode", "quantization.modules.sixteen_bit"}
+
+
+def test_moved_modules_are_found_under_their_old_names() -> None:
+    from optimum_regcache.sources import Source, accuracy_data  # pyright: ignore[reportMissingImports]
+
+    from optimum_regcache.commands import sources
+
+    assert Source is sources.Source
+    assert accuracy_data is sources.accuracy_data

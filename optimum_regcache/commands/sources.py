@@ -180,8 +180,12 @@ def targets_of(source: Source, inputs: ImageInputs) -> Targets:
     return accuracy_targets(source.model, source.processor, inputs, source.template)
 
 
-def accuracy_data(source: Source, inputs: ImageInputs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(labels, text features) if top-1 accuracy can be computed, else (None, None)."""
+def accuracy_data(
+    source: Source, inputs: ImageInputs, images: Any = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels, text features) if top-1 accuracy can be computed, else (None, None). ``images`` is not read any more: ``inputs``
+    knows its images."""
+    del images
     targets = targets_of(source, inputs)
     return targets.labels(inputs), targets.text_features
 
