@@ -15,12 +15,13 @@ import torch
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 # What shows that a combination of versions works (marker "core"): encoders found and unchanged, registers, deletion, saving and
-# opening, checkpoints of earlier versions, damage noticed. Under three minutes on two cores.
+# opening, checkpoints of earlier versions, gradients, damage and edits noticed. Under three minutes on two cores.
 CORE = {
     f"test_{name}.py"
     for name in (
-        "architectures", "checkpoint_damage", "deletion", "golden_checkpoints", "hf_integration", "models", "packed_towers",
-        "quantizer", "register_cache", "registers", "surgery", "versions",
+        "architectures", "checkpoint_damage", "deletion", "door", "fingerprint", "golden_checkpoints", "gradients",
+        "hf_integration", "hidden_states", "independence", "models", "packed_towers", "quantizer", "register_cache",
+        "registers", "surgery", "trials", "versions",
     )
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from models import MODELS, TOWERS, quantized
 
 from optimum_regcache import RegCacheQuantizer
+from optimum_regcache.encoders.tower import find_tower
 
 
 def adapters() -> Any:
@@ -27,7 +28,8 @@ Foreign.__module__ = "bitsandbytes.nn.modules"
 
 def foreign() -> Any:
     model = TOWERS["clip"].build()
-    model.encoder.layers[0].mlp.fc1 = Foreign(64, 128)
+    block: Any = find_tower(model).blocks[0]
+    block.mlp.fc1 = Foreign(64, 128)
     return model
 
 
@@ -39,7 +41,7 @@ def torch_dynamic() -> Any:
 
 def on_meta() -> Any:
     model = TOWERS["clip"].build()
-    model.encoder.layers[3].to("meta")
+    find_tower(model).blocks[3].to("meta")
     return model
 
 
