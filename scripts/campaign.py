@@ -1,6 +1,7 @@
-"""Mutate checkpoints in thousands of ways, open them, and count what comes out. Nothing may be wrong in silence.
+"""Mutate checkpoints in thousands of ways, feed recipes that nobody should write, kill savers and fits, and count what comes
+out. Nothing may be wrong in silence.
 
-    python scripts/campaign.py                       # 2,520 mutants, about ten minutes on two cores
+    python scripts/campaign.py                       # 2,520 checkpoints, some minutes on two cores
     python scripts/campaign.py --mutants 200         # of each checkpoint
     python scripts/campaign.py --only clip/w4a4 --number 17    # one mutant again, with its traceback
 
@@ -24,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+import hostile
 import mutations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,22 +121,39 @@ def campaign(
     return counts, bad
 
 
-def report(counts: Counter[tuple[str, str]], bad: list[str], seconds: float) -> str:
+def report(counts: Counter[tuple[str, str]], rest: dict[str, Counter[str]], bad: list[str], seconds: float) -> str:
     """docs/results/campaign.md."""
     names = [m.__name__ for m in mutations.MUTATIONS]
     total = Counter({o: sum(counts[n, o] for n in names) for o in mutations.OUTCOMES})
     lines = [
-        "# Mutated checkpoints",
+        "# Campaign",
         "",
-        f"Written by `python scripts/campaign.py`: {sum(counts.values())} mutants of tiny checkpoints of {len(FAMILIES)} "
-        f"families in {len(FORMS) + len(METHODS)} forms, in {seconds:.0f} s. *Identical*: opens with the same output bits. "
-        "*Named error*: refused with a message that says what is wrong and what to do. *Legitimate*: another model in good "
-        "order (weights and fingerprint of another checkpoint of the same config). *Silent wrong*: opens with other outputs.",
+        f"Written by `python scripts/campaign.py` (`make campaign`) in {seconds:.0f} s.",
+        "",
+        "## Mutated checkpoints",
+        "",
+        f"{sum(counts.values())} mutants of tiny checkpoints of {len(FAMILIES)} families in {len(FORMS) + len(METHODS)} forms. "
+        "*Identical*: opens with the same output bits. *Named error*: refused with a message that says what is wrong and what "
+        "to do. *Legitimate*: another model in good order (weights and fingerprint of another checkpoint of the same config). "
+        "*Silent wrong*: opens with other outputs.",
         "",
         "| mutation | " + " | ".join(mutations.OUTCOMES) + " |",
         "|---|" + "---|" * len(mutations.OUTCOMES),
         *(f"| {n} | " + " | ".join(str(counts[n, o]) for o in mutations.OUTCOMES) + " |" for n in names),
         "| **all** | " + " | ".join(f"**{total[o]}**" for o in mutations.OUTCOMES) + " |",
+        "",
+        "## Recipes and kills",
+        "",
+        "Recipes: a complete one with a value, key, character or line changed, cut off, or nested. Savers: a model is saved over "
+        "another one and the process is killed at any moment; the folder opens as the old or as the new model. Fits: killed and "
+        "continued, they end in the result of an undisturbed one.",
+        "",
+        "| what | outcomes |",
+        "|---|---|",
+        *(
+            f"| {what} | {', '.join(f'{n} {outcome}' for outcome, n in sorted(c.items()))} |"
+            for what, c in rest.items()
+        ),
     ]
     if bad:
         lines += ["", "## Not as they should be", "", *(f"- {line}" for line in bad)]
@@ -162,11 +181,18 @@ def main() -> None:
             print(json.dumps(str(found[0].run(found[0].open(work / "mutant")).shape)))
             return
         counts, bad = campaign(found, arguments.mutants, work)
-    text = report(counts, bad, time.monotonic() - begun)
+        rest: dict[str, Counter[str]] = {}
+        if arguments.only is None:
+            rest["recipes"], more = hostile.recipes(arguments.mutants * 10, work)
+            bad += more
+            rest["savers"] = hostile.killed_saves(arguments.mutants // 2, work)
+            rest["fits"] = hostile.killed_fits(arguments.mutants // 5, work)
+    text = report(counts, rest, bad, time.monotonic() - begun)
     print(text)
     if arguments.only is None:
         arguments.output.write_text(text)
-    if any(outcome == "silent wrong" for (_, outcome), n in counts.items() if n):
+    wrong = [n for (_, outcome), n in counts.items() if outcome == "silent wrong"]
+    if sum(wrong) or any(c["neither"] or c["other"] for c in rest.values()):
         raise SystemExit(1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import hostile
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -77,3 +78,10 @@ def test_no_path_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "~/images": f"{LOCAL}images",
     }
     assert {name: recorded_name(name) for name in names} == names
+
+
+def test_mutants_of_a_recipe_are_named(tmp_path: Path) -> None:
+    """The short form of a part of `make campaign`."""
+    counts, bad = hostile.recipes(150, tmp_path)
+    assert not bad
+    assert counts["named error"] > 100

@@ -240,13 +240,13 @@ PARTS: dict[str, type[Any]] = {
 def _method_list(methods: Any) -> tuple[dict[str, Any], ...]:
     """Each method as a mapping with ``name``."""
     if not isinstance(methods, (str, dict, list, tuple, type(None))):
-        raise TypeError(f"methods must be a list of names or of mappings with 'name', got {methods!r}.")
+        raise TypeError(f"methods must be a list of names or of mappings with 'name', got {methods!r:.80}.")
     entries = cast("Iterable[Any]", [methods] if isinstance(methods, (str, dict)) else methods or ())
     found: list[dict[str, Any]] = []
     for entry in entries:
         entry = {"name": entry} if isinstance(entry, str) else entry
         if not is_mapping(entry) or not isinstance(entry.get("name"), str):
-            raise TypeError(f"methods must be a list of names or of mappings with 'name', got {entry!r}.")
+            raise TypeError(f"methods must be a list of names or of mappings with 'name', got {entry!r:.80}.")
         found.append({**entry, "name": migrate_method(entry["name"])})
     return tuple(found)
 

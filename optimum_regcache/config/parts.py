@@ -277,7 +277,7 @@ class RewritesConfig:
             block, colon, neuron = text.partition(":")
             require(
                 bool(colon) and block.isdigit() and neuron.isdigit(),
-                f"rewrites.register_neurons holds 'block:neuron' texts such as '3:117', got {text!r}.",
+                f"rewrites.register_neurons holds 'block:neuron' texts such as '3:117', got {text!r:.80}.",
             )
 
     def neurons(self) -> dict[int, list[int]]:

@@ -87,7 +87,7 @@ class SearchConfig:
             ("score_site", ("block_input", "fc2_input")),
         ):
             value = getattr(self, name)
-            require(value in allowed, f"search.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+            require(value in allowed, f"search.{name} must be one of {', '.join(allowed)}; got {value!r:.80}.")
         require(
             bool(self.scopes) and set(self.scopes) <= {"onwards", "single"},
             f"search.scopes must hold 'onwards' and/or 'single', got {list(self.scopes)}.",
@@ -171,10 +171,10 @@ class Recipe:
         for name in ("model", "dataset", "revision"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
-                raise TypeError(f"{name} must be a string or null, got {value!r}.")
+                raise TypeError(f"{name} must be a string or null, got {value!r:.80}.")
             require(value is None or bool(value.strip()), f"{name} must not be empty; leave it out, or write null.")
         if not isinstance(self.notes, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"notes must be a string, got {self.notes!r}.")
+            raise TypeError(f"notes must be a string, got {self.notes!r:.80}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -186,7 +186,7 @@ class Recipe:
         values = migrate_recipe(values)
         preset = values.pop("preset", None)
         if not (preset is None or isinstance(preset, str)):
-            raise TypeError(f"preset must be a string, got {preset!r}.")
+            raise TypeError(f"preset must be a string, got {preset!r:.80}.")
         base = RegCacheConfig.from_preset(preset) if preset is not None else RegCacheConfig()
         quantization = values.pop("quantization", None)
         if isinstance(quantization, RegCacheConfig):
@@ -250,7 +250,7 @@ class Recipe:
         data = self.to_dict()
         for text in assignments:
             path, equals, value = text.partition("=")
-            require(bool(equals), f"Expected section.field=value, got {text!r}.")
+            require(bool(equals), f"Expected section.field=value, got {text!r:.80}.")
             *parents, leaf = migrate_field(path).split(".")
             node: Any = data
             for part in parents:

@@ -28,7 +28,7 @@ def plain(value: Any) -> Any:
 
 def one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
-    require(value in allowed, f"{owner}.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+    require(value in allowed, f"{owner}.{name} must be one of {', '.join(allowed)}; got {value!r:.80}.")
 
 
 def build_part(cls: type[_Part], values: _Part | dict[str, Any] | None, owner: str) -> _Part:
@@ -86,10 +86,10 @@ def check_types(part: Any, owner: str) -> None:
             good = _is(value, kind) or (optional and value is None)
             expected = _NAMES[kind] + (" or null" if optional else "")
         if not good:
-            raise TypeError(f"{owner}.{name} must be {expected}, got {value!r}.")
+            raise TypeError(f"{owner}.{name} must be {expected}, got {value!r:.80}.")
 
 
 def check_bits(owner: str, bits: object, sixteen: bool = False) -> None:
     """Raise ``ValueError`` unless ``bits`` is an integer from 2 to 8, or 16 where ``sixteen`` allows it."""
     good = isinstance(bits, int) and (2 <= bits <= 8 or (sixteen and bits == 16))
-    require(good, f"{owner}.bits must be an integer from 2 to 8{' or 16' if sixteen else ''}, got {bits!r}.")
+    require(good, f"{owner}.bits must be an integer from 2 to 8{' or 16' if sixteen else ''}, got {bits!r:.80}.")
