@@ -104,7 +104,8 @@ def killed_saves(kills: int, work: Path) -> Counter[str]:
     """Save one model over another and be killed: afterwards the folder opens as one of the two."""
     rng, model = random.Random(0), planted.build_planted_model()
     quantizer = RegCacheQuantizer(model)
-    pixels = torch.rand(2, 3, *(int(model.config.image_size),) * 2, generator=torch.Generator().manual_seed(0))
+    size: Any = model.config.image_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     models = []
     for bits in (8, 4):
         config = RegCacheConfig.from_preset("w8a8-dynamic").replace(weights={"bits": bits}, registers={"mode": "none"})
