@@ -119,7 +119,7 @@ def gptq_codes(
         end = min(start + block, size)
         errors = w.new_zeros(len(w), end - start)
         for j in range(start, end):
-            codes[:, j] = (torch.round(w[:, j] / step) + zero).clamp(lowest, highest)
+            codes[:, j] = (torch.round(w[:, j] * (1.0 / step)) + zero).clamp(lowest, highest)
             error = (w[:, j] - (codes[:, j] - zero) * step) / factor[j, j]
             w[:, j:end] -= error[:, None] * factor[j, j:end]
             errors[:, j - start] = error
