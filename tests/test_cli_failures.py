@@ -271,7 +271,11 @@ def test_hub_options_reach_model_processor_and_recipe(home: Path, tmp_path: Path
         tmp_path / "c",
         "--offline",
         "--trust-remote-code",
+        "--code-revision",
+        "def",
     )
+    splits = sources.load_splits
+    monkeypatch.setattr(sources, "load_splits", lambda name, token: seen.update(token=token) or splits(name))
     out = tmp_path / "out"
     assert run("quantize", "--model", "some/vit", "--dataset", home / "imgs", "--output", out, *PLAIN, *options)[0] == 0
     expected = {
@@ -280,7 +284,9 @@ def test_hub_options_reach_model_processor_and_recipe(home: Path, tmp_path: Path
         "cache_dir": str(tmp_path / "c"),
         "local_files_only": True,
         "trust_remote_code": True,
+        "code_revision": "def",
     }
+    assert seen.pop("token") == "secret-token"
     assert seen == dict.fromkeys(("model", "processor"), ("some/vit", expected))
     recipe = Recipe.load(out / "recipe.yaml")
     assert (recipe.model, recipe.revision) == ("some/vit", "abc")

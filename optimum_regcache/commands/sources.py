@@ -151,7 +151,7 @@ def open_source(
     network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
     if dataset is not None:
-        search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed)
+        search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed, hub.get("token"))
         dataset = recorded_name(dataset)
         if data.skip_broken:  # after the split, so that it depends on nothing but the data set
             search_images, dropped["search"] = drop_broken(search_images, f"{dataset} (search)")
@@ -167,9 +167,11 @@ def open_source(
     )  # fmt: skip
 
 
-def split_images(dataset: str, num_samples: int, num_report: int, seed: int) -> tuple[Any, Any]:
-    """Seeded subsets of the two sides of `reference_and_report`."""
-    search, report = reference_and_report(load_splits(dataset), dataset)
+def split_images(
+    dataset: str, num_samples: int, num_report: int, seed: int, token: str | None = None
+) -> tuple[Any, Any]:
+    """Seeded subsets of the two sides of `reference_and_report`; ``token`` of the Hub."""
+    search, report = reference_and_report(load_splits(dataset, token=token), dataset)
     if num_samples > len(search):
         logger.warning(f"{dataset} has {len(search)} images for the search and {len(report)} for reports.")
     return subsample(search, num_samples, seed), subsample(report, num_report, seed)

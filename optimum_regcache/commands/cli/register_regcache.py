@@ -24,6 +24,7 @@ def _add_hub(parser: ArgumentParser) -> None:
         "--trust-remote-code", action="store_true",
         help="run the code of the model's repository, with your rights; off unless given, and said in the card",
     )  # fmt: skip
+    parser.add_argument("--code-revision", help="commit of that code, where it is not in --revision")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--overwrite", action="store_true", help="replace the result of another job in --output")
 
@@ -37,7 +38,7 @@ def _add_pictures(parser: ArgumentParser) -> None:
 
 def hub_options(args: Namespace) -> dict[str, Any]:
     """Those of `load_model` and `load_processor` that were given."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "code_revision")
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
