@@ -145,7 +145,8 @@ def report(counts: Counter[tuple[str, str]], rest: dict[str, Counter[str]], bad:
         "## Recipes and kills",
         "",
         "Recipes: a complete one with a value, key, character or line changed, cut off, or nested. Savers: a model is saved "
-        "over another one and the process is killed at any moment; the folder opens as the old or as the new model. Fits: "
+        "over another one and the process is killed at any moment; the folder opens as the old or as the new model or, in "
+        "the moment of the swap, not at all until the next save. Fits: "
         "killed and continued, they end in the result of an undisturbed one.",
         "",
         "| what | outcomes |",
