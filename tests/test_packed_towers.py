@@ -20,6 +20,7 @@ from optimum_regcache import DeletionConfig, RegCacheConfig, RegCacheQuantizer, 
 from optimum_regcache.encoders.passes import image_features
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.fusion import fuse
+from optimum_regcache.kernels.onednn import kernel_reason
 from optimum_regcache.layers.linear import quant_linears
 from optimum_regcache.quantizer import build_quantized
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
@@ -176,6 +177,7 @@ def test_search_finds_registers_without_deletion(tiny: TinyModel) -> None:
     assert torch.isfinite(tiny.run(model)).all()
 
 
+@pytest.mark.skipif(kernel_reason() is not None, reason="no int8 kernel here")
 @every_tower
 def test_fused_execution_is_refused_with_the_reason(tiny: TinyModel) -> None:
     config = RegCacheConfig(registers={"mode": "none"})
