@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # width, MLP width, blocks, heads, image, patch
@@ -96,20 +96,19 @@ class Side:
         self.process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._orders, self._answers = cast("IO[str]", self.process.stdin), cast("IO[str]", self.process.stdout)
         self.steps = json.loads(self._line())
 
     def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise SystemExit("A side stopped; its error is above.")
         return line
 
     def __call__(self, step: str) -> float:
         """Milliseconds."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(step + "\n")
-        self.process.stdin.flush()
+        self._orders.write(step + "\n")
+        self._orders.flush()
         return float(self._line())
 
 

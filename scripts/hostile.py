@@ -68,7 +68,8 @@ def recipes(mutants: int, work: Path) -> tuple[Counter[str], list[str]]:
         try:
             recipe = Recipe.load(path)
             QuantizationPlan.of(recipe)
-            assert Recipe.from_dict(recipe.to_dict()).to_dict() == recipe.to_dict()
+            if Recipe.from_dict(recipe.to_dict()).to_dict() != recipe.to_dict():
+                raise RuntimeError("the recipe reads as another one when it is written")
         except (ValueError, TypeError, FileNotFoundError) as error:
             message = str(error)
             good = 10 < len(message) < 1000

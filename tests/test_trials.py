@@ -21,6 +21,7 @@ CONFIGS = {
         activations={"symmetric": False, "observer": "moving_average"}, registers={"mode": "none"}
     ),
     "patch embedding and head": RegCacheConfig(modules={"patch_embedding": True}, registers={"mode": "none"}),
+    "attention products": RegCacheConfig(attention={"quantize": True}, registers={"mode": "none"}),
     "dynamic": RegCacheConfig.from_preset("w8a8-dynamic"),
 }
 
@@ -66,7 +67,8 @@ def test_scores_with_and_without_the_record_are_the_same_bits(family: str, name:
             r.score(registers, deletion, o.first(2), few) for r, o in zip(runners, objectives, strict=True)
         )
         assert torch.equal(plain, reused)
-    assert runners[1].block_forwards < runners[0].block_forwards
+    saved = runners[0].block_forwards - runners[1].block_forwards
+    assert saved == 0 if name == "attention products" else saved > 0
 
 
 def test_block_forwards_are_those_that_run() -> None:

@@ -110,11 +110,11 @@ def calibrate(
         if activations.mode == "static" and (site.block is None or site.block >= first):
             watch(site.name, _Tap(activations, padding))
     if config.attention.quantize:
-        assert known is None, "attention products are calibrated from the first block on"
         install_products(float_model, config.attention, bypass=True)
-        heads = find_tower(float_model).num_heads
+        tower = find_tower(float_model)
+        heads, skipped = tower.num_heads, [tower.attention(block).products for block in range(first)]
         for name, products in attention_products(float_model):
-            for role, _ in products.operands():
+            for role, _ in products.operands() if products not in skipped else ():
                 watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))
     try:
         if taps:

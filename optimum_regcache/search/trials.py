@@ -63,7 +63,8 @@ class TrialRunner:
         model: the float model; not changed. Its tensors are shared, not copied.
         config: weights, activations and modules.
         calibration: batches for the activation scales.
-        reuse: record what configurations have in common; without it every configuration is computed from the pixels on.
+        reuse: record what configurations have in common; without it, or with quantized attention products, every configuration
+            is computed from the pixels on.
 
     Attributes:
         float_model: float copy, wired for registers.
@@ -74,7 +75,9 @@ class TrialRunner:
     def __init__(
         self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch], *, reuse: bool = True
     ) -> None:
-        self.config, self.calibration, self.reuse = config, calibration, reuse
+        self.config, self.calibration = config, calibration
+        # calibration computes the attention products in other steps than a recording pass: not the same bits
+        self.reuse = reuse and not config.attention.quantize
         self.float_model = shared_copy(model).eval()
         prepare_tower(self.float_model)
         self.quantized = shared_copy(self.float_model)
