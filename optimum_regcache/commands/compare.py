@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging
 
 from optimum_regcache.commands.pictures import draw_report
-from optimum_regcache.commands.report import NORM_IMAGES, NOTHING, Reporter, Row
+from optimum_regcache.commands.report import NOTHING, Reporter, Row
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data, targets_of
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import reference
@@ -117,10 +117,7 @@ def compare(
     result.rows.append(reporter.model_row(name, opened, run.quantized.float_model, installed))
     notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
     notes.append("retention: metric / that of float; recovered: (metric - naive) / (float - naive)")
-    images = min(NORM_IMAGES, len(source.report_images))
-    notes.append(
-        f"norms and FLOPs: {images} images, patch tokens and blocks, float model with the same registers, deletion and rewrites"
-    )
+    notes.append("norms and FLOPs: patch tokens and blocks, float model with the same registers, deletion and rewrites")
     notes.append(f"quantized: {config.protocol}")
     if config.simulated_reason:
         notes.append(f"simulated, not run in integers: {config.simulated_reason}")

@@ -16,14 +16,13 @@ from rich.table import Table
 from torch import nn
 
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.encoders.passes import Batch, first_images
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.norms import TokenNorms, block_flops, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
-NORM_IMAGES = 128  # of the report: norms and FLOPs hardly differ beyond
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Reporter:
         twin = float_twin or self.runner.float_model
         cosine, accuracy = score_both(model, self.cosine, self.accuracy)
         scores = self._scores[name] = cosine if accuracy is None else accuracy
-        norms = self.norms[name] = measure_token_norms(twin, first_images(self.batches, NORM_IMAGES))
+        norms = self.norms[name] = measure_token_norms(twin, self.batches)
         metric = float(scores.mean())
         naive, best = (float(self._scores[n].mean()) if n in self._scores else None for n in ("naive", "float"))
         return Row(
