@@ -146,3 +146,11 @@ def test_a_dequantized_classifier_keeps_its_head() -> None:
     model = quantized(CLIP_CLASSIFIER, modules={"head": True})
     assert isinstance(model.dequantize().classifier, nn.Linear)
     assert model.dtype == torch.float32
+
+
+def test_the_config_of_an_opened_model_opens_it_again(tmp_path: Path) -> None:
+    quantized(CLIP).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(CLIP.run(type(model).from_pretrained(tmp_path, config=model.config)), CLIP.run(model))
+    assert model.config.quantization_config.get("quant_method") == "regcache"
+    assert model.config.quantization_config.get("load_in_8bit", False) is False

@@ -200,6 +200,11 @@ class RegCacheConfig(QuantizationConfigMixin):
         data["methods"] = [dict(m) for m in self.methods]
         return data
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Like that of a mapping: transformers reads the config of an opened model this way when it is passed on
+        (``from_pretrained(folder, config=model.config)``)."""
+        return getattr(self, name, default)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read a stored config; unlike the constructor it takes no default for what is missing.

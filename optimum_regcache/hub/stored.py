@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
-import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.encoders.compat import stored_state
@@ -50,7 +48,7 @@ class Fingerprint:
 
 
 def _head(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    return zlib.crc32(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
+    return xxh3_64_intdigest(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
 
 
 def content(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,8 +60,8 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """CRC-32 of dtype, shape and bytes: finds damage, edits and mix-ups, no forgery."""
-    return f"{zlib.crc32(content(tensor).numpy().data, _head(tensor.dtype, tensor.shape)):08x}"
+    """XXH3 of dtype, shape and bytes: finds damage, edits and mix-ups, no forgery."""
+    return xxh3_64(content(tensor).numpy().data, seed=_head(tensor.dtype, tensor.shape)).hexdigest()
 
 
 def fingerprint(model: Any, config: RegCacheConfig) -> dict[str, str]:
@@ -130,19 +128,12 @@ def file_digests(stored: dict[str, StoredTensor]) -> dict[str, str]:
         with path.open("rb") as file:
             maps[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def one(name: str) -> str:
-        tensor = stored[name]
-        path, begin, end = tensor.place or (Path(), 0, 0)
-        return f"{zlib.crc32(maps[path][begin:end], _head(tensor.dtype, tensor.shape)):08x}"
-
-    sizes = {name: t.place[2] - t.place[1] for name, t in stored.items() if t.place is not None}
-    large = [name for name, size in sizes.items() if size >= THREADED]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "regcache-digests") as pool:
-        found = {name: one(name) for name in sizes if sizes[name] < THREADED}
-        return found | dict(zip(large, pool.map(one, large), strict=True))
-
-
-THREADED = 2**18  # bytes: the CRC of fewer is done before another thread has begun
+    found: dict[str, str] = {}
+    for name, tensor in stored.items():
+        if tensor.place is not None:
+            path, begin, end = tensor.place
+            found[name] = xxh3_64(maps[path][begin:end], seed=_head(tensor.dtype, tensor.shape)).hexdigest()
+    return found
 
 
 def sort_metadata(folder: Path) -> None:
