@@ -136,9 +136,9 @@ class Bench:
         plain: dict[str, torch.Tensor] = {}
         for kind in variants:
             _, cache, deletion = self.variant(kind)
-            installed = install_setup(resolved, cache, deletion)
+            setting = install_setup(resolved, cache, deletion)
             begun = time.perf_counter()
-            result = quantize_with(self.source.model, installed, cache, self.calibration, progress=False)
+            result = quantize_with(self.source.model, setting, cache, self.calibration, progress=False)
             seconds = time.perf_counter() - begun
             cosine, confirm = self.cosine.scores(result.model), self.confirmation.scores(result.model)
             scores = cosine if self.metric is self.cosine else self.metric.scores(result.model)

@@ -13,6 +13,7 @@ from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data.images import ImageInputs, object_boxes
+from optimum_regcache.data.reading import store_batches
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
@@ -45,10 +46,9 @@ def analyze_job(
     recipe = QuantizationPlan.of(recipe).recipe
     inputs = ImageInputs(source.search_images, source.processor)
     parts = split_inputs(inputs, recipe.data, recipe.search.seed)
-    calibration = list(parts.calibration.batches(recipe.data.batch_size))
     parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
-    images = list(parts.selection.batches(recipe.data.batch_size))
-    runner = TrialRunner(source.model, recipe.quantization, calibration)
+    calibration, images = (parts.batches(name, progress=progress) for name in ("calibration", "selection"))
+    runner = TrialRunner(source.model, recipe.quantization, calibration, space=parts.space)
     kind, labels, text = recipe.search.objective, None, None
     if kind == "accuracy":
         targets = targets_of(source, inputs).needed()
@@ -62,7 +62,7 @@ def analyze_job(
     mined = mine_tokens(runner.float_model, images, [scan.sensitive_block], score_site=site, progress=progress)
     tokens = mined[scan.sensitive_block]
     report = ImageInputs(source.report_images, source.processor)
-    unseen = list(report.batches(recipe.data.batch_size))
+    unseen = store_batches(report, recipe.data, parts.space, progress=progress)
     outliers = measure_outliers(runner.float_model, unseen, object_boxes(source.report_images), recipe.search.seed)
     rows = plain_rows(Reporter(runner, unseen, *accuracy_data(source, report), scan.sensitive_block))
     results: dict[str, Any] = {

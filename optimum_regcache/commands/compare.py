@@ -16,11 +16,12 @@ from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reading import store_batches
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, install_setup, search_config
-from optimum_regcache.search.plan import QuantizationPlan
+from optimum_regcache.search.plan import QuantizationPlan, space_of
 from optimum_regcache.search.run import QuantizationRun
 from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
@@ -83,13 +84,15 @@ def compare(
     """Measure the variants of ``run`` on the report images; ``opened`` is the saved checkpoint, opened again."""
     report = ImageInputs(source.report_images, source.processor)
     config, fit = run.quantized.config, run.fit
-    runner = TrialRunner(source.model, search_config(config), run.calibration)
+    data = plan.recipe.data
+    runner = TrialRunner(source.model, search_config(config), run.calibration, space=run.space)
     found = fit.sensitive_block if fit else None
     sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
-    size = plan.recipe.data.batch_size
     targets = targets_of(source, report)
     labels = targets.labels(report)
-    reporter = Reporter(runner, list(report.batches(size)), labels, targets.text_features, sensitive)
+    reporter = Reporter(
+        runner, store_batches(report, data, run.space, progress=progress), labels, targets.text_features, sensitive
+    )
     result = Comparison(plain_rows(reporter), [source.note] if source.note else [])
     notes = result.notes
     if targets.note is not None:
@@ -194,7 +197,8 @@ def _other_seeds(
         inputs = ImageInputs(images, source.processor)
         runner.reset()
         labels, text = accuracy_data(source, inputs)
-        other = Reporter(runner, list(inputs.batches(plan.recipe.data.batch_size)), labels, text, reporter.block)
+        space = runner.space or space_of(plan.recipe.data)
+        other = Reporter(runner, store_batches(inputs, plan.recipe.data, space), labels, text, reporter.block)
         values["float"].append(float(other.scores(runner.float_model).mean()))
         runner.install(None, DeletionConfig())
         values["naive"].append(float(other.scores(runner.quantized).mean()))

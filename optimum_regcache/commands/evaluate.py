@@ -19,6 +19,7 @@ from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reading import store_batches
 from optimum_regcache.encoders.passes import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective
@@ -27,6 +28,7 @@ from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.fusion import fuse
 from optimum_regcache.kernels import native
 from optimum_regcache.layers.linear import quant_linears
+from optimum_regcache.search.plan import space_of
 
 logger = logging.get_logger(__name__)
 
@@ -116,7 +118,7 @@ def evaluate_job(
         opened=opened or (model, processor),
     )
     report = ImageInputs(source.report_images, source.processor)
-    batches = list(report.batches(recipe.data.batch_size))
+    batches = store_batches(report, recipe.data, space_of(recipe.data), progress=True)
     targets = targets_of(source, report)
     labels, text = targets.labels(report), targets.text_features
     results: dict[str, Any] = {

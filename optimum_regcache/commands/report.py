@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -80,7 +81,7 @@ class Reporter:
     def __init__(
         self,
         runner: TrialRunner,
-        batches: list[Batch],
+        batches: Sequence[Batch],
         labels: torch.Tensor | None,
         text_features: torch.Tensor | None,
         sensitive_block: int,

@@ -18,6 +18,7 @@ from optimum_regcache.config.validation import build_part, check_types, is_mappi
 from optimum_regcache.config.yaml_text import MAX_BYTES, read_yaml
 
 MOST_IMAGES = 10_000_000
+MOST_WORKERS = 256
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
@@ -121,6 +122,10 @@ class DataConfig:
             beat "install nothing" on these.
         num_report: images of the command line's report, from another split.
         batch_size: images per forward pass.
+        memory_budget: GiB of memory for processed images and recorded states; what is beyond goes to files in the work
+            directory, so that any number of images can be used. Default: a quarter of what is free. Changes no result.
+        workers: processes that decode images; by default as many as there are cores less one where that is worth it, 0 for
+            none. Changes no result.
         skip_broken: leave out images that are missing or cannot be decoded, with a warning and a count in the results, instead
             of stopping at the first. The search and the report keep their images, less the broken ones.
     """
@@ -130,12 +135,22 @@ class DataConfig:
     confirm_fraction: float = 0.33
     num_report: int = 512
     batch_size: int = 32
+    memory_budget: float | None = None
+    workers: int | None = None
     skip_broken: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "data")
         require(self.num_samples >= 4, f"data.num_samples must be at least 4, got {self.num_samples}.")
         require(self.num_report >= 1, f"data.num_report must be at least 1, got {self.num_report}.")
+        require(
+            self.memory_budget is None or 0 <= self.memory_budget < math.inf,
+            f"data.memory_budget must be >= 0 (GiB) or null, got {self.memory_budget}.",
+        )
+        require(
+            self.workers is None or 0 <= self.workers <= MOST_WORKERS,
+            f"data.workers must lie between 0 and {MOST_WORKERS}, or be null; got {self.workers}.",
+        )
         require(self.batch_size >= 1, f"data.batch_size must be at least 1, got {self.batch_size}.")
         for name in ("num_samples", "num_report", "batch_size"):
             value = getattr(self, name)

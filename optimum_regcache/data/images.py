@@ -233,6 +233,11 @@ class ImageInputs(Sequence[Batch]):
         picture = read_picture(value, row, getattr(self.source.features[self._image], "mode", None))
         return model_inputs(picture, self.processor, picture_name(value, row))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether pictures are decoded and processed here, as opposed to ready ``pixel_values``."""
+        return self._image is not None
+
     def subset(self, positions: Sequence[int]) -> ImageInputs:
         """The given positions, in that order; the data is not read again."""
         part = copy.copy(self)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from optimum_regcache.encoders.store import LazySequence
 from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
 
 Batch = dict[str, torch.Tensor]
@@ -39,16 +40,38 @@ def num_images(batch: Batch) -> int:
     return len(batch["image_grid_thw"] if "image_grid_thw" in batch else batch["pixel_values"])
 
 
-def first_images(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first ``count`` images of ``batches``, in the same batches; the last of them is cut."""
-    part: list[Batch] = []
-    for batch in batches:
-        if count <= 0:
-            break
-        images = num_images(batch)
-        part.append(batch if images <= count else _cut(batch, count))
-        count -= images
-    return part
+def count_images(batches: Sequence[Batch]) -> int:
+    """Images in all batches; stored ones are not opened for it."""
+    return sum(_sizes(batches))
+
+
+def _sizes(batches: Sequence[Batch]) -> list[int]:
+    known: list[int] | None = getattr(batches, "sizes", None)
+    return [num_images(batch) for batch in batches] if known is None else known
+
+
+class FirstImages(LazySequence[Batch]):
+    """The first ``count`` images of ``batches``, in the same batches; the last of them is cut.
+
+    Attributes:
+        sizes: images of each batch.
+    """
+
+    def __init__(self, batches: Sequence[Batch], count: int) -> None:
+        self.batches = batches
+        self.sizes: list[int] = []
+        for size in _sizes(batches):
+            if count <= 0:
+                break
+            self.sizes.append(min(size, count))
+            count -= size
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def item(self, position: int) -> Batch:
+        batch, size = self.batches[position], self.sizes[position]
+        return batch if num_images(batch) == size else _cut(batch, size)
 
 
 def _cut(batch: Batch, count: int) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
+    FirstImages,
+    count_images,
     encode,
-    first_images,
     image_features,
     move,
     pooled_features,
@@ -35,7 +37,7 @@ class Objective(ABC):
     """
 
     name: str
-    batches: list[Batch]  # `scores` runs the model once for each, in order
+    batches: Sequence[Batch]  # `scores` runs the model once for each, in order
 
     @abstractmethod
     def first(self, images: int) -> Objective:
@@ -56,13 +58,13 @@ class CosineObjective(Objective):
 
     name = "feature cosine"
 
-    def __init__(self, float_model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, float_model: nn.Module, batches: Sequence[Batch]) -> None:
         self.batches = batches
         self.reference = F.normalize(encode(float_model, batches), dim=-1)
 
     def first(self, images: int) -> CosineObjective:
         part = copy.copy(self)
-        part.batches, part.reference = first_images(self.batches, images), self.reference[:images]
+        part.batches, part.reference = FirstImages(self.batches, images), self.reference[:images]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
@@ -83,13 +85,15 @@ class AccuracyObjective(Objective):
 
     name = "top-1 accuracy"
 
-    def __init__(self, batches: list[Batch], labels: torch.Tensor, text_features: torch.Tensor | None = None) -> None:
-        count = sum(next(iter(b.values())).shape[0] for b in batches)
+    def __init__(
+        self, batches: Sequence[Batch], labels: torch.Tensor, text_features: torch.Tensor | None = None
+    ) -> None:
+        count = count_images(batches)
         require(len(labels) == count, f"{len(labels)} labels for {count} images.")
         self.batches, self.labels, self.text_features = batches, labels, text_features
 
     def first(self, images: int) -> AccuracyObjective:
-        return AccuracyObjective(first_images(self.batches, images), self.labels[:images], self.text_features)
+        return AccuracyObjective(FirstImages(self.batches, images), self.labels[:images], self.text_features)
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         return self.predictions(model).eq(self.labels).float()
@@ -186,7 +190,7 @@ def zero_shot_features(model: Any, processor: Any, names: list[str], template: s
 def make_objective(
     kind: str,
     float_model: nn.Module,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     labels: torch.Tensor | None,
     text_features: torch.Tensor | None,
 ) -> Objective:

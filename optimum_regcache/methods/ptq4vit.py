@@ -78,7 +78,7 @@ class PTQ4ViT(Method):
         if fit.config.attention.quantize:
             self._search_products(fit, first_images(batches, self.product_images), space)
 
-    def _search_products(self, fit: PipelineState, batches: list[Batch], space: SearchSpace) -> None:
+    def _search_products(self, fit: PipelineState, batches: Sequence[Batch], space: SearchSpace) -> None:
         install_products(fit.model, fit.config.attention, bypass=True)
         try:
             for name, products in tqdm(

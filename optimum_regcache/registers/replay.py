@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.passes import Batch, PaddingMask, num_images, run_tower
+from optimum_regcache.encoders.passes import Batch, PaddingMask, count_images, num_images, run_tower
+from optimum_regcache.encoders.store import MappedSequence, StoredBatches, TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.registers.state import BlockInput, Replay
@@ -25,23 +26,48 @@ class Recorded:
     """What arrives at ``block``, one state per batch."""
 
     block: int
-    states: list[BlockInput]
+    states: Sequence[BlockInput]
 
 
 @torch.inference_mode()
 def record_block_inputs(
-    model: nn.Module, batches: Sequence[Batch], block: int, known: Recorded | None = None
-) -> list[BlockInput]:
-    """What arrives at ``block``, one per batch; earlier blocks are skipped as far as ``known`` goes."""
+    model: nn.Module,
+    batches: Sequence[Batch],
+    block: int,
+    known: Recorded | None = None,
+    space: TensorSpace | None = None,
+) -> Sequence[BlockInput]:
+    """What arrives at ``block``, one per batch; earlier blocks are skipped as far as ``known`` goes.
+
+    Args:
+        model: wired for registers.
+        batches: images.
+        block: index.
+        known: inputs of an earlier block for the same batches.
+        space: where the states are kept; in the memory of the model's device by default.
+    """
     runtime = prepare_tower(model)
     states: list[BlockInput] = []
+    stored = None if space is None else StoredBatches(space)
 
     def keep(module: nn.Module, args: Any) -> None:
-        states.append(BlockInput(args[0], runtime.current.selection, runtime.current.valid))
+        hidden, selection, valid = args[0], runtime.current.selection, runtime.current.valid
+        if stored is None or selection is not None:
+            states.append(BlockInput(hidden, selection, valid))
+        else:
+            found = {"hidden": hidden, "valid": valid}
+            stored.append({name: t.cpu() for name, t in found.items() if t is not None}, 0)
         raise _StopPass
 
     _run(model, batches, known, [(find_tower(model).blocks[block], keep)])
-    return states
+    if stored is None or states:  # what was deleted before stays in memory
+        return states
+    device = next(model.parameters()).device
+
+    def opened(found: dict[str, torch.Tensor]) -> BlockInput:
+        return BlockInput(found["hidden"].to(device), None, found["valid"].to(device) if "valid" in found else None)
+
+    return MappedSequence(stored, opened)
 
 
 def walk_blocks(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Recorded]:
@@ -65,7 +91,7 @@ class TokenSample:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None) -> None:
         self.lead = prepare_tower(model).num_prefix_tokens
-        images = sum(map(num_images, batches))
+        images = count_images(batches)
         self.per_image = None if limit is None else max(limit // images, self.lead + 1)
         self.padding, self._first = PaddingMask(), 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from optimum_regcache.config.effects import require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.images import ImageInputs
-from optimum_regcache.encoders.passes import Batch, num_images
+from optimum_regcache.encoders.passes import Batch, count_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective, make_objective
 from optimum_regcache.evaluation.targets import Targets, accuracy_targets
@@ -119,7 +120,8 @@ def fit_registers(
     """
     resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
-    parts, targets = images.split(plan.recipe.data, search.seed), None
+    folder = None if work_dir is None else Path(work_dir)
+    parts, targets = images.split(plan.recipe.data, search.seed, folder), None
     if search.objective == "accuracy":
         inputs = parts.everything
         targets = accuracy_targets(model, images.processor, inputs, images.template, warn=False).needed()
@@ -143,11 +145,11 @@ class _Fit:
         progress: bool,
     ) -> None:
         self.model, self.parts, self.plan, self.journal, self.progress = model, parts, plan, journal, progress
-        self.search, self.resolved, size = plan.recipe.search, plan.resolved, plan.recipe.data.batch_size
-        calibration, self.selection = (list(p.batches(size)) for p in (parts.calibration, parts.selection))
-        self.runner = TrialRunner(model, search_config(self.resolved.config), calibration)
+        self.search, self.resolved = plan.recipe.search, plan.resolved
+        calibration, self.selection = (parts.batches(name, progress=progress) for name in ("calibration", "selection"))
+        self.runner = TrialRunner(model, search_config(self.resolved.config), calibration, space=parts.space)
         self.scoring = _Scoring(self.runner, self.search.objective, targets)
-        self.judges = self.scoring.judges(parts, self.selection, size)
+        self.judges = self.scoring.judges(parts, progress)
         self.scores = TrialScores(self.runner, self.judges.selection, journal)
         self.depth = len(find_tower(self.runner.float_model).blocks)
         self.seconds: dict[str, float] = {}
@@ -196,7 +198,7 @@ class _Fit:
         first = max(0, sensitive - search.blocks_before) if averaged else sensitive
         return mine_tokens(
             self.runner.float_model,
-            self.runner.calibration + self.selection,
+            chain(self.runner.calibration, self.selection),
             list(range(first, sensitive + 1)),
             top=search.top_tokens if averaged else search.num_candidates,
             score_site=search.score_site,
@@ -246,18 +248,18 @@ class _Scoring:
     kind: str
     targets: Targets | None
 
-    def objective(self, part: ImageInputs, batches: list[Batch]) -> Objective:
+    def objective(self, part: ImageInputs, batches: Sequence[Batch]) -> Objective:
         """On the first ``batches`` of ``part``."""
         labels = None if self.targets is None else self.targets.labels(part)
         if labels is not None:
-            labels = labels[: sum(num_images(b) for b in batches)]
+            labels = labels[: count_images(batches)]
         text = None if self.targets is None else self.targets.text_features
         return make_objective(self.kind, self.runner.float_model, batches, labels, text)
 
-    def judges(self, parts: ReferenceParts, selection: list[Batch], size: int) -> Judges:
-        """For the batches of the selection part, and the confirmation part in batches of ``size``."""
-        selecting = self.objective(parts.selection, selection)
-        confirming = self.objective(parts.confirmation, list(parts.confirmation.batches(size)))
+    def judges(self, parts: ReferenceParts, progress: bool) -> Judges:
+        """For the selection part and the confirmation part."""
+        selecting = self.objective(parts.selection, parts.batches("selection", progress=progress))
+        confirming = self.objective(parts.confirmation, parts.batches("confirmation", progress=progress))
         return Judges(selecting, confirming, float(selecting.scores(self.runner.float_model).mean()))
 
 
@@ -281,7 +283,7 @@ def search_config(config: RegCacheConfig) -> RegCacheConfig:
     )
 
 
-def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: list[Batch]) -> FinalScorer:
+def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: Sequence[Batch]) -> FinalScorer:
     """Scores a setup with the complete final quantizer instead of round to nearest."""
 
     def score(
@@ -304,7 +306,8 @@ def _open_journal(
     """The journal of finished steps in ``work_dir``, named after everything that can change a score."""
     if work_dir is None:
         return Journal(None, "")
-    plain = replace(recipe, data=replace(recipe.data, num_report=1)).to_dict()  # the report changes no score
+    data = replace(recipe.data, num_report=1, memory_budget=None, workers=None)  # these change no score
+    plain = replace(recipe, data=data).to_dict()
     versions = [version(p) for p in ("optimum-regcache", "torch", "transformers")]
     device = str(next(model.parameters()).device)
     settings = [plain["quantization"], plain["search"], plain["data"], versions, device]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.data.images import ImageInputs, split_reference
+from optimum_regcache.data.reading import store_batches
+from optimum_regcache.encoders.store import GIB, StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
 from optimum_regcache.methods import ResolvedConfig, resolve
 
@@ -41,9 +44,9 @@ class ReferenceImages:
         """Model inputs, one image each."""
         return ImageInputs(self.dataset, self.processor, self.collator)
 
-    def split(self, data: DataConfig, seed: int) -> ReferenceParts:
+    def split(self, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:
         """Their division by `split_inputs`."""
-        return split_inputs(self.inputs, data, seed)
+        return split_inputs(self.inputs, data, seed, folder)
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,44 @@ class ReferenceParts:
         selection: configurations are ranked on these.
         confirmation: the best have to beat "install nothing" on these.
         everything: the three together, in the order of the data set.
+        data: how they are read.
+        space: where what was read is kept.
     """
 
     calibration: ImageInputs
     selection: ImageInputs
     confirmation: ImageInputs
     everything: ImageInputs
+    data: DataConfig
+    space: TensorSpace
+    _stored: dict[str, StoredBatches] = field(default_factory=dict, repr=False)
+
+    def batches(self, part: str, *, progress: bool = False) -> StoredBatches:
+        """Batches of the named part; its images are decoded and processed when they are first asked for."""
+        if part not in self._stored:
+            self._stored[part] = store_batches(getattr(self, part), self.data, self.space, progress=progress)
+        return self._stored[part]
 
 
-def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int) -> ReferenceParts:
-    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out."""
+def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:
+    """Seeded division of at most ``data.num_samples`` inputs, of which ``data.skip_broken`` may leave some out.
+
+    Args:
+        inputs: all of them.
+        data: amounts.
+        seed: of the division.
+        folder: for images beyond ``data.memory_budget``; see `TensorSpace`.
+    """
     inputs = inputs.subset(range(min(len(inputs), data.num_samples)))
     inputs = inputs.readable() if data.skip_broken else inputs
     split = split_reference(len(inputs), data.calibration_fraction, data.confirm_fraction, seed)
-    return ReferenceParts(*(inputs.subset(positions) for positions in split), everything=inputs)
+    parts = (inputs.subset(positions) for positions in split)
+    return ReferenceParts(*parts, everything=inputs, data=data, space=space_of(data, folder))
+
+
+def space_of(data: DataConfig, folder: Path | None = None) -> TensorSpace:
+    """Memory of ``data.memory_budget`` GiB, and files in ``folder`` beyond it."""
+    return TensorSpace(None if data.memory_budget is None else data.memory_budget * GIB, folder)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ divide the images -> search registers and deletion, or mine the given ones, or n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from transformers import PreTrainedModel
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.config.validation import require
+from optimum_regcache.data.reading import read_batches
 from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.store import TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.door import require_float
 from optimum_regcache.methods import Quantized, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
-from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
+from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts, space_of
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,15 @@ class QuantizationRun:
         cache: the registers that were installed, None if none were.
         fit: the search, None if nothing was searched.
         calibration: the batches that the activation scales come from; empty if no images were given.
+        space: where batches are kept.
     """
 
     recipe: Recipe
     quantized: Quantized
     cache: RegisterCache | None
     fit: FitResult | None
-    calibration: list[Batch]
+    calibration: Sequence[Batch]
+    space: TensorSpace
 
 
 def run_plan(
@@ -74,7 +79,10 @@ def run_plan(
             return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
     require_float(model)
     recipe, resolved = plan.recipe, plan.resolved
-    parts = images.split(recipe.data, recipe.search.seed) if images is not None else known.parts if known else None
+    folder = None if work_dir is None else Path(work_dir)
+    parts = known.parts if known is not None else None
+    if images is not None:
+        parts = images.split(recipe.data, recipe.search.seed, folder)
     fit, mode = None, resolved.config.registers.mode
     if mode == "search":
         fit = known if known is not None and answers(known, recipe) else None
@@ -86,6 +94,7 @@ def run_plan(
                 )
             fit = fit_registers(model, images, plan, work_dir=work_dir, progress=progress)
         resolved, cache = fit.resolved, fit.cache
+        parts = fit.parts if fit is not known else parts  # what the fit has read is there already
     elif mode == "fixed":
         cache = _fixed_registers(model, resolved.config, parts, recipe.data, known)
     else:
@@ -94,15 +103,22 @@ def run_plan(
         raise ValueError(
             f"{resolved.image_users} need calibration images: pass calibration_dataset, or use the preset 'w8a8-dynamic'."
         )
-    calibration = list(parts.calibration.batches(recipe.data.batch_size)) if parts is not None else []
+    calibration = parts.batches("calibration") if parts is not None else list[Batch]()
     quantized = quantize_with(model, resolved, cache, calibration, progress)
     recipe = replace(recipe, quantization=quantized.config, notes="")
-    return QuantizationRun(recipe, quantized, cache, fit, calibration)
+    space = parts.space if parts is not None else space_of(recipe.data, folder)
+    return QuantizationRun(recipe, quantized, cache, fit, calibration, space)
 
 
 def answers(fit: FitResult, recipe: Recipe) -> bool:
     """Whether ``fit`` is the search that the resolved ``recipe`` asks for. How many images a pass takes does not matter."""
-    data = replace(recipe.data, batch_size=fit.data.batch_size, num_report=fit.data.num_report)
+    data = replace(
+        recipe.data,
+        batch_size=fit.data.batch_size,
+        num_report=fit.data.num_report,
+        memory_budget=fit.data.memory_budget,
+        workers=fit.data.workers,
+    )
     return (fit.requested, fit.settings, fit.data) == (recipe.quantization, recipe.search, data)
 
 
@@ -123,7 +139,7 @@ def _fixed_registers(
     depth = len(find_tower(model).blocks)
     require(r.blocks[-1] < depth, f"registers.blocks={list(r.blocks)}, but the encoder has blocks 0 to {depth - 1}.")
     start = r.blocks[0]
-    mined = mine_tokens(model, parts.everything.batches(data.batch_size), [start], progress=False)[start]
+    mined = mine_tokens(model, read_batches(parts.everything, data), [start], progress=False)[start]
     if r.kv_mode == "isolated":
         return isolated_cache(model, mined.states.mean(0), start, r.blocks).restricted(r.blocks, r.num_copies)
     return mined.average(r.blocks, depth).restricted(r.blocks, r.num_copies)

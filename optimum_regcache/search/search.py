@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import SearchConfig
-from optimum_regcache.encoders.passes import Batch, first_images, num_images
+from optimum_regcache.encoders.passes import Batch, FirstImages, count_images
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.algorithms import ALGORITHMS
@@ -111,7 +111,7 @@ class TrialScores:
 
     def __init__(self, runner: TrialRunner, selection: Objective, journal: Journal) -> None:
         self.runner, self.selection, self.journal = runner, selection, journal
-        self._parts: dict[int, tuple[Objective, list[Batch]]] = {}
+        self._parts: dict[int, tuple[Objective, Sequence[Batch]]] = {}
 
     def __call__(
         self,
@@ -130,15 +130,15 @@ class TrialScores:
         self.journal.put(name, scores.tolist())
         return Trial(setup, scores)
 
-    def _part(self, images: int | None) -> tuple[Objective, list[Batch]]:
+    def _part(self, images: int | None) -> tuple[Objective, Sequence[Batch]]:
         """The objective on the first images, and the same share of the calibration images."""
         if images is None:
             return self.selection, self.runner.calibration
         if images not in self._parts:
-            everything = sum(map(num_images, self.selection.batches))
-            calibration = sum(map(num_images, self.runner.calibration))
+            everything = count_images(self.selection.batches)
+            calibration = count_images(self.runner.calibration)
             few = max(4, math.ceil(calibration * images / everything))
-            self._parts[images] = self.selection.first(images), first_images(self.runner.calibration, few)
+            self._parts[images] = self.selection.first(images), FirstImages(self.runner.calibration, few)
         return self._parts[images]
 
 
@@ -207,7 +207,7 @@ class RegisterSearch:
         """Try configurations as ``search.algorithm`` says, and decide. Interrupt and call again with the same journal: the
         result is the same."""
         before = self.runner.block_forwards
-        available = sum(map(num_images, self.judges.selection.batches))
+        available = count_images(self.judges.selection.batches)
         algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
         with tqdm(total=round(algorithm.work(), 2), desc="search", disable=not self.progress, bar_format=_BAR) as bar:
 

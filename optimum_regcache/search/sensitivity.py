@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -62,7 +63,7 @@ class SensitivityReport:
 def scan_sensitivity(
     float_model: nn.Module,
     config: RegCacheConfig,
-    calibration: list[Batch],
+    calibration: Sequence[Batch],
     objective: Objective,
     granularity: str = "linear",
     progress: bool = True,
@@ -118,7 +119,12 @@ class _Scan:
     """Measures drops; blocks before the one that is scanned run as in the float model and are not run again."""
 
     def __init__(
-        self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch], objective: Objective, journal: Journal
+        self,
+        model: nn.Module,
+        config: RegCacheConfig,
+        calibration: Sequence[Batch],
+        objective: Objective,
+        journal: Journal,
     ) -> None:
         self.model, self.config, self.calibration = model, config, calibration
         self.objective, self.journal = objective, journal

@@ -15,8 +15,9 @@ from torch import nn
 
 from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
-from optimum_regcache.encoders.passes import Batch, num_images, states_read
+from optimum_regcache.encoders.passes import Batch, count_images, states_read
 from optimum_regcache.encoders.sharing import shared_copy
+from optimum_regcache.encoders.store import TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
@@ -31,22 +32,25 @@ class BlockInputs:
     Args:
         model: wired for registers.
         batches: images.
+        space: where the states are kept.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], space: TensorSpace | None = None) -> None:
+        self.model, self.batches, self.space = model, batches, space
         self._recorded: dict[int, Recorded] = {}
 
-    def at(self, block: int) -> list[BlockInput]:
+    def at(self, block: int) -> Sequence[BlockInput]:
         """One state per batch; whatever is installed in the model must change nothing before ``block``."""
         if block not in self._recorded:
             known = self._recorded.get(self._nearest(block))
-            self._recorded[block] = Recorded(block, record_block_inputs(self.model, self.batches, block, known))
+            self._recorded[block] = Recorded(
+                block, record_block_inputs(self.model, self.batches, block, known, self.space)
+            )
         return self._recorded[block].states
 
     def cost(self, block: int) -> int:
         """Images times blocks that `at` has to compute."""
-        return sum(map(num_images, self.batches)) * (block - max(self._nearest(block), 0))
+        return count_images(self.batches) * (block - max(self._nearest(block), 0))
 
     def _nearest(self, block: int) -> int:
         """The last recorded block up to ``block``, -1 if there is none."""
@@ -65,6 +69,7 @@ class TrialRunner:
         calibration: batches for the activation scales.
         reuse: record what configurations have in common; without it, or with quantized attention products, every configuration
             is computed from the pixels on.
+        space: where the record is kept; in the memory of the model's device by default.
 
     Attributes:
         float_model: float copy, wired for registers.
@@ -73,9 +78,15 @@ class TrialRunner:
     """
 
     def __init__(
-        self, model: nn.Module, config: RegCacheConfig, calibration: list[Batch], *, reuse: bool = True
+        self,
+        model: nn.Module,
+        config: RegCacheConfig,
+        calibration: Sequence[Batch],
+        *,
+        reuse: bool = True,
+        space: TensorSpace | None = None,
     ) -> None:
-        self.config, self.calibration = config, calibration
+        self.config, self.calibration, self.space = config, calibration, space
         # calibration computes the attention products in other steps than a recording pass: not the same bits
         self.reuse = reuse and not config.attention.quantize
         self.float_model = shared_copy(model).eval()
@@ -91,9 +102,9 @@ class TrialRunner:
         self._quantized: dict[tuple[int, int], BlockInputs] = {}  # by calibration list and scored list
 
     def _count(self, batches: Sequence[Batch], first: int) -> None:
-        self.block_forwards += sum(map(num_images, batches)) * (self.depth - first)
+        self.block_forwards += count_images(batches) * (self.depth - first)
 
-    def _inputs(self, known: BlockInputs, block: int) -> list[BlockInput]:
+    def _inputs(self, known: BlockInputs, block: int) -> Sequence[BlockInput]:
         self.block_forwards += known.cost(block)
         return known.at(block)
 
@@ -105,7 +116,7 @@ class TrialRunner:
         return min(changed, default=None)
 
     def install(
-        self, cache: RegisterCache | None, deletion: DeletionConfig, calibration: list[Batch] | None = None
+        self, cache: RegisterCache | None, deletion: DeletionConfig, calibration: Sequence[Batch] | None = None
     ) -> None:
         """Put registers and deletion into both models and recalibrate the quantized one.
 
@@ -130,14 +141,14 @@ class TrialRunner:
             qparams = {**plain, **calibrate(self.float_model, self.config, calibration, known)}
         assign_input_qparams(self.quantized, qparams)
 
-    def _plain_qparams(self, calibration: list[Batch]) -> QParams:
+    def _plain_qparams(self, calibration: Sequence[Batch]) -> QParams:
         """The scales with nothing installed."""
         key = id(calibration)
         if key not in self._plain:
             self.reset()
             self._count(calibration, 0)
             self._plain[key] = calibrate(self.float_model, self.config, calibration)
-            self._float[key] = BlockInputs(self.float_model, calibration)  # keeps the list, and so its id
+            self._float[key] = BlockInputs(self.float_model, calibration, self.space)  # keeps the list, and so its id
         return self._plain[key]
 
     def reset(self) -> None:
@@ -150,7 +161,7 @@ class TrialRunner:
         cache: RegisterCache | None,
         deletion: DeletionConfig,
         objective: Objective,
-        calibration: list[Batch] | None = None,
+        calibration: Sequence[Batch] | None = None,
     ) -> torch.Tensor:
         """Install, recalibrate and score; float32 [n]. Arguments as for `install`."""
         calibration = self.calibration if calibration is None else calibration
@@ -160,7 +171,9 @@ class TrialRunner:
         self.reset()
         return scores
 
-    def _from(self, first: int | None, objective: Objective, calibration: list[Batch]) -> AbstractContextManager[None]:
+    def _from(
+        self, first: int | None, objective: Objective, calibration: Sequence[Batch]
+    ) -> AbstractContextManager[None]:
         """Inside it the quantized model starts at block ``first``."""
         start = 0 if not self.reuse or first is None else min(first, self._last_start)
         self._count(objective.batches, start)
@@ -168,5 +181,5 @@ class TrialRunner:
             return nullcontext()
         key = (id(calibration), id(objective.batches))
         if key not in self._quantized:
-            self._quantized[key] = BlockInputs(self.quantized, objective.batches)
+            self._quantized[key] = BlockInputs(self.quantized, objective.batches, self.space)
         return replaying(self.quantized, start, self._inputs(self._quantized[key], start))
