@@ -23,6 +23,7 @@ from optimum_regcache.hub.door import require_float
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.float_activations import float_activations
 from optimum_regcache.layers.linear import quant_linears
+from optimum_regcache.methods.base import Method
 from optimum_regcache.methods.registry import METHODS
 from optimum_regcache.registers import RegisterCache, get_register_cache, prepare_tower, set_deletion, set_registers
 from optimum_regcache.search.clipping import Clipping, measure_clipping
@@ -36,6 +37,19 @@ COSINE_SHARE = (0.9, 0.7)  # at least; cosine to the stored rows over the attain
 RECALL = (0.9, 0.7)  # at least; share of the outlier tokens that the deletion takes
 IMAGES_LEFT = (0.05, 0.25)  # at most; share of images that keep an outlier token with all that is installed
 CLIPPED = (0.001, 0.01)  # at most; share of values outside the range, mean over the static scales
+CLIPPED_ON_PURPOSE = (0.02, 0.05)  # the same where observer or method leave values outside on the images of the fit too
+WORST = 10.0  # one scale may clip this many times what the mean may
+MIN_OUTLIERS = (
+    8  # with fewer images with outlier tokens registers are not judged, with fewer such tokens a deletion is not
+)
+
+ADVICE = {
+    FITS: "Nothing to do.",
+    PARTLY: "Compare with the float original (optimum-cli regcache evaluate); if too much is lost, fit again on images of this "
+    "kind: optimum-cli regcache quantize --model FLOAT_MODEL --dataset IMAGES --output NEW_MODEL",
+    UNFIT: "Fit again on images of this kind: optimum-cli regcache quantize --model FLOAT_MODEL --dataset IMAGES --output "
+    "NEW_MODEL",
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +72,8 @@ class TokenState:
     def of(cls, trace: Trace, block: int) -> TokenState:
         """Behind ``block``."""
         counts = trace.counts(block).float()
-        return cls(
-            trace.largest(block),
-            float(trace.largest_ratio(block).median()),
-            float(counts.mean()),
-            float((counts > 0).float().mean()),
-        )
+        ratio = float(trace.largest_ratio(block).median())
+        return cls(trace.largest(block), ratio, float(counts.mean()), float((counts > 0).float().mean()))
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class FitCheck:
         rows: register rows beside the images' outlier tokens; None without registers, or without outlier tokens.
         deletion: None without one.
         clipping: None where no activation scale is static.
+        on_purpose: whether the scales were chosen to leave values outside on the images of the fit too.
         notes: what was not judged, and why.
     """
 
@@ -109,25 +120,37 @@ class FitCheck:
     rows: RowCosine | None = None
     deletion: DeletionCheck | None = None
     clipping: Clipping | None = None
+    on_purpose: bool = False
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> dict[str, str]:
         """Verdict of each part that was judged."""
         found: dict[str, str] = {}
-        if self.rows is not None:
+        if self.rows is not None and self.rows.images >= MIN_OUTLIERS:
             found["registers"] = _at_least(self.rows.share, COSINE_SHARE)
-        if self.deletion is not None and self.deletion.recall is not None:
+        if self.deletion is not None and self.deletion.recall is not None and self.deletion.outliers >= MIN_OUTLIERS:
             found["deletion"] = _at_least(self.deletion.recall, RECALL)
         if self.installed is not None:
             found["outliers left"] = _at_most(self.installed.images, IMAGES_LEFT)
         if self.clipping is not None:
-            found["activation scales"] = _at_most(self.clipping.mean, CLIPPED)
+            share = max(self.clipping.mean, self.clipping.shares[self.clipping.worst] / WORST)
+            found["activation scales"] = _at_most(share, self.clipped_limits)
         return found
+
+    @property
+    def clipped_limits(self) -> tuple[float, float]:
+        """:data:`CLIPPED` or :data:`CLIPPED_ON_PURPOSE`."""
+        return CLIPPED_ON_PURPOSE if self.on_purpose else CLIPPED
 
     @property
     def verdict(self) -> str | None:
         """The worst of :meth:`parts`, one of :data:`VERDICTS`; None if nothing could be judged."""
         return max(self.parts().values(), key=VERDICTS.index, default=None)
+
+    @property
+    def advice(self) -> str | None:
+        """One line: what to do; None if nothing could be judged."""
+        return ADVICE.get(self.verdict or "")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible, with the limits."""
@@ -136,8 +159,13 @@ class FitCheck:
         if self.rows is not None:
             result["rows"] |= {"cosine": self.rows.cosine, "share": self.rows.share}
         limits = {"outlier_ratio": OUTLIER_RATIO, "cosine_share": COSINE_SHARE, "recall": RECALL}
-        limits |= {"images_left": IMAGES_LEFT, "clipped": CLIPPED}
-        return {"verdict": self.verdict, "parts": self.parts(), **result, "limits": limits}
+        limits |= {
+            "images_left": IMAGES_LEFT,
+            "clipped": self.clipped_limits,
+            "worst": WORST,
+            "min_outliers": MIN_OUTLIERS,
+        }
+        return {"verdict": self.verdict, "advice": self.advice, "parts": self.parts(), **result, "limits": limits}
 
 
 def _at_least(value: float, limits: tuple[float, float]) -> str:
@@ -184,14 +212,26 @@ def require_quantized(model: Any) -> None:
 def _require_original(model: Any, float_model: Any) -> None:
     """Make sure that register rows of ``model`` can be compared with keys and values of ``float_model``."""
     require_float(float_model)
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    names = [entry["name"] for entry in getattr(config, "methods", ())]
-    changed = [name for name in names if name in METHODS and not METHODS[name].cache_effect.startswith("none")]
+    changed = [method.name for method in _methods(model) if not method.cache_effect.startswith("none")]
     require(
         not changed,
         f"The registers of this model were rewritten ({', '.join(changed)}): keys and values of the float original are others. "
         "Leave the float model out; the quantized model is enough.",
     )
+
+
+def _methods(model: Any) -> list[type[Method]]:
+    """What a quantized model was made with, as its config says."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return [METHODS[entry["name"]] for entry in getattr(config, "methods", ()) if entry["name"] in METHODS]
+
+
+def _clips_on_purpose(model: Any) -> bool:
+    """Whether the static scales cover less than all values that they were made on."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    observer = getattr(getattr(config, "activations", None), "observer", "minmax")
+    chosen = any(m.provides == "input scales" and m.name not in ("rtn", "oracle") for m in _methods(model))
+    return chosen or observer not in ("minmax", "moving_average")
 
 
 def check_fit(
@@ -229,11 +269,7 @@ def check_fit(
     if cache is not None or deletion.active:
         with float_activations(network):
             found |= _check_tokens(network, batches, cache, deletion, score_site)
-        if found["rows"] is None and cache is not None:
-            notes.append(
-                f"no image has an outlier token (more than {OUTLIER_RATIO:g}x the median): there is nothing to compare the "
-                "registers with"
-            )
+        notes += _too_few(cache, found["rows"])
     else:
         notes.append("this model has no registers and deletes nothing: only its activation scales are judged")
     clipping = measure_clipping(model, batches)
@@ -242,7 +278,19 @@ def check_fit(
     elif clipping.unbounded:
         notes.append(f"{clipping.unbounded} scales clip nothing: a token beyond them gets one of its own")
     found["images"] = sum(num_images(batch) for batch in batches)
-    return FitCheck(**found, float_model=float_model is not None, clipping=clipping, notes=notes)
+    given, on_purpose = float_model is not None, _clips_on_purpose(model)
+    return FitCheck(**found, float_model=given, clipping=clipping, on_purpose=on_purpose, notes=notes)
+
+
+def _too_few(cache: RegisterCache | None, rows: RowCosine | None) -> list[str]:
+    """A note where the registers cannot be judged."""
+    images = 0 if rows is None else rows.images
+    if cache is None or images >= MIN_OUTLIERS:
+        return []
+    return [
+        f"{images} images have an outlier token (more than {OUTLIER_RATIO:g}x the median of the image): too few to judge the "
+        f"registers by ({MIN_OUTLIERS} are needed); images without them need no registers"
+    ]
 
 
 def _check_tokens(
@@ -250,10 +298,8 @@ def _check_tokens(
 ) -> dict[str, Any]:
     """Fields of a `FitCheck` that are about tokens."""
     depth = len(find_tower(network).blocks)
-    if deletion.active:
-        blocks = (deletion.block or 0,)
-    else:
-        blocks = tuple(range(min(cache.blocks) if cache else 0, depth))
+    first = min(cache.blocks) if cache else 0
+    blocks = (deletion.block or 0,) if deletion.active else tuple(range(first, depth))
     found: dict[str, Any] = {"rows": None}
     with _installed(network, None, DeletionConfig()):
         if cache is None:
