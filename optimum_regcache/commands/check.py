@@ -66,8 +66,9 @@ def check_job(subject: Subject, recipe: Recipe, output: Output) -> tuple[dict[st
     saved = saved_recipe(subject.model, subject.hub)
     dataset = saved.dataset if subject.dataset is None else subject.dataset
     own = dataset is None and saved.model in reference.names()  # an embedded encoder brings its scenes
+    few = replace(recipe.data, num_samples=4)  # those of a search are not read
     source = open_source(
-        saved.model if own else subject.model, dataset, replace(recipe, model=None, dataset=None),
+        saved.model if own else subject.model, dataset, replace(recipe, model=None, dataset=None, data=few),
         device=subject.device, opened=(network, processor), hub={k: v for k, v in subject.hub.items() if k == "token"},
     )  # fmt: skip
     inputs = ImageInputs(source.report_images, source.processor)
@@ -85,7 +86,8 @@ def check_job(subject: Subject, recipe: Recipe, output: Output) -> tuple[dict[st
     }
     with output as out:
         write_json(out.stage / "check.json", results)
-    title = f"{recorded_name(subject.model).removeprefix(LOCAL)} ({config.label}) on {check.images} images of {source.images_title}"
+    name = recorded_name(subject.model).removeprefix(LOCAL)
+    title = f"{name} ({config.label}) on {check.images} images of {source.images_title}"
     lines = [render_check(check, title), *(f"note: {note}" for note in check.notes)]
     lines += [f"verdict: {check.verdict or 'nothing could be judged'}", *([check.advice] if check.advice else [])]
     return results, "\n".join([*lines, f"written: {output.path}/check.json"])

@@ -104,7 +104,7 @@ class FitCheck:
         float_model: whether the float original took the place of the model's own float network.
         nothing, registers, installed: without registers and deletion, with the registers, with both; None where that is not
             installed.
-        rows: register rows beside the images' outlier tokens; None without registers, or without outlier tokens.
+        rows: register rows beside the images' outlier tokens; None without registers, or with fewer than two such images.
         deletion: None without one.
         clipping: None where no activation scale is static.
         on_purpose: whether the scales were chosen to leave values outside on the images of the fit too.

@@ -17,9 +17,9 @@ from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.mining import TokenRecorder
 
-OUTLIER_RATIO = (
-    CALIBRATION_OUTLIER_RATIO  # a token of more than this many times its image's median l_inf norm is an outlier
-)
+MAX_COMPARED = 512  # images whose rows are compared, rounded up to whole batches
+# a token of more than this many times the median l_inf norm of its image is an outlier
+OUTLIER_RATIO = CALIBRATION_OUTLIER_RATIO
 
 
 @dataclass
@@ -151,10 +151,10 @@ class RowCosine:
     takes part; where there are several registers, the nearest one counts.
 
     Attributes:
-        images: images with outlier tokens.
+        images: images with outlier tokens, at most about :data:`MAX_COMPARED`.
         keys, values: mean cosines.
-        attainable: mean cosine, keys and values together, to the average rows of these very tokens: what a register mined on
-            these images would have.
+        attainable: mean cosine, keys and values together, of each token to the average rows of the tokens of all other
+            images: what a register mined on images like these would have.
         normal: the same as ``cosine`` of one token of median norm from each of these images.
     """
 
@@ -175,41 +175,42 @@ class RowCosine:
         return self.cosine / self.attainable if self.attainable > 0 else 0.0
 
 
-class _RowSums:
-    """Running sums over images for a `RowCosine`."""
+class _RowTable:
+    """Rows of the tokens of a `RowCosine`, up to :data:`MAX_COMPARED` images, rounded up to whole batches."""
 
     def __init__(self, cache: RegisterCache) -> None:
-        rows = [cache.rows(block) for block in cache.blocks]
         self.blocks = cache.blocks
         # [2, registers, blocks, H, d]
+        rows = [cache.rows(block) for block in cache.blocks]
         self.stored = torch.stack([torch.stack([r[i].float().cpu() for r in rows]).movedim(2, 0) for i in (0, 1)])
-        self.images = 0
-        self.nearest, self.normal = torch.zeros(2), 0.0
-        self.raw, self.unit = torch.zeros_like(self.stored[:, 0]), torch.zeros_like(self.stored[:, 0])
+        self.tokens: list[torch.Tensor] = []
+        self.normal: list[torch.Tensor] = []
 
-    def add(self, tokens: torch.Tensor, normal: torch.Tensor) -> None:
-        """Rows of outlier and normal tokens, each [2, k, blocks, H, d]."""
-        found = self._cosines(tokens)
-        self.images += tokens.shape[1]
-        self.nearest += found.sum(1)
-        self.normal += float(self._cosines(normal).mean(0).sum())
-        self.raw += tokens.sum(1)
-        self.unit += F.normalize(tokens, dim=-1).sum(1)
+    @property
+    def full(self) -> bool:
+        """Whether there are enough images."""
+        return sum(rows.shape[1] for rows in self.tokens) >= MAX_COMPARED
 
-    def _cosines(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[2, k], to the nearest register."""
-        cosines = F.cosine_similarity(tokens[:, :, None], self.stored[:, None], dim=-1).mean(
-            (-1, -2)
-        )  # [2, k, registers]
+    def _nearest(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Cosines [2, k] of rows [2, k, blocks, H, d] to the nearest register."""
+        cosines = torch.stack([_cosine(tokens, stored.unsqueeze(1)) for stored in self.stored.unbind(1)], -1)
         nearest = cosines.mean(0).argmax(-1)
         return cosines[:, torch.arange(len(nearest)), nearest]
 
     def result(self) -> RowCosine | None:
-        if self.images == 0:
+        """None with fewer than two images: nothing is attainable by others."""
+        tokens, normal = (torch.cat(rows, 1) for rows in (self.tokens, self.normal))
+        images = tokens.shape[1]
+        if images < 2:
             return None
-        keys, values = (self.nearest / self.images).tolist()
-        attainable = (self.unit / self.images * F.normalize(self.raw, dim=-1)).sum(-1).mean()
-        return RowCosine(self.images, keys, values, float(attainable), self.normal / self.images)
+        keys, values = self._nearest(tokens).mean(1).tolist()
+        attainable = _cosine(tokens, tokens.sum(1, keepdim=True) - tokens).mean()
+        return RowCosine(images, keys, values, float(attainable), float(self._nearest(normal).mean()))
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[2, k] from rows [2, k, blocks, H, d]: mean over blocks and heads."""
+    return F.cosine_similarity(a, b, dim=-1).mean((-1, -2))
 
 
 @torch.inference_mode()
@@ -230,9 +231,9 @@ def compare_rows(
         score_site: where tokens are ranked in the first register block, ``block_input`` or ``fc2_input``.
 
     Returns:
-        (trace, comparison; None where no image has an outlier token).
+        (trace, comparison; None where fewer than two images have an outlier token).
     """
-    tower, padding, sums = find_tower(model), PaddingMask(), _RowSums(cache)
+    tower, padding, table = find_tower(model), PaddingMask(), _RowTable(cache)
     start = min(cache.blocks)
     recorder = TokenRecorder(tower, [start], score_site == "fc2_input")
     recorder.padding = padding
@@ -241,6 +242,8 @@ def compare_rows(
             for batch in batches:
                 padding.start(batch)
                 run_tower(tower, batch)
+                if table.full:
+                    continue
                 scores = watcher.inputs[start] if score_site == "block_input" else recorder.fc2[start]
                 valid = padding.valid(*scores.shape, scores.device).clone()
                 valid[:, : watcher.lead] = False
@@ -249,10 +252,11 @@ def compare_rows(
                 image = found.nonzero().flatten().to(scores.device)
                 median = scores.nanmedian(1).indices
                 largest = scores.nan_to_num(-1.0).argmax(1)
-                sums.add(*(_rows(recorder, sums.blocks, image, place[image]) for place in (largest, median)))
+                table.tokens.append(_rows(recorder, table.blocks, image, largest[image]))
+                table.normal.append(_rows(recorder, table.blocks, image, median[image]))
     finally:
         recorder.remove()
-    return watcher.trace, sums.result()
+    return watcher.trace, table.result()
 
 
 def _rows(
