@@ -141,6 +141,7 @@ def test_deletion_and_rows_agree_with_plain_numpy(model: Any, batches: Any, coun
     order = np.argsort(-np.abs(states["in"]).max(-1), 1, kind="stable")[:, :count]
     taken = sum(int(many[image, place]) for image, row in enumerate(order) for place in row)
     assert found.deletion is not None
+    assert found.deletion.recall is not None
     assert found.deletion.outliers == many.sum() > 24
     assert found.deletion.recall == pytest.approx(taken / many.sum())
     assert found.deletion.images_over == pytest.approx((many.sum(1) > count).mean())
@@ -164,7 +165,9 @@ def test_deletion_and_rows_agree_with_plain_numpy(model: Any, batches: Any, coun
     assert found.rows is not None
     assert found.rows.cosine == pytest.approx(np.mean(cosines), abs=1e-4)
     assert found.rows.attainable == pytest.approx(np.mean(tokens), abs=1e-4)
-    assert get_registers(original).blocks == cache.blocks  # what the test installed is still there
+    kept = get_registers(original)
+    assert kept is not None
+    assert kept.blocks == cache.blocks  # what the test installed is still there
 
 
 def test_a_deletion_that_is_too_small_does_not_fit(model: Any, batches: Any) -> None:

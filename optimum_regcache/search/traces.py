@@ -96,7 +96,7 @@ class _Watcher:
             x = self.padding.unpack(args[0].detach())
             self.inputs[index] = self.original_basis(x).abs().amax(-1).float()
             selection = None if runtime is None else runtime.current.selection
-            if selection is not None and index == runtime.deletion.block:
+            if runtime is not None and selection is not None and index == runtime.deletion.block:
                 self.trace.dropped.append(selection.dropped[:, self.lead :].cpu())
 
         return hook
@@ -108,7 +108,7 @@ class _Watcher:
             x = self.padding.unpack((output[0] if isinstance(output, tuple) else output).detach())
             at_end = index == self.last  # there the runtime has turned back, filled up, and taken its own token out
             norms = (x if at_end else self.original_basis(x)).abs().amax(-1).float()
-            valid = self.padding.valid(*norms.shape, norms.device)
+            valid = self.padding.valid(norms.shape[0], norms.shape[1], norms.device)
             require_numbers(norms[valid], f"block {index}")
             norms = norms.masked_fill(~valid, torch.nan)
             norms = norms[:, self.tower.num_prefix_tokens if at_end else self.lead :].cpu()
@@ -245,7 +245,7 @@ def compare_rows(
                 if table.full:
                     continue
                 scores = watcher.inputs[start] if score_site == "block_input" else recorder.fc2[start]
-                valid = padding.valid(*scores.shape, scores.device).clone()
+                valid = padding.valid(scores.shape[0], scores.shape[1], scores.device).clone()
                 valid[:, : watcher.lead] = False
                 scores = scores.masked_fill(~valid, torch.nan)
                 found = torch.stack([_outliers(watcher.trace.norms[b][-1]).any(1) for b in blocks]).any(0)
