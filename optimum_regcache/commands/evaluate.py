@@ -86,7 +86,7 @@ def evaluate_job(
     """
     model_dir, device = subject.model, subject.device
     if subject.original is not None:
-        _refuse_itself(subject.original, model_dir)
+        refuse_itself(subject.original, model_dir)
     asked = {
         **asdict(subject),
         "hub": subject.hub.get("revision"),
@@ -202,7 +202,7 @@ def _revision(saved: Recipe) -> Hub:
     return {} if saved.revision is None else {"revision": saved.revision}
 
 
-def _refuse_itself(original: str, model: str) -> None:
+def refuse_itself(original: str, model: str) -> None:
     """Raise ``ValueError`` if both names are those of one model: the comparison would show no loss."""
     paths = Path(original), Path(model)
     same = original == model or (all(p.exists() for p in paths) and paths[0].resolve() == paths[1].resolve())

@@ -7,6 +7,7 @@ import os
 import re
 
 USER_ERROR, INTERRUPTED, MACHINE, UNEXPECTED = 2, 3, 4, 1
+DOES_NOT_FIT = 5  # no failure: `analyze --check` is done and written, and its verdict is that
 
 _STORAGE = {
     errno.ENOSPC: "Free some space, or use another --output.",

@@ -1,5 +1,6 @@
 """The RegCache search: sensitivity, mining, and the choice of registers and deletion."""
 
+from optimum_regcache.search.check import FitCheck, check_fit
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.search import Candidates, Judges, RegisterSearch, SearchResult, TrialScores
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
@@ -8,6 +9,7 @@ from optimum_regcache.search.trials import TrialRunner
 
 __all__ = [
     "Candidates",
+    "FitCheck",
     "Judges",
     "MinedTokens",
     "RegisterSearch",
@@ -18,6 +20,7 @@ __all__ = [
     "Trial",
     "TrialRunner",
     "TrialScores",
+    "check_fit",
     "mine_tokens",
     "scan_sensitivity",
 ]

@@ -74,7 +74,7 @@ class MinedTokens:
         )
 
 
-class _Recorder:
+class TokenRecorder:
     """Hooks that keep, for the batch under way, block inputs, fc2 input norms and projected K and V.
 
     Where query and key are rotated by their position, K is kept as it is before: a register has no position, like CLS.
@@ -155,7 +155,7 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
     require(score_site in ("block_input", "fc2_input"), f"Unknown score_site {score_site!r}.")
     tower = find_tower(float_model)
     generator = torch.Generator().manual_seed(seed)
-    recorder = _Recorder(tower, blocks, score_site == "fc2_input")
+    recorder = TokenRecorder(tower, blocks, score_site == "fc2_input")
     padding = recorder.padding
     best: dict[int, MinedTokens] = {}
     seen = 0
@@ -178,7 +178,7 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
 
 
 def _top_of_batch(
-    recorder: _Recorder, block: int, scores: torch.Tensor, top: int, offset: int, generator: torch.Generator
+    recorder: TokenRecorder, block: int, scores: torch.Tensor, top: int, offset: int, generator: torch.Generator
 ) -> MinedTokens:
     tokens = scores.shape[1]
     flat = scores.flatten()
@@ -236,7 +236,7 @@ def isolated_cache(
         blocks: blocks to keep.
     """
     tower = find_tower(float_model)
-    recorder = _Recorder(tower, [start_block], False)
+    recorder = TokenRecorder(tower, [start_block], False)
     try:
         hidden, arguments = lone_token(tower, state)
         for block in tower.blocks[start_block:]:

@@ -227,21 +227,59 @@ class QuantizeCommand(_Command):
 
 
 class AnalyzeCommand(_Command):
-    COMMAND = CommandInfo(name="analyze", help="Sensitivity and token norms per block, as JSON and pictures.")
+    COMMAND = CommandInfo(
+        name="analyze",
+        help="Sensitivity and token norms per block; or whether a quantized model fits some images.",
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_common(parser)
         parser.add_argument("--output", required=True, help="directory of the analysis")
         _add_pictures(parser)
+        parser.add_argument(
+            "--check", metavar="MODEL",
+            help="quantized model (directory or Hub id): do its registers, deletion and activation scales fit the images of "
+            "--dataset? Exit code 5 if they do not",
+        )  # fmt: skip
+        parser.add_argument("--float-model", help="with --check: the float original, to look for outlier tokens in")
 
     def job(self) -> None:
         from optimum_regcache.commands.analyze import analyze_job
 
         args = self.args
+        if args.check is not None:
+            return self.check()
+        if args.float_model is not None:
+            raise ValueError("--float-model has no effect without --check. Leave it out, or give the quantized model.")
         recipe = resolve_recipe(args, args.preset)
         output = self.output(args.output, "analyze", recipe, args.show_photos)
         print(analyze_job(self.open(recipe), recipe, output, show_photos=args.show_photos)[1])
+        return None
+
+    def check(self) -> None:
+        """``--check``."""
+        from dataclasses import replace
+
+        from optimum_regcache.commands.check import check_job
+        from optimum_regcache.commands.evaluate import Subject
+        from optimum_regcache.commands.failures import DOES_NOT_FIT
+        from optimum_regcache.search.check import UNFIT
+
+        args, hub = self.args, hub_options(self.args)
+        names = ("model", "preset", "objective", "template", "num_samples", "show_photos")
+        unread = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+        if unread:
+            raise ValueError(f"{', '.join(unread)} has no effect: --check opens a finished model. Leave it out.")
+        subject = Subject(args.check, args.float_model, args.dataset, None, args.device, hub)
+        args.dataset = args.revision = None
+        recipe = resolve_recipe(args, None)
+        job = replace(recipe, model=args.check, dataset=subject.dataset, revision=hub.get("revision"))
+        output = self.output(args.output, "check", job, args.float_model)
+        results, text = check_job(subject, recipe, output)
+        print(text, flush=True)
+        if results["verdict"] == UNFIT:
+            sys.exit(DOES_NOT_FIT)
 
 
 class EvaluateCommand(_Command):
