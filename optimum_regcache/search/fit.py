@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
-from optimum_regcache.config.effects import require_search_effect
+from optimum_regcache.config.effects import require_patches, require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs
-from optimum_regcache.encoders.passes import Batch, num_images
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.evaluation.objective import Objective, make_objective
-from optimum_regcache.evaluation.targets import Targets, accuracy_targets
+from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.evaluation.registry import bank_for, make_objective
+from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.journal import Journal
@@ -53,7 +53,7 @@ class FitResult:
         sensitive_block: l_q; None if nothing had to be repaired, so that nobody looked for it.
         mined: start block -> mined tokens.
         search: the search.
-        variants: registers and deletion of the best ``prefix only`` and ``delete only`` setups, for the report.
+        variants: registers and deletion of the best ``prefix only``, ``delete only`` and ``both`` setups, for the report.
         parts: the images.
         requested, settings, data: the arguments of the fit.
         seconds: duration of each stage.
@@ -119,10 +119,9 @@ def fit_registers(
     """
     resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
-    parts, targets = images.split(plan.recipe.data, search.seed), None
-    if search.objective == "accuracy":
-        inputs = parts.everything
-        targets = accuracy_targets(model, images.processor, inputs, images.template, warn=False).needed()
+    require_patches(search, resolved.config)
+    parts = images.split(plan.recipe.data, search.seed)
+    targets = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
     journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
     try:
         return _Fit(model, parts, plan, journal, targets, progress).run()
@@ -224,7 +223,7 @@ class _Fit:
             return (None, DeletionConfig()) if engine is None else (engine.cache(setup), engine.deletion(setup))
 
         cache, deletion = installed(result.chosen)
-        leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete}
+        leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete, "both": result.best_both}
         variants = {kind: installed(trial.setup) for kind, trial in leaders.items() if trial is not None}
         return FitResult(
             install_setup(self.resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, self.parts,
@@ -246,19 +245,19 @@ class _Scoring:
     kind: str
     targets: Targets | None
 
-    def objective(self, part: ImageInputs, batches: list[Batch]) -> Objective:
-        """On the first ``batches`` of ``part``."""
-        labels = None if self.targets is None else self.targets.labels(part)
-        if labels is not None:
-            labels = labels[: sum(num_images(b) for b in batches)]
-        text = None if self.targets is None else self.targets.text_features
-        return make_objective(self.kind, self.runner.float_model, batches, labels, text)
-
-    def judges(self, parts: ReferenceParts, selection: list[Batch], size: int) -> Judges:
+    def judges(self, parts: ReferenceParts, selection: Sequence[Batch], size: int) -> Judges:
         """For the batches of the selection part, and the confirmation part in batches of ``size``."""
-        selecting = self.objective(parts.selection, selection)
-        confirming = self.objective(parts.confirmation, list(parts.confirmation.batches(size)))
-        return Judges(selecting, confirming, float(selecting.scores(self.runner.float_model).mean()))
+        kind, model, targets = self.kind, self.runner.float_model, self.targets or Targets(False)
+        known = targets.labels(parts.calibration, parts.selection)
+        bank = bank_for(kind, model, self.runner.calibration, selection, known)
+        selecting, confirming = (
+            make_objective(kind, model, batches, targets.labels(part), targets.text_features, beside)
+            for part, batches, beside in (
+                (parts.selection, selection, bank),
+                (parts.confirmation, list(parts.confirmation.batches(size)), bank and replace(bank, own=None)),
+            )
+        )
+        return Judges(selecting, confirming, float(selecting.scores(model).mean()))
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:
@@ -312,10 +311,11 @@ def _open_journal(
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
     tensors = dict(model.state_dict())
-    extra = (
-        {} if targets is None else {"text features": targets.text_features, "labels": targets.labels(parts.selection)}
-    )
-    tensors |= {name: value for name, value in extra.items() if value is not None}
+    labels = None if targets is None else targets.labels(parts.everything)
+    if targets is not None and targets.text_features is not None:
+        tensors["text features"] = targets.text_features
+    if labels is not None:
+        digest.update(repr(labels.tolist()).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
     return Journal(Path(work_dir), digest.hexdigest()[:32])
