@@ -1,5 +1,5 @@
 """Every objective against a computation of its own, and what all of them promise to the search."""
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportMissingImports=false
 
 from __future__ import annotations
 
