@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_regcache.config import PRESETS, RegCacheConfig
-from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.config.recipe import OBJECTIVES, DataConfig, Recipe, SearchConfig
 
 
 def full_recipe() -> Recipe:
@@ -55,7 +55,7 @@ def test_saved_recipes_are_resolved_and_lossless(tmp_path: Path) -> None:
     search=st.builds(
         SearchConfig,
         strategy=st.sampled_from(["single_token", "averaged_tokens"]),
-        objective=st.sampled_from(["cosine", "accuracy"]),
+        objective=st.sampled_from(OBJECTIVES),
         sensitivity=st.sampled_from(["linear", "block"]),
         sensitive_block=st.none() | st.integers(0, 50),
         score_site=st.sampled_from(["block_input", "fc2_input"]),
@@ -145,7 +145,7 @@ def test_load_refuses_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> No
 
 SEARCH_REFUSED = [
     ({"strategy": "v3"}, r"search\.strategy must be one of averaged_tokens, single_token; got 'v3'\."),
-    ({"objective": "loss"}, r"search\.objective must be one of cosine, accuracy; got 'loss'\."),
+    ({"objective": "loss"}, r"search\.objective must be one of cosine, .*, accuracy, knn; got 'loss'\."),
     ({"sensitivity": "tensor"}, r"search\.sensitivity must be one of coarse, linear, block; got 'tensor'\."),
     ({"score_site": "fc1"}, r"search\.score_site must be one of block_input, fc2_input; got 'fc1'\."),
     ({"scopes": ()}, r"search\.scopes must hold 'onwards' and/or 'single', got \[\]\."),

@@ -8,15 +8,16 @@ from typing import Any
 from optimum_regcache.commands.compare import plain_rows
 from optimum_regcache.commands.pictures import draw_report
 from optimum_regcache.commands.report import Reporter, environment
-from optimum_regcache.commands.sources import Source, accuracy_data, targets_of
+from optimum_regcache.commands.sources import Source, accuracy_data
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data.images import ImageInputs, object_boxes
 from optimum_regcache.data.reading import store_batches
 from optimum_regcache.evaluation.norms import measure_token_norms
-from optimum_regcache.evaluation.objective import make_objective
 from optimum_regcache.evaluation.outliers import measure_outliers
+from optimum_regcache.evaluation.registry import bank_for, make_objective
+from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.hub.door import require_float
 from optimum_regcache.search.mining import mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, split_inputs
@@ -49,11 +50,11 @@ def analyze_job(
     parts = replace(parts, selection=parts.selection[: recipe.search.sensitivity_images])
     calibration, images = (parts.batches(name, progress=progress) for name in ("calibration", "selection"))
     runner = TrialRunner(source.model, recipe.quantization, calibration, space=parts.space)
-    kind, labels, text = recipe.search.objective, None, None
-    if kind == "accuracy":
-        targets = targets_of(source, inputs).needed()
-        labels, text = targets.labels(parts.selection), targets.text_features
-    objective = make_objective(kind, runner.float_model, images, labels, text)
+    kind = recipe.search.objective
+    targets = objective_targets(kind, source.model, source.processor, inputs, source.template) or Targets(False)
+    bank = bank_for(kind, runner.float_model, calibration, images, targets.labels(parts.calibration, parts.selection))
+    labels = targets.labels(parts.selection)
+    objective = make_objective(kind, runner.float_model, images, labels, targets.text_features, bank)
     scan = scan_sensitivity(
         runner.float_model, recipe.quantization, calibration, objective, recipe.search.sensitivity, progress=progress
     )

@@ -18,6 +18,7 @@ from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.reading import store_batches
 from optimum_regcache.export.layout import is_exported
 from optimum_regcache.search.check import (
     COSINE_SHARE,
@@ -29,6 +30,7 @@ from optimum_regcache.search.check import (
     check_fit,
     require_quantized,
 )
+from optimum_regcache.search.plan import space_of
 from optimum_regcache.search.traces import OUTLIER_RATIO
 
 Line = tuple[str, str, str, str]  # what, found, needed to fit, verdict
@@ -72,7 +74,7 @@ def check_job(subject: Subject, recipe: Recipe, output: Output) -> tuple[dict[st
         device=subject.device, opened=(network, processor), hub={k: v for k, v in subject.hub.items() if k == "token"},
     )  # fmt: skip
     inputs = ImageInputs(source.report_images, source.processor)
-    batches = list(inputs.batches(recipe.data.batch_size))
+    batches = store_batches(inputs, recipe.data, space_of(recipe.data), progress=True)
     check = check_fit(source.model, batches, original, score_site=saved.search.score_site)
     config: Any = source.model.config.quantization_config
     results: dict[str, Any] = {

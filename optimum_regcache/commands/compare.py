@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from optimum_regcache.commands.labelled import labelled_choice
 from optimum_regcache.commands.pictures import draw_report
 from optimum_regcache.commands.report import NOTHING, Reporter, Row
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data, targets_of
@@ -66,11 +67,13 @@ class Comparison:
         rows: the table; the last one is the saved checkpoint.
         notes: below the table.
         seeds: ``--report-seeds``: row -> values, mean and standard deviation of its metric; empty for one seed.
+        labelled: what labels say about the choice of a label-free search; None where there is nothing to say.
     """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seeds: dict[str, Any] = field(default_factory=dict)
+    labelled: dict[str, Any] | None = None
 
 
 def installs(config: RegCacheConfig) -> bool:
@@ -105,6 +108,10 @@ def compare(
         if found is not None:
             notes.append(f"sensitive block {found}; most sensitive layers: {top}")
         notes.append(f"chosen: {fit.search.chosen.describe()}; {fit.search.reason}")
+        labelled = labelled_choice(source, fit, runner)
+        if labelled is not None:
+            result.labelled = labelled.to_dict()
+            notes.append(labelled.describe())
         if fit.variants:
             notes.append(
                 "prefix only / delete only: what is installed, one half of it at a time; best prefix / best delete: the best "

@@ -83,6 +83,7 @@ def quantize_job(
             "rows": [row.to_dict() for row in found.rows],
             "below_naive": [row.name for row in found.rows if row.below_naive],
             "seeds": found.seeds,
+            "labelled": found.labelled,
             "fit": fit.to_dict() if fit else None,
             "recipe": recipe.to_dict(),
             "environment": environment(),

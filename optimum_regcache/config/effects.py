@@ -60,6 +60,19 @@ def require_search_effect(search: SearchConfig, config: RegCacheConfig) -> None:
             )
 
 
+def require_patches(search: SearchConfig, config: RegCacheConfig) -> None:
+    """Refuse a search for patch tokens that are not there.
+
+    Raises:
+        ValueError: an objective on patch tokens, and a deletion that leaves their places out.
+    """
+    require(
+        search.objective != "patch_cosine" or config.deletion.fill != "none",
+        "search.objective='patch_cosine' compares all patch tokens, and deletion.fill='none' leaves deleted ones out. Use "
+        "deletion.fill='neighbour_mean', or another objective.",
+    )
+
+
 def require_search_unused(search: SearchConfig, config: RegCacheConfig) -> None:
     """Refuse search settings where nothing is searched; the seed divides the images in any case.
 

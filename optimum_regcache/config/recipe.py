@@ -19,6 +19,7 @@ from optimum_regcache.config.yaml_text import MAX_BYTES, read_yaml
 
 MOST_IMAGES = 10_000_000
 MOST_WORKERS = 256
+OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
@@ -33,7 +34,10 @@ class SearchConfig:
         strategy: ``averaged_tokens`` (average of the top tokens per start block: start block x tau, then k~ for the best tau of
             each start block, then tau again for the best pair) or ``single_token`` (single tokens of the sensitive block in
             place of start blocks). Recipes of version 0.1.0 call them ``v4`` and ``v2``, and still open.
-        objective: ``cosine`` (label-free: cosine of final features to the float model's) or ``accuracy`` (labels).
+        objective: score of an image, higher is better. Label-free, against the float model: ``cosine`` (final features),
+            ``patch_cosine`` (patch tokens, for dense use), ``similarity_kl`` (similarities to other images), ``logit_kl``
+            (class probabilities of a classifier). With labels: ``accuracy`` (classifier, or zero-shot), ``knn`` (nearest
+            neighbours among the reference images).
         algorithm: way through the space of configurations: ``halving`` (all on a few images, the better ones on more),
             ``coordinate`` (start block and tau, then k~, then tau again; all images) or ``exhaustive`` (the paper's grid, every
             start, tau and k~; many times the work). A recipe saved before there was a choice means ``coordinate``.
@@ -50,7 +54,7 @@ class SearchConfig:
         max_delete: largest k~ tried, at most a quarter of the patches.
         top_tokens: tokens averaged per start block (``averaged_tokens``), at most one per reference image on average.
         num_candidates: single tokens tried (``single_token``), at most one per reference image on average.
-        min_gain: smallest mean gain of the objective worth installing anything for.
+        min_gain: smallest mean gain of the objective worth installing anything for, in its own unit (nats for a KL).
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
         retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
             decision; each costs one run of all methods.
@@ -82,7 +86,7 @@ class SearchConfig:
         object.__setattr__(self, "num_copies", tuple(float(c) for c in self.num_copies))
         for name, allowed in (
             ("strategy", ("averaged_tokens", "single_token")),
-            ("objective", ("cosine", "accuracy")),
+            ("objective", OBJECTIVES),
             ("algorithm", ("halving", "coordinate", "exhaustive")),
             ("sensitivity", ("coarse", "linear", "block")),
             ("score_site", ("block_input", "fc2_input")),

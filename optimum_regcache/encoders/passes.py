@@ -111,16 +111,61 @@ def states_read(model: nn.Module, tower: Tower) -> tuple[int, ...]:
 def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor:
     """The patch tokens that a model around the tower reads, each of length 1, as one row per image [B, M], float32: the cosine
     of two such rows is the mean cosine of their tokens."""
-    layers, depth = states_read(model, tower), len(tower.blocks)
     strategy = getattr(cast("Any", model).config, "vision_feature_select_strategy", "default")
     lead = tower.num_prefix_tokens if strategy == "default" else 0
-    if layers == (depth,) and getattr(cast("Any", model).config, "vision_feature_layer", None) is None:
-        states = [run_tower(tower, batch).last_hidden_state]
-    else:
-        output = run_tower(tower, batch, output_hidden_states=True)
-        states = [output.hidden_states[i] for i in layers]
+    states = _read_states(model, tower, batch)
     tokens = [nn.functional.normalize(s[:, lead:].float(), dim=-1) for s in states]
     return torch.cat([t.flatten(1) for t in tokens], 1) / sum(t.shape[1] for t in tokens) ** 0.5
+
+
+def _read_states(model: nn.Module, tower: Tower, batch: Batch) -> list[torch.Tensor]:
+    """The states [B, N, D] that a model around the tower reads."""
+    layers = states_read(model, tower)
+    if layers == (len(tower.blocks),) and getattr(cast("Any", model).config, "vision_feature_layer", None) is None:
+        return [run_tower(tower, batch).last_hidden_state]
+    output = run_tower(tower, batch, output_hidden_states=True)
+    return [output.hidden_states[i] for i in layers]
+
+
+def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+    """The patch tokens that a model gives for dense use, without CLS, trained registers and padding.
+
+    ``last_hidden_state`` of the tower, whose deleted positions hold the fill (docs/method.md 7); the feature maps of a
+    backbone, all of them; the states that a larger model around the tower reads; merged tokens where patches are packed.
+
+    Returns:
+        (tokens [rows, D], float32, image after image; rows of each image).
+
+    Raises:
+        ValueError: an exported encoder, which gives pooled features only.
+    """
+    if isinstance(model, FeatureEncoder):
+        raise ValueError(
+            "An exported encoder gives pooled features and no patch tokens. Compare the PyTorch model, or its features."
+        )
+    inputs, tower = move(batch, model), find_tower(model)
+    if tower.family.packed:
+        output = run_tower(tower, inputs)
+        merged = output if isinstance(output, torch.Tensor) else output.pooler_output
+        return merged.float(), _merged_lengths(tower, inputs)
+    lead = tower.num_prefix_tokens
+    if tower.is_backbone:
+        maps = run_tower(tower, inputs).feature_maps
+        states = [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, lead:] for m in maps]
+    elif reads_patches(model, tower):
+        states = [s[:, lead:] for s in _read_states(model, tower, inputs)]
+    else:
+        states = [run_tower(tower, inputs).last_hidden_state[:, lead:]]
+    tokens, mask = torch.cat(states, 1).float(), inputs.get("pixel_attention_mask")
+    if mask is None or mask.shape != states[0].shape[:2]:
+        return tokens.flatten(0, 1), [tokens.shape[1]] * len(tokens)
+    valid = mask.bool().repeat(1, len(states))
+    return tokens[valid], _integers(valid.sum(1))
+
+
+def _merged_lengths(tower: Tower, inputs: Batch) -> list[int]:
+    """Merged tokens of each image, where patches are packed."""
+    return _integers(inputs["image_grid_thw"].prod(1) // tower.config.spatial_merge_size**2)
 
 
 def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -160,8 +205,8 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     output = run_tower(tower, inputs)
     if tower.family.packed:  # the tokens that the language model reads, averaged over each image
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
-        lengths = inputs["image_grid_thw"].prod(1) // tower.config.spatial_merge_size**2
-        return torch.stack([part.mean(0) for part in torch.split(merged, _integers(lengths))]).float()
+        lengths = _merged_lengths(tower, inputs)
+        return torch.stack([part.mean(0) for part in torch.split(merged, lengths)]).float()
     return pooled_features(tower, output)
 
 

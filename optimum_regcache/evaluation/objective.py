@@ -6,7 +6,8 @@ import copy
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,16 +29,83 @@ from optimum_regcache.encoders.tower import find_tower, has_classifier
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
+@dataclass(frozen=True)
+class Bank:
+    """Reference images that others are compared with, by their features in the float model.
+
+    Attributes:
+        features: float32 [m, D], normalised.
+        labels: int64 [m], None where nothing asks for them.
+        own: row of the first image that is scored, where the scored images are rows of the bank, in the same order: none of
+            them is compared with itself. None where they are not in the bank.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor | None = None
+    own: int | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.features)
+        require(
+            self.labels is None or len(self.labels) == count, f"Not a label for each of {count} images of the bank."
+        )
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, *parts: Sequence[Batch], labels: torch.Tensor | None = None, own: int | None = None
+    ) -> Bank:
+        """The images of all ``parts``, as ``model`` sees them."""
+        return cls(torch.cat([F.normalize(encode(model, part), dim=-1) for part in parts]), labels, own)
+
+    def others(self, images: int) -> torch.Tensor:
+        """bool [images, m]: which rows each of the first ``images`` scored images is compared with."""
+        rows = torch.arange(len(self.features))
+        own = torch.full((images, 1), -1) if self.own is None else self.own + torch.arange(images)[:, None]
+        return rows[None] != own
+
+
+@dataclass(frozen=True)
+class Given:
+    """What objectives are made of; each takes what it needs.
+
+    Attributes:
+        float_model: the reference.
+        batches: the images to score.
+        labels: int64 [n], the images' classes.
+        text_features: float [classes, D], normalised, where classes are told zero-shot.
+        bank: other images.
+    """
+
+    float_model: nn.Module
+    batches: Sequence[Batch]
+    labels: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    bank: Bank | None = None
+
+
 class Objective(ABC):
     """Scores a model on fixed batches.
 
     Attributes:
         name: shown in reports.
+        labels_read: ``model``: labels in the numbers of the model's classes; ``any``: labels in whatever numbers; ``none``.
+        needs_bank: whether images are compared with those of a `Bank`.
         batches: the images, in the order of the scores.
     """
 
     name: str
+    labels_read: ClassVar[Literal["none", "model", "any"]] = "none"
+    needs_bank: ClassVar[bool] = False
     batches: Sequence[Batch]  # `scores` runs the model once for each, in order
+
+    @classmethod
+    @abstractmethod
+    def make(cls, given: Given) -> Objective:
+        """From what there is.
+
+        Raises:
+            ValueError: something is missing, or does not fit.
+        """
 
     @abstractmethod
     def first(self, images: int) -> Objective:
@@ -45,7 +113,8 @@ class Objective(ABC):
 
     @abstractmethod
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
-        """float32 [n], one score per image in the order of the batches."""
+        """float32 [n], one score per image in the order of the batches; nan (or the lowest, where scores are 0 and 1) for an
+        image that the model gives no numbers for."""
 
 
 class CosineObjective(Objective):
@@ -62,6 +131,10 @@ class CosineObjective(Objective):
         self.batches = batches
         self.reference = F.normalize(encode(float_model, batches), dim=-1)
 
+    @classmethod
+    def make(cls, given: Given) -> CosineObjective:
+        return cls(given.float_model, given.batches)
+
     def first(self, images: int) -> CosineObjective:
         part = copy.copy(self)
         part.batches, part.reference = FirstImages(self.batches, images), self.reference[:images]
@@ -75,7 +148,8 @@ class CosineObjective(Objective):
 class AccuracyObjective(Objective):
     """Top-1 accuracy: 1 where the prediction equals the label, else 0.
 
-    Uses the model's classifier if it has one, otherwise zero-shot classification against ``text_features``.
+    Uses the model's classifier if it has one, otherwise zero-shot classification against ``text_features``. An image whose
+    logits are no numbers counts as wrong.
 
     Args:
         batches: the images.
@@ -84,13 +158,24 @@ class AccuracyObjective(Objective):
     """
 
     name = "top-1 accuracy"
+    labels_read = "model"
 
     def __init__(
         self, batches: Sequence[Batch], labels: torch.Tensor, text_features: torch.Tensor | None = None
     ) -> None:
-        count = count_images(batches)
-        require(len(labels) == count, f"{len(labels)} labels for {count} images.")
+        require_labels(labels, batches)
         self.batches, self.labels, self.text_features = batches, labels, text_features
+
+    @classmethod
+    def make(cls, given: Given) -> AccuracyObjective:
+        if given.labels is None:
+            raise ValueError("objective='accuracy' needs labels that the model can predict. Use objective='cosine'.")
+        require(
+            given.text_features is not None or has_classifier(given.float_model),
+            f"objective='accuracy' needs a classifier or a text tower with class names; {type(given.float_model).__name__} "
+            "gives neither here. Use objective='cosine'.",
+        )
+        return cls(given.batches, given.labels, given.text_features)
 
     def first(self, images: int) -> AccuracyObjective:
         return AccuracyObjective(FirstImages(self.batches, images), self.labels[:images], self.text_features)
@@ -100,15 +185,26 @@ class AccuracyObjective(Objective):
 
     @torch.inference_mode()
     def predictions(self, model: Any) -> torch.Tensor:
-        """Predicted classes, int64 [n]."""
+        """Predicted classes, int64 [n]; -1 where the logits are no numbers."""
         predictions = []
         for batch in self.batches:
             if self.text_features is not None:
                 logits = F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
             else:
                 logits = model(**move(batch, model)).logits.float().cpu()
-            predictions.append(logits.argmax(-1))
+            predictions.append(_classes(logits))
         return torch.cat(predictions)
+
+
+def require_labels(labels: torch.Tensor, batches: Sequence[Batch]) -> None:
+    """Raise ``ValueError`` unless there is a label for each image."""
+    count = count_images(batches)
+    require(len(labels) == count, f"{len(labels)} labels for {count} images.")
+
+
+def _classes(logits: torch.Tensor) -> torch.Tensor:
+    """The class of the largest logit, int64 [B]; -1 where one is nan, which argmax would take for the largest."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
 @torch.inference_mode()
@@ -120,7 +216,7 @@ def score_both(
         return cosine.scores(model), None
     if accuracy.text_features is not None:
         features = F.normalize(encode(model, cosine.batches), dim=-1)
-        predictions = (features @ accuracy.text_features.T).argmax(-1)
+        predictions = _classes(features @ accuracy.text_features.T)
     else:
         tower, outputs = find_tower(model), list[Any]()
         handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -128,7 +224,7 @@ def score_both(
         try:
             for batch in cosine.batches:
                 outputs.clear()
-                classes.append(model(**move(batch, model)).logits.float().cpu().argmax(-1))
+                classes.append(_classes(model(**move(batch, model)).logits.float().cpu()))
                 parts.append(pooled_features(tower, outputs[0]).cpu())
         finally:
             handle.remove()
@@ -185,28 +281,3 @@ def zero_shot_features(model: Any, processor: Any, names: list[str], template: s
     output = model.get_text_features(**move(dict(tokens), model))
     features = output if isinstance(output, torch.Tensor) else output.pooler_output
     return F.normalize(features.float().cpu(), dim=-1)
-
-
-def make_objective(
-    kind: str,
-    float_model: nn.Module,
-    batches: Sequence[Batch],
-    labels: torch.Tensor | None,
-    text_features: torch.Tensor | None,
-) -> Objective:
-    """``cosine`` or ``accuracy``.
-
-    Raises:
-        ValueError: accuracy without labels, or without a classifier and without text features.
-    """
-    if kind == "cosine":
-        return CosineObjective(float_model, batches)
-    require(kind == "accuracy", f"Unknown objective {kind!r}; expected cosine or accuracy.")
-    if labels is None:
-        raise ValueError("objective='accuracy' needs labels that the model can predict. Use objective='cosine'.")
-    require(
-        text_features is not None or has_classifier(float_model),
-        f"objective='accuracy' needs a classifier or a text tower with class names; {type(float_model).__name__} gives "
-        "neither here. Use objective='cosine'.",
-    )
-    return AccuracyObjective(batches, labels, text_features)

@@ -14,8 +14,11 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.labels import is_generic, match_classes, readable_names, unknown_wordnet_ids
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, zero_shot_features, zero_shot_problem
+from optimum_regcache.evaluation.registry import OBJECTIVES
 
 logger = logging.get_logger(__name__)
+
+NO_LABELS = "the data set has no labels"
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,41 @@ class Targets:
     numbers: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
 
-    def needed(self) -> Targets:
-        """Itself, for an objective that cannot do without.
+    def needed(self, kind: str = "accuracy") -> Targets:
+        """Itself, for the objective ``kind`` that cannot do without.
 
         Raises:
             ValueError: there is no accuracy.
         """
-        require(self.available, f"objective='accuracy' is not possible: {self.note}. Use objective='cosine'.")
+        require(self.available, f"objective={kind!r} is not possible: {self.note}. Use objective='cosine'.")
         return self
 
-    def labels(self, inputs: ImageInputs) -> torch.Tensor | None:
-        """int64 [n], the model's class of each image of ``inputs``; None without accuracy."""
-        labels = inputs.labels() if self.available else None
-        return labels if labels is None or self.numbers is None else self.numbers[labels]
+    def labels(self, *parts: ImageInputs) -> torch.Tensor | None:
+        """int64 [n], the model's class of each image of ``parts``, one after the other; None without accuracy."""
+        found = [part.labels() for part in parts] if self.available else [None]
+        known = [labels for labels in found if labels is not None]
+        if len(known) < len(found):
+            return None
+        labels = torch.cat(known)
+        return labels if self.numbers is None else self.numbers[labels]
+
+
+def objective_targets(
+    kind: str, model: Any, processor: Any, inputs: ImageInputs, template: str = DEFAULT_TEMPLATE
+) -> Targets | None:
+    """What the objective ``kind`` reads of the labels of ``inputs``: classes of the model, the labels as they are (k-NN has
+    classes of its own), or nothing.
+
+    Raises:
+        ValueError: it reads labels, and they cannot be used.
+    """
+    read = OBJECTIVES[kind].labels_read
+    if read == "none":
+        return None
+    if read == "model":
+        return accuracy_targets(model, processor, inputs, template, warn=False).needed(kind)
+    reason = _unusable(inputs.label_values())
+    return Targets(reason is None, reason).needed(kind)
 
 
 def accuracy_targets(
@@ -68,10 +93,10 @@ def accuracy_targets(
         ValueError: zero-shot with a template without ``{}``.
     """
     values = inputs.label_values()
-    if all(value is None for value in values):
-        return Targets(False, "the data set has no labels")
     names = inputs.class_names()
     reason = _unusable(values)
+    if reason == NO_LABELS:
+        return Targets(False, reason)
     if reason is None and has_classifier(model):
         targets = _of_classifier(model.config, inputs, names, values)
     elif reason is None:
@@ -84,6 +109,8 @@ def accuracy_targets(
 
 
 def _unusable(values: Sequence[Any]) -> str | None:
+    if all(value is None for value in values):
+        return NO_LABELS
     missing = sum(value is None for value in values)
     if missing:
         return f"{missing} of {len(values)} images have no label"

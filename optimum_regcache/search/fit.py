@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
-from optimum_regcache.config.effects import require_search_effect
+from optimum_regcache.config.effects import require_patches, require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.data.images import ImageInputs
-from optimum_regcache.encoders.passes import Batch, count_images
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.evaluation.objective import Objective, make_objective
-from optimum_regcache.evaluation.targets import Targets, accuracy_targets
+from optimum_regcache.evaluation.objective import Objective
+from optimum_regcache.evaluation.registry import bank_for, make_objective
+from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.journal import Journal
@@ -54,7 +54,7 @@ class FitResult:
         sensitive_block: l_q; None if nothing had to be repaired, so that nobody looked for it.
         mined: start block -> mined tokens.
         search: the search.
-        variants: registers and deletion of the best ``prefix only`` and ``delete only`` setups, for the report.
+        variants: registers and deletion of the best ``prefix only``, ``delete only`` and ``both`` setups, for the report.
         parts: the images.
         requested, settings, data: the arguments of the fit.
         seconds: duration of each stage.
@@ -120,11 +120,9 @@ def fit_registers(
     """
     resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
-    folder = None if work_dir is None else Path(work_dir)
-    parts, targets = images.split(plan.recipe.data, search.seed, folder), None
-    if search.objective == "accuracy":
-        inputs = parts.everything
-        targets = accuracy_targets(model, images.processor, inputs, images.template, warn=False).needed()
+    require_patches(search, resolved.config)
+    parts = images.split(plan.recipe.data, search.seed, None if work_dir is None else Path(work_dir))
+    targets = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
     journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
     try:
         return _Fit(model, parts, plan, journal, targets, progress).run()
@@ -226,7 +224,7 @@ class _Fit:
             return (None, DeletionConfig()) if engine is None else (engine.cache(setup), engine.deletion(setup))
 
         cache, deletion = installed(result.chosen)
-        leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete}
+        leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete, "both": result.best_both}
         variants = {kind: installed(trial.setup) for kind, trial in leaders.items() if trial is not None}
         return FitResult(
             install_setup(self.resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, self.parts,
@@ -248,19 +246,20 @@ class _Scoring:
     kind: str
     targets: Targets | None
 
-    def objective(self, part: ImageInputs, batches: Sequence[Batch]) -> Objective:
-        """On the first ``batches`` of ``part``."""
-        labels = None if self.targets is None else self.targets.labels(part)
-        if labels is not None:
-            labels = labels[: count_images(batches)]
-        text = None if self.targets is None else self.targets.text_features
-        return make_objective(self.kind, self.runner.float_model, batches, labels, text)
-
     def judges(self, parts: ReferenceParts, progress: bool) -> Judges:
         """For the selection part and the confirmation part."""
-        selecting = self.objective(parts.selection, parts.batches("selection", progress=progress))
-        confirming = self.objective(parts.confirmation, parts.batches("confirmation", progress=progress))
-        return Judges(selecting, confirming, float(selecting.scores(self.runner.float_model).mean()))
+        kind, model, targets = self.kind, self.runner.float_model, self.targets or Targets(False)
+        selection, confirmation = (parts.batches(name, progress=progress) for name in ("selection", "confirmation"))
+        known = targets.labels(parts.calibration, parts.selection)
+        bank = bank_for(kind, model, self.runner.calibration, selection, known)
+        selecting, confirming = (
+            make_objective(kind, model, batches, targets.labels(part), targets.text_features, beside)
+            for part, batches, beside in (
+                (parts.selection, selection, bank),
+                (parts.confirmation, confirmation, bank and replace(bank, own=None)),
+            )
+        )
+        return Judges(selecting, confirming, float(selecting.scores(model).mean()))
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:
@@ -315,10 +314,11 @@ def _open_journal(
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
     tensors = dict(model.state_dict())
-    extra = (
-        {} if targets is None else {"text features": targets.text_features, "labels": targets.labels(parts.selection)}
-    )
-    tensors |= {name: value for name, value in extra.items() if value is not None}
+    labels = None if targets is None else targets.labels(parts.everything)
+    if targets is not None and targets.text_features is not None:
+        tensors["text features"] = targets.text_features
+    if labels is not None:
+        digest.update(repr(labels.tolist()).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
     return Journal(Path(work_dir), digest.hexdigest()[:32])

@@ -10,6 +10,7 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 _PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
+_OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
 
 
 def _add_hub(parser: ArgumentParser) -> None:
@@ -62,7 +63,9 @@ def _add_common(parser: ArgumentParser, several: bool = False) -> None:
         help="leave out images that are missing or cannot be decoded",
     )
     parser.add_argument(
-        "--objective", choices=("cosine", "accuracy"), help="what the search maximises (default cosine)"
+        "--objective",
+        choices=_OBJECTIVES,
+        help="what the search maximises (default cosine); accuracy and knn read labels",
     )
     parser.add_argument("--template", help="zero-shot prompt template, for example 'a photo of a {}.'")
     parser.add_argument("--seed", type=int, help="seed of subsets and search (default 0)")
