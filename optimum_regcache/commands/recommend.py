@@ -132,7 +132,9 @@ def advice_note(advice: Advice, other: Row | None, result: Row) -> str:
     more = f"; not applicable: {', '.join(unfit)}" if unfit else ""
     better = found.better
     if better is None or other is None:
-        return f"alternatives that are not clearly better on {found.images} held-out search images: {tried}{more}"
+        best = found.alternatives[0]
+        closest = "" if best.gain is None else f"; the best one gains {best.gain:+.4f}, needed {best.needed:.4f}"
+        return f"alternatives, not clearly better on {found.images} held-out search images: {tried}{closest}{more}"
     figures = f"cosine {other.cosine:.4f} instead of {result.cosine:.4f}"
     if other.accuracy is not None and result.accuracy is not None:
         figures += f", top-1 {100 * other.accuracy:.2f} % instead of {100 * result.accuracy:.2f} %"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from optimum_regcache.config.effects import default_of, unread_by_search
+from optimum_regcache.config.effects import unread_by_search
 from optimum_regcache.config.validation import require
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def with_effort(recipe: Recipe, name: str) -> Recipe:
     unread = unread_by_search(recipe.search, recipe.quantization)
     changed: dict[str, Any] = {}
     for section, values in EFFORTS[name].items():
-        part = getattr(recipe, section)
-        free = {
-            field: value for field, value in values.items() if getattr(part, field) == default_of(type(part), field)
-        }
-        changed[section] = replace(part, **{field: value for field, value in free.items() if field not in unread})
+        part: Any = getattr(recipe, section)
+        default: Any = type(part)()
+        free = [field for field in values if field not in unread and getattr(part, field) == getattr(default, field)]
+        changed[section] = replace(part, **{field: values[field] for field in free})
     return replace(recipe, **changed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -31,20 +32,21 @@ class Scheme:
     Attributes:
         name: for reports.
         methods: of `optimum_regcache.methods`, with their defaults.
-        registers: also tried with the registers and the deletion of the result. Under scales of its own for each token an
-            outlier token spoils nobody else, so there is nothing for them to repair.
+        registers: whether it is tried with the registers and the deletion of the result, without, or both; where the result
+            has none, once. A scale of its own for each token leaves them nothing to repair; a scale that covers all tokens
+            needs them where round to nearest does.
     """
 
     name: str
     methods: tuple[str, ...]
-    registers: bool = True
+    registers: tuple[bool, ...]
 
 
 SCHEMES = (
-    Scheme("dynamic per token", ("dynamic",), registers=False),
-    Scheme("percentile", ("percentile",)),
-    Scheme("mse", ("mse",)),
-    Scheme("smoothquant + gptq", ("smoothquant", "gptq")),
+    Scheme("dynamic per token", ("dynamic",), (False,)),
+    Scheme("percentile", ("percentile",), (False, True)),
+    Scheme("mse", ("mse",), (True,)),
+    Scheme("smoothquant + gptq", ("smoothquant", "gptq"), (True,)),
 )
 
 
@@ -148,7 +150,7 @@ def find_alternatives(
 
     One of them is clearly better if its mean gain reaches ``search.min_gain`` and ``search.noise_sigmas`` paired standard
     errors, the latter corrected for how many were tried (Bonferroni). A result that loses less than ``search.min_gain`` has
-    nothing to gain: nothing is tried then. At most seven runs of the methods.
+    nothing to gain: nothing is tried then. At most five runs of the methods.
 
     Args:
         model: the float model, unchanged.
@@ -178,7 +180,7 @@ def find_alternatives(
             values = objective.scores(run.quantized.model)
             if not bool(values.isfinite().all()):
                 values, reason = None, "its features are no numbers"
-        except (ValueError, TypeError, torch.linalg.LinAlgError) as error:  # a method that cannot work on this model
+        except (ValueError, TypeError, LinAlgError) as error:  # a method that cannot work on this model
             reason = str(error)
         scores.append(values)
         tried.append(replace(candidate, reason=reason, seconds=time.perf_counter() - begun))
@@ -211,24 +213,16 @@ def _candidates(recipe: Recipe) -> list[Alternative]:
         weights=WeightsConfig(bits=w.bits, granularity=w.granularity, symmetric=w.symmetric),
         activations=ActivationsConfig(bits=a.bits, symmetric=a.symmetric),
     )
-    places = [(False, RegistersConfig(mode="none"), DeletionConfig())]
-    if config.registers.mode != "none" or config.deletion.active:
-        places.append((True, config.registers, config.deletion))
-    return [
-        Alternative(
-            f"{scheme.name} with registers" if installed else scheme.name,
-            scheme,
-            installed,
-            replace(
-                recipe,
-                quantization=plain.replace(registers=registers, deletion=deletion, methods=scheme.methods),
-                notes="",
-            ),
-        )
-        for scheme in SCHEMES
-        for installed, registers, deletion in places
-        if scheme.registers or not installed
-    ]
+    nothing = plain.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
+    installs = config.registers.mode != "none" or config.deletion.active
+    installed = plain.replace(registers=config.registers, deletion=config.deletion)
+    found: list[Alternative] = []
+    for scheme in SCHEMES:
+        for registers in scheme.registers if installs else (False,):
+            name = f"{scheme.name} with registers" if registers else scheme.name
+            made = (installed if registers else nothing).replace(methods=scheme.methods)
+            found.append(Alternative(name, scheme, registers, replace(recipe, quantization=made, notes="")))
+    return found
 
 
 def _is(recipe: Recipe, config: RegCacheConfig) -> bool:
