@@ -52,7 +52,7 @@ def test_scales_per_token_repair_what_the_outliers_spoil(
 ) -> None:
     found = found_for(encoder, images, plain)
     assert found.images == len(images.split(DATA, 0).confirmation) == 8
-    assert [a.name for a in found.alternatives][0] == "dynamic per token"
+    assert found.alternatives[0].name == "dynamic per token"
     assert {a.name for a in found.alternatives} == set(NAMES)
     assert [a.score for a in found.alternatives] == sorted((a.score for a in found.alternatives), reverse=True)
     better = found.better

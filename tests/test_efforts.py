@@ -64,7 +64,9 @@ def test_what_the_command_line_sets_stays_defaults_too() -> None:
 def test_efforts_are_refused_where_they_do_nothing() -> None:
     with pytest.raises(ValueError, match=r"Unknown effort 'slow'; expected one of quick, thorough"):
         Recipe().with_effort("slow")
-    with pytest.raises(ValueError, match=r"The effort 'quick' has no effect: nothing is searched with registers\.mode='none'"):
+    with pytest.raises(
+        ValueError, match=r"The effort 'quick' has no effect: nothing is searched with registers\.mode='none'"
+    ):
         resolved("--quick", "--no-registers")
     with pytest.raises(argparse.ArgumentError, match="not allowed with argument"):
         resolved("--quick", "--thorough")
