@@ -25,6 +25,7 @@ from optimum_regcache.hub.loading import load_model, load_processor
 from optimum_regcache.hub.stored import sort_metadata
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.alternatives import Recommendation, find_alternatives
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
@@ -230,6 +231,49 @@ class RegCacheQuantizer(OptimumQuantizer):
             with output:
                 write_model(output.stage, model, self.processor, *self._records(model, run.recipe, None), file_prefix)
         return model
+
+    def recommend(
+        self,
+        model: PreTrainedModel,
+        calibration_dataset: Any,
+        *,
+        recipe: Recipe | None = None,
+        data_collator: Collator | None = None,
+        template: str = DEFAULT_TEMPLATE,
+        progress: bool = True,
+    ) -> Recommendation:
+        """Other quantizers at the same bits, compared with ``model`` on images that calibrated nothing and ranked nothing.
+
+        ``quantize(recipe=found.better.recipe, calibration_dataset=...)`` on the same images makes the best of those that are
+        clearly better, as ``--best`` of the command line does.
+
+        Args:
+            model: what `quantize` returned.
+            calibration_dataset: the images that it was made with.
+            recipe: that it was made with; default: the settings of the fit, else the defaults with all images.
+            data_collator, template: as for `quantize`.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError: ``model`` is not quantized.
+            ValueError: ``search.objective="accuracy"`` for images without usable labels.
+        """
+        config = getattr(model.config, "quantization_config", None)
+        if not isinstance(config, RegCacheConfig):
+            raise TypeError(
+                f"recommend() takes the model that quantize() returned; this {type(model).__name__} is float."
+            )
+        images = ReferenceImages(calibration_dataset, self.processor, data_collator, template)
+        fit = self.fit_result
+        if fit is not None and fit.config.registers != config.registers:
+            fit = None
+        if recipe is None and fit is not None:
+            recipe = Recipe(search=fit.settings, data=fit.data)
+        elif recipe is None:
+            recipe = Recipe(data=DataConfig(num_samples=max(len(images.inputs), 4)))
+        return find_alternatives(
+            self.model, model, recipe.with_quantization(config), images, known=fit, progress=progress
+        )
 
     def save(
         self,

@@ -114,7 +114,7 @@ def test_scores_with_and_without_the_record_are_the_same_bits(kind: str, name: s
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_FirstImages_score_as_among_all(kind: str, name: str) -> None:
+def test_the_first_images_score_as_among_all(kind: str, name: str) -> None:
     model, calibration, scored = build(name)
     objective = objective_of(kind, model, calibration, scored)
     prepare_tower(model)

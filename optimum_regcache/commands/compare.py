@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from optimum_regcache.commands.labelled import labelled_choice
 from optimum_regcache.commands.pictures import draw_report
+from optimum_regcache.commands.recommend import Advice, ReportOptions, advice_note, advice_row
 from optimum_regcache.commands.report import NOTHING, Reporter, Row
-from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source, accuracy_data, targets_of
+from optimum_regcache.commands.sources import Source, accuracy_data, targets_of
 from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
@@ -32,33 +33,6 @@ logger = logging.get_logger(__name__)
 _Variant = tuple[str, Setup, RegisterCache | None, DeletionConfig]
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What a report shows.
-
-    Attributes:
-        show_photos: draw outlier tokens on images of the user's own; those of the embedded encoders are always shown.
-        seeds: sets of embedded scenes to repeat the main rows on.
-    """
-
-    show_photos: bool = False
-    seeds: int = 1
-
-    def check(self, dataset: str) -> None:
-        """Refuse what the images ``dataset`` do not allow.
-
-        Raises:
-            ValueError: several seeds without embedded scenes, or fewer than one.
-        """
-        if self.seeds < 1:
-            raise ValueError(f"--report-seeds must be at least 1, got {self.seeds}.")
-        if self.seeds > 1 and not dataset.endswith(EMBEDDED_IMAGES):
-            raise ValueError(
-                f"--report-seeds needs the scenes of an embedded encoder; the unseen images of {dataset} are the same for "
-                "every seed."
-            )
-
-
 @dataclass
 class Comparison:
     """Rows, notes, and the main rows on other scenes.
@@ -68,12 +42,14 @@ class Comparison:
         notes: below the table.
         seeds: ``--report-seeds``: row -> values, mean and standard deviation of its metric; empty for one seed.
         labelled: what labels say about the choice of a label-free search; None where there is nothing to say.
+        other: the row of a clearly better alternative, None if there is none; in the table only if it was saved.
     """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seeds: dict[str, Any] = field(default_factory=dict)
     labelled: dict[str, Any] | None = None
+    other: Row | None = None
 
 
 def installs(config: RegCacheConfig) -> bool:
@@ -82,9 +58,16 @@ def installs(config: RegCacheConfig) -> bool:
 
 
 def compare(
-    source: Source, plan: QuantizationPlan, run: QuantizationRun, opened: Any, options: ReportOptions, progress: bool
+    source: Source,
+    plan: QuantizationPlan,
+    run: QuantizationRun,
+    opened: Any,
+    options: ReportOptions,
+    progress: bool,
+    advice: Advice | None = None,
 ) -> tuple[Comparison, Reporter]:
-    """Measure the variants of ``run`` on the report images; ``opened`` is the saved checkpoint, opened again."""
+    """Measure the variants of ``run`` on the report images; ``opened`` is the saved checkpoint, opened again: of ``run``, or of
+    the alternative where ``advice`` says that it was saved."""
     report = ImageInputs(source.report_images, source.processor)
     config, fit = run.quantized.config, run.fit
     data = plan.recipe.data
@@ -122,9 +105,17 @@ def compare(
     if config.methods:
         result.rows += _method_rows(source, plan, run, reporter, progress)
         notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
-    name = "RegCache" if installs(config) else "plain"
+    label, name = method_label(config), "RegCache" if installs(config) else "plain"
     installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
-    result.rows.append(reporter.model_row(name, opened, run.quantized.float_model, installed))
+    swapped = advice.swapped if advice is not None else None
+    made = opened if swapped is None else run.quantized.model
+    result.rows.append(reporter.model_row(name, made, run.quantized.float_model, installed))
+    if advice is not None:
+        result.other = advice_row(advice, reporter, opened)
+        notes.append(advice_note(advice, result.other, result.rows[-1]))
+    if swapped is not None and result.other is not None:
+        result.rows.append(result.other)
+        name, config = result.other.name, swapped.quantized.config
     notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
     notes.append("retention: metric / that of float; recovered: (metric - naive) / (float - naive)")
     notes.append("norms and FLOPs: patch tokens and blocks, float model with the same registers, deletion and rewrites")
@@ -134,8 +125,8 @@ def compare(
     if options.seeds > 1:
         result.seeds = _other_seeds(source, plan, reporter, opened, options.seeds, result.rows)
         notes.append(_describe_seeds(result.seeds, labels is not None))
-    made = {name, *(row.name for row in result.rows if row.name.startswith(f"{method_label(config)}, "))}
-    worse = [row.name for row in result.rows if row.below_naive and row.name in made]
+    named = {name, *(row.name for row in result.rows if row.name.startswith(f"{label}, "))}
+    worse = [row.name for row in result.rows if row.below_naive and row.name in named]
     if worse:
         notes.append(f"WORSE THAN ROUND TO NEAREST (naive): {', '.join(worse)}. Do not use these settings here.")
     if result.rows[-1].below_naive:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_regcache.commands.card import write_model_card
-from optimum_regcache.commands.compare import ReportOptions, compare, installs, pictures
+from optimum_regcache.commands.compare import compare, installs, pictures
+from optimum_regcache.commands.recommend import ReportOptions, advise
 from optimum_regcache.commands.report import environment, render_table
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Hub, Source
 from optimum_regcache.config.files import write_json
@@ -46,7 +47,7 @@ def quantize_job(
         progress: show progress bars.
 
     Returns:
-        (results as written to ``results.json``, summary table as text).
+        (results as written to ``results.json``, summary table as text, with the command of a better alternative).
 
     Raises:
         ValueError: options that do not fit.
@@ -59,13 +60,15 @@ def quantize_job(
     with output:
         output.require_space(least_bytes(source.model))
         run = run_plan(source.model, images, plan, work_dir=output.work, progress=progress)
-        config, fit = run.quantized.config, run.fit
+        advice, fit = advise(source, images, run, options, progress), run.fit
+        saved = (advice.swapped if advice is not None else None) or run
+        config = saved.quantized.config
         given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
-        recipe = replace(run.recipe, model=source.name, dataset=given, revision=(hub or {}).get("revision"))
-        write_model(output.stage, run.quantized.model, source.processor, recipe)
+        recipe = replace(saved.recipe, model=source.name, dataset=given, revision=(hub or {}).get("revision"))
+        write_model(output.stage, saved.quantized.model, source.processor, recipe)
         opened: Any = load_model(output.stage, dtype=next(source.model.parameters()).dtype)
-        require_same_tensors(run.quantized.model, opened)
-        found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress)
+        require_same_tensors(saved.quantized.model, opened)
+        found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress, advice)
         if fit is not None:
             found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
         results: dict[str, Any] = {
@@ -76,8 +79,8 @@ def quantize_job(
             "protocol": config.protocol,
             "methods": [dict(entry) for entry in config.methods],
             "simulated": config.simulated_reason,
-            "measured": run.quantized.measured,
-            "stage_seconds": run.quantized.seconds,
+            "measured": saved.quantized.measured,
+            "stage_seconds": saved.quantized.seconds,
             "report_images": len(source.report_images),
             "dropped_images": source.dropped,
             "rows": [row.to_dict() for row in found.rows],
@@ -85,6 +88,7 @@ def quantize_job(
             "seeds": found.seeds,
             "labelled": found.labelled,
             "fit": fit.to_dict() if fit else None,
+            "recommendation": advice.to_dict(found.other) if advice else None,
             "recipe": recipe.to_dict(),
             "environment": environment(),
             "seconds": round(time.perf_counter() - begun, 1),
@@ -94,10 +98,13 @@ def quantize_job(
             output.stage, output.path, recipe, found.rows, [*found.notes, *_origin(source, hub or {})],
             dataset=source.images_title, pipeline_tag=_pipeline_tag(source.model), installed=installs(config),
         )  # fmt: skip
-    title = (
-        f"{source.title} {config.label.upper()} on {len(source.report_images)} unseen images of {source.images_title}"
-    )
-    return results, render_table(found.rows, title, found.notes)
+    label, shown = run.quantized.config.label.upper(), len(source.report_images)
+    title = f"{source.title} {label} on {shown} unseen images of {source.images_title}"
+    table = render_table(found.rows, title, found.notes)
+    better = advice.found.better if advice is not None and advice.swapped is None else None
+    if better is not None and options.command is not None:
+        table += f"{better.name}: {options.command(better)}\n"
+    return results, table
 
 
 def least_bytes(model: nn.Module) -> int:

@@ -73,6 +73,11 @@ def require_patches(search: SearchConfig, config: RegCacheConfig) -> None:
     )
 
 
+def unread_by_search(search: SearchConfig, config: RegCacheConfig) -> set[str]:
+    """Fields of ``search`` that a search with ``config`` does not read."""
+    return {name for names, _ in _unread_by_search(search, config) for name in names}
+
+
 def require_search_unused(search: SearchConfig, config: RegCacheConfig) -> None:
     """Refuse search settings where nothing is searched; the seed divides the images in any case.
 

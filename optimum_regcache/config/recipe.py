@@ -283,6 +283,20 @@ class Recipe:
         """The same recipe with another quantization config."""
         return replace(self, quantization=config)
 
+    def with_effort(self, name: str) -> Recipe:
+        """The same recipe with the settings of `EFFORTS` (``quick``, ``thorough``) wherever it has the default.
+
+        Raises:
+            ValueError: an unknown name, or a recipe that searches nothing.
+
+        Example:
+            >>> Recipe().with_effort("quick").data.num_samples
+            96
+        """
+        from optimum_regcache.config.efforts import with_effort  # which reads what a search reads, and so this module
+
+        return with_effort(self, name)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested mapping that `from_dict` reads."""
         parts = {name: {k: plain(v) for k, v in asdict(getattr(self, name)).items()} for name in ("search", "data")}

@@ -35,6 +35,7 @@ class ReferenceImages:
     processor: Any = None
     collator: Collator | None = None
     template: str = DEFAULT_TEMPLATE
+    _parts: dict[tuple[DataConfig, int], ReferenceParts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_template(self.template)
@@ -45,8 +46,11 @@ class ReferenceImages:
         return ImageInputs(self.dataset, self.processor, self.collator)
 
     def split(self, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:
-        """Their division by `split_inputs`."""
-        return split_inputs(self.inputs, data, seed, folder)
+        """Their division by `split_inputs`; the same one, with what it has read, when it is asked for again."""
+        key = (data, seed)
+        if key not in self._parts:
+            self._parts[key] = split_inputs(self.inputs, data, seed, folder)
+        return self._parts[key]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
         recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
     recipe = recipe.override([*assignments, *args.assignments])
+    if getattr(args, "effort", None):  # what was asked for by name stays, defaults too
+        recipe = recipe.with_effort(args.effort).override([*assignments, *args.assignments])
     if hasattr(args, "no_registers") and recipe.quantization.registers.mode != "search":
         unread = [a for a in (*assignments, *args.assignments) if a.startswith("search.") and "search.seed=" not in a]
         unread = [a for a in unread if not a.startswith("search.kv_mode=")]  # the old name of a field of the registers
@@ -209,23 +211,43 @@ class QuantizeCommand(_Command):
             "--quantize-attention", action="store_true",
             help="quantize both attention products too (simulated): the protocol of the ViT literature",
         )  # fmt: skip
+        effort = parser.add_mutually_exclusive_group()
+        for name, text in (
+            ("quick", "fewer images and a coarser search"),
+            ("thorough", "more images and a finer search"),
+        ):
+            effort.add_argument(f"--{name}", action="store_const", const=name, dest="effort", help=text)
+        advice = parser.add_mutually_exclusive_group()
+        advice.add_argument(
+            "--no-recommend", action="store_false", dest="recommend",
+            help="do not try other quantizers where the result of the search leaves something to gain",
+        )  # fmt: skip
+        advice.add_argument(
+            "--best", action="store_true", help="try them, and save the best one instead if it is clearly better"
+        )
 
     def job(self) -> None:
+        from dataclasses import replace
+        from functools import partial
         from pathlib import Path
 
-        from optimum_regcache.commands.compare import ReportOptions
         from optimum_regcache.commands.quantize import quantize_job
+        from optimum_regcache.commands.recommend import ReportOptions, suggested_command
 
         args, path = self.args, Path(self.args.output)
         presets = list(dict.fromkeys(args.preset or [""]))
-        options = ReportOptions(args.show_photos, args.report_seeds)
+        options = ReportOptions(args.show_photos, args.report_seeds, args.recommend, args.best)
+        more = [args.show_photos, args.report_seeds, *(["best"] if args.best else [])]
         jobs = []
         for preset in presets:  # all are checked before the first is begun
             recipe = resolve_recipe(args, preset)
             folder = path / preset if len(presets) > 1 else path
-            jobs.append((recipe, self.output(folder, "quantize", recipe, args.show_photos, args.report_seeds)))
-        for recipe, output in jobs:
-            results, table = quantize_job(self.open(recipe), recipe, output, options=options, hub=hub_options(args))
+            jobs.append((preset, recipe, self.output(folder, "quantize", recipe, *more)))
+        for preset, recipe, output in jobs:
+            asked = Namespace(**{**vars(args), "preset": [preset] if preset else None, "output": str(output.path)})
+            command = partial(suggested_command, asked, self.parser.get_default, partial(resolve_recipe, preset=preset))
+            wanted = replace(options, command=command)
+            results, table = quantize_job(self.open(recipe), recipe, output, options=wanted, hub=hub_options(args))
             print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
 
 
