@@ -1,13 +1,16 @@
 """The RegCache search: sensitivity, mining, and the choice of registers and deletion."""
 
+from optimum_regcache.search.block_copies import CopiesTrial, tune_copies
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.search import Candidates, Judges, RegisterSearch, SearchResult, TrialScores
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
 from optimum_regcache.search.setups import Setup, Space, Trial
 from optimum_regcache.search.trials import TrialRunner
+from optimum_regcache.search.tuning import TuningRecord, TuningSettings, tune_registers
 
 __all__ = [
     "Candidates",
+    "CopiesTrial",
     "Judges",
     "MinedTokens",
     "RegisterSearch",
@@ -18,6 +21,10 @@ __all__ = [
     "Trial",
     "TrialRunner",
     "TrialScores",
+    "TuningRecord",
+    "TuningSettings",
     "mine_tokens",
     "scan_sensitivity",
+    "tune_copies",
+    "tune_registers",
 ]
