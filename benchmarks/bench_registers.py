@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_registers.py                     # a quarter of an hour for each encoder
     python benchmarks/bench_registers.py --encoder clip-scenes-induced --preset w4a4 --seed 0 1 2
+    python benchmarks/bench_registers.py --preset w4a4 --more                  # where the rest of the loss comes from
 
 Start block, tau and ``k~`` of the averaged register are chosen on the selection images by a grid; all other rows start from
 that choice and change one thing, judged on the same images. Tuning trains on the selection images and stops by the confirmation
@@ -15,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ SENSITIVE = {"clip-scenes-induced": 3, "siglip-scenes-induced": 3}
 TAUS = (0.25, 0.7, 1.0, 2.0, 4.0, 8.0, 15.0)
 COUNTS = (1, 2, 3, 4, 5, 6)
 CANDIDATES = 8
-Found = tuple[RegisterCache | None, dict[str, Any]]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Bench:
             list(p.batches(size))
             for p, size in ((parts.calibration, 32), (parts.selection, 16), (parts.confirmation, 32))
         )
-        config = search_config(plan.resolved.config)
+        self.config = config = search_config(plan.resolved.config)
         self.runner = TrialRunner(source.model, config, calibration)
         token = {"mode": "dynamic", "granularity": "per_token"}
         self.limits = {
@@ -127,6 +127,26 @@ class Bench:
         starts = [Start(best.block, best.tau, count) for count in COUNTS]
         return max(starts, key=lambda s: self.score(self.average(s), self.deletion(s.count)))
 
+    def more(self, start: Start) -> Iterator[tuple[str, RegisterCache, str | None]]:
+        """(name, registers, limit): 16-bit activations before, or in, the blocks with registers; other ways to tune."""
+        average, blocks, deletion = self.average(start), self.blocks(start), self.deletion(start.count)
+        for name, wide in (("before", range(start.block)), ("in", blocks)):
+            patterns = tuple(f"*layers.{block}.*" for block in wide)
+            name = f"averaged, scalar tau; 16 bits {name} its blocks"
+            config = self.config.replace(modules={"mixed_precision": patterns})
+            self.limits[name] = TrialRunner(self.runner.float_model, config, self.runner.calibration)
+            yield name, average, name
+        four = self.mined[start.block].clusters(4, blocks, self.depth, self.seed).restricted(blocks, start.tau / 4)
+        weighted = replace(self.settings, norm_weight=1e-3)
+        for name, cache, settings in (
+            ("k-means 4, gradient-tuned", four, self.settings),
+            ("gradient-tuned, norm term 0.001", average, weighted),
+        ):
+            found, _ = tune_registers(
+                self.runner, cache, deletion, self.selection, self.confirmation, settings, progress=False
+            )
+            yield name, found, None
+
     def rows(self, start: Start) -> Iterator[tuple[str, RegisterCache | None, dict[str, Any]]]:
         """(name, registers, what was found) of every row but float."""
         deletion, blocks, mined = self.deletion(start.count), self.blocks(start), self.mined[start.block]
@@ -175,8 +195,17 @@ def measure(bench: Bench, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
             begun = time.perf_counter()
 
 
+def measure_more(bench: Bench, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of `Bench.more`, with deletion."""
+    start = bench.start(True)
+    for name, cache, limit in bench.more(start):
+        where = {"blocks": list(cache.blocks), "tau": cache.num_copies}
+        row = {**given, "deletion": start.count, "row": name, **where}
+        yield {**row, **bench.report(cache, bench.deletion(start.count), limit)}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; ``gap closed``: of the cosine that the row "averaged, scalar tau" of the same deletion lacks."""
+    """Markdown; ``gap closed``: of the cosine that the row "averaged, scalar tau" of the same deletion lacks to 1."""
     lines = [
         "| encoder | bits | seed | deleted | registers | blocks | tau | cosine | gap closed | top-1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -185,7 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     base = {tuple(r[k] for k in (*group, "deletion")): r["cosine"] for r in rows if r["row"] == "averaged, scalar tau"}
     for r in rows:
         known = base.get(tuple(r[k] for k in (*group, "deletion")))
-        gap = "-" if known is None or "selection" not in r else f"{100 * (r['cosine'] - known) / (1 - known):+.0f} %"
+        gap = "-" if known is None or not r.get("blocks") else f"{100 * (r['cosine'] - known) / (1 - known):+.0f} %"
         taus = r.get("tau")
         taus = [] if taus is None else taus if isinstance(taus, (list, tuple)) else [taus]
         top1 = "-" if r["accuracy"] is None else f"{100 * r['accuracy']:.2f} %"
@@ -204,6 +233,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["w4a4", "w6a6", "w8a8"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300, help="of the gradient tuning")
+    parser.add_argument("--more", action="store_true", help="rows that tell where the rest of the loss comes from")
     parser.add_argument("--output", type=Path, default=Path("bench-registers.json"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -212,10 +242,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for encoder, preset, seed in product(arguments.encoder, arguments.preset, arguments.seed):
         given = {"encoder": encoder, "preset": preset, "seed": seed}
-        if any(given.items() <= row.items() for row in rows):
+        if any(given.items() <= row.items() and (not arguments.more or "16 bits" in row["row"]) for row in rows):
             continue
         found: list[dict[str, Any]] = []
-        for row in measure(Bench(encoder, preset, seed, arguments.steps), given):
+        measured = measure_more if arguments.more else measure
+        for row in measured(Bench(encoder, preset, seed, arguments.steps), given):
             found.append(row)
             print({k: v for k, v in row.items() if k != "record"}, flush=True)
         rows += found
