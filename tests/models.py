@@ -308,7 +308,7 @@ def run_block(block: Any, states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 def random_cache(
     blocks: tuple[int, ...] = (1, 3),
     registers: int = 1,
-    num_copies: float = 1.0,
+    num_copies: float | tuple[float, ...] = 1.0,
     seed: int = 0,
     num_blocks: int = BLOCKS,
 ) -> RegisterCache:

@@ -1,4 +1,5 @@
 """`--quick` and `--thorough` are settings of search and data, and what is set by name wins over them."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

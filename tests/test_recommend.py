@@ -1,4 +1,5 @@
 """What `quantize` says about other quantizers, the command that it prints, and `--best`."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

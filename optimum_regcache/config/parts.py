@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from optimum_regcache.config.copies import block_copies
 from optimum_regcache.config.validation import check_bits, check_types, one_of, require
 
 CALIBRATION_OUTLIER_RATIO = 5.0  # l_inf over the median: what a static scale need not cover; reports count fewer tokens
@@ -117,6 +118,7 @@ class RegistersConfig:
         blocks: 0-based blocks whose attention gets the prefix, ascending; ``fixed`` needs at least one.
         num_registers: distinct rows of K and V per block.
         num_copies: tau; copies of a row are one row with logit bias ln(tau) (docs/method.md 5), so it need not be an integer.
+            One number, or a list with one for each of ``blocks``; a list of equal numbers becomes that number.
         kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone), for
             registers that are searched or mined for the given blocks.
     """
@@ -124,7 +126,7 @@ class RegistersConfig:
     mode: str = "search"
     blocks: tuple[int, ...] = ()
     num_registers: int = 1
-    num_copies: float = 1.0
+    num_copies: float | tuple[float, ...] = 1.0
     kv_mode: str = "in_context"
 
     def __post_init__(self) -> None:
@@ -136,11 +138,15 @@ class RegistersConfig:
             f"registers.blocks must be distinct, ascending and >= 0, got {list(self.blocks)}.",
         )
         require(self.num_registers >= 1, f"registers.num_registers must be at least 1, got {self.num_registers}.")
-        require(
-            0 < self.num_copies < math.inf,
-            f"registers.num_copies must be > 0 (its logarithm is the logit bias), got {self.num_copies}. "
-            "To use no register set registers.mode='none'.",
-        )
+        if isinstance(self.num_copies, tuple):
+            copies = block_copies(self.num_copies, self.blocks, "registers.num_copies")
+            object.__setattr__(self, "num_copies", copies)
+        else:
+            require(
+                0 < self.num_copies < math.inf,
+                f"registers.num_copies must be > 0 (its logarithm is the logit bias), got {self.num_copies}. "
+                "To use no register set registers.mode='none'.",
+            )
         require(
             self.mode != "fixed" or bool(self.blocks),
             "registers.mode='fixed' needs registers.blocks. Give the blocks, or use mode='search' or mode='none'.",

@@ -65,7 +65,7 @@ def _is(value: Any, kind: Any) -> bool:
 def check_types(part: Any, owner: str) -> None:
     """Compare the fields of a frozen dataclass with their annotations; lists become tuples.
 
-    Knows int, float, str, bool, an optional of these, and tuples of one of them.
+    Knows int, float, str, bool, an optional of these, tuples of one of them, and one of them or a tuple of it.
 
     Raises:
         TypeError: a field of another type.
@@ -73,18 +73,21 @@ def check_types(part: Any, owner: str) -> None:
     hints = get_type_hints(cast("type[Any]", type(part)))
     for name in (f.name for f in fields(part)):
         value, hint = getattr(part, name), hints[name]
-        if get_origin(hint) is tuple:
-            kind = get_args(hint)[0]
+        choices: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+        lists = next((c for c in choices if get_origin(c) is tuple), None)
+        if lists is not None and not isinstance(value, (list, tuple)):
+            good, expected = _is(value, choices[0]), f"{_NAMES[choices[0]]}, or a list of such"
+        elif get_origin(hint) is tuple or lists is not None:
+            kind = get_args(lists or hint)[0]
             items = cast("list[Any]", value) if isinstance(value, (list, tuple)) else None
             good = items is not None and all(_is(v, kind) for v in items)
             expected = f"a list, each {_NAMES[kind]}"
             if good:
                 object.__setattr__(part, name, tuple(items or ()))
         else:
-            optional = get_origin(hint) in (Union, UnionType)
-            kind = get_args(hint)[0] if optional else hint
-            good = _is(value, kind) or (optional and value is None)
-            expected = _NAMES[kind] + (" or null" if optional else "")
+            kind = choices[0] if choices else hint
+            good = _is(value, kind) or (bool(choices) and value is None)
+            expected = _NAMES[kind] + (" or null" if choices else "")
         if not good:
             raise TypeError(f"{owner}.{name} must be {expected}, got {value!r:.80}.")
 

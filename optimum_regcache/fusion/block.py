@@ -203,7 +203,7 @@ def _float_attention(
     """Scaled dot product attention of [B, N, H * d] with register rows before the image tokens, float32 [B, N, H * d]."""
     q, k, v = (t.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for t in (q, k, v))
     if layer.get_seq_length():
-        mask = widen_mask(mask, layer.get_seq_length(), copies, q)
+        mask = widen_mask(mask, layer.get_seq_length(), math.log(copies), q)
         k, v = layer.update(k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=parts.scaling).transpose(1, 2).flatten(2)
 

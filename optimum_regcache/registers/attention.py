@@ -61,15 +61,17 @@ def attach(attention: Any, caller: Any, runtime: TowerRuntime, block_index: int)
 
 
 def active_registers(attention: Any) -> tuple[RegisterLayer, float]:
-    """The rows for the pass under way and tau: those of the cache that was passed, else the stored ones; an empty layer if
-    there are none."""
-    cache = attention.regcache.current.cache
+    """The rows for the pass under way and their tau: those of the cache that was passed, else the stored ones; an empty layer
+    if there are none."""
+    cache, index = attention.regcache.current.cache, attention.block_index
     if cache is not None:
-        layer, copies = cache.layers[attention.block_index], cache.num_copies
+        layer = cache.layers[index]
+    elif attention.register_key is None:
+        layer = RegisterLayer()
     else:
-        layer = RegisterLayer(attention.register_key, attention.register_value)
-        copies = attention.regcache.num_copies
-    return layer, copies if layer.keys is not None else 1.0
+        copies = attention.regcache.num_copies[index]
+        layer = RegisterLayer(attention.register_key, attention.register_value, copies)
+    return layer, layer.copies
 
 
 def _is_active(attention: Any) -> bool:
@@ -111,7 +113,8 @@ def attention_with_registers(
     state = attention.regcache.current
     layer, copies = active_registers(attention)
     mask = state.mask if attention_mask is None else attention_mask
-    mask = widen_mask(mask, layer.get_seq_length(), copies, query)
+    bias = math.log(copies) if layer.bias is None else layer.bias
+    mask = widen_mask(mask, layer.get_seq_length(), bias, query)
     if attention.products is not None:
         rows = None if layer.keys is None else (layer.keys, layer.values)
         return attention.products(query, key, value, rows, mask, scaling)
@@ -121,17 +124,16 @@ def attention_with_registers(
 
 
 def widen_mask(
-    attention_mask: torch.Tensor | None, rows: int, num_copies: float, query: torch.Tensor
+    attention_mask: torch.Tensor | None, rows: int, bias: float | torch.Tensor, query: torch.Tensor
 ) -> torch.Tensor | None:
-    """Add ``rows`` leading columns with logit bias ln(num_copies) to the mask of queries [B, H, N, d].
+    """Add ``rows`` leading columns with logit bias ``bias`` (ln(tau); 0-dim if a tensor) to the mask of queries [B, H, N, d].
 
     Returns:
         None if no mask is needed, else additive float [B or 1, 1, N, rows + N].
     """
-    bias = math.log(num_copies)
     tokens = query.shape[2]
     if attention_mask is None:
-        if bias == 0.0:
+        if not isinstance(bias, torch.Tensor) and bias == 0.0:
             return None
         attention_mask = query.new_zeros(1, 1, 1, tokens)
     elif not attention_mask.dtype.is_floating_point:
@@ -139,7 +141,12 @@ def widen_mask(
             ~attention_mask.bool(), torch.finfo(query.dtype).min
         )
     attention_mask = attention_mask.to(query.dtype)
-    column = attention_mask.new_full((*attention_mask.shape[:-1], rows), bias)
+    shape = (*attention_mask.shape[:-1], rows)
+    column = (
+        bias.to(attention_mask).expand(shape)
+        if isinstance(bias, torch.Tensor)
+        else attention_mask.new_full(shape, bias)
+    )
     return torch.cat((column, attention_mask), -1).expand(-1, -1, tokens, -1)
 
 

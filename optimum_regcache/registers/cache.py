@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from optimum_regcache.config.copies import block_copies
+
 
 class RegisterLayer(CacheLayerMixin):
-    """Prefix rows of one block. ``update`` returns prefix + new rows and stores nothing: the cache never grows."""
+    """Prefix rows of one block. ``update`` returns prefix + new rows and stores nothing: the cache never grows.
+
+    ``copies`` is tau of the rows; ``bias``, a 0-dim tensor, takes the place of ln(tau) while it is being trained.
+    """
 
     is_compileable = True
 
-    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None, copies: float = 1.0
+    ) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.copies = keys, values, copies
+        self.bias: torch.Tensor | None = None
         self.is_initialized = keys is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -52,10 +60,14 @@ class RegisterCache(Cache):
     Args:
         keys, values: block index -> [H, n, d]; the same blocks in both. n is the number of distinct registers.
         num_blocks: blocks of the encoder; blocks without rows are left alone.
-        num_copies: tau > 0; tau copies of each row are the row with logit bias ln(tau) (docs/method.md 5).
+        num_copies: tau > 0; tau copies of each row are the row with logit bias ln(tau) (docs/method.md 5). One number for all
+            blocks, block -> number, or one for each block in ascending order.
+
+    Attributes:
+        num_copies: the number as it was given, or one for each of ``blocks``; where all are equal, one number.
 
     Raises:
-        ValueError: blocks or shapes that do not fit together.
+        ValueError: blocks or shapes that do not fit together, or a tau that is not > 0 and finite.
 
     Passing one as ``past_key_values`` to a RegCache model overrides the registers stored in it.
     """
@@ -67,26 +79,39 @@ class RegisterCache(Cache):
         keys: Mapping[int, torch.Tensor],
         values: Mapping[int, torch.Tensor],
         num_blocks: int,
-        num_copies: float = 1.0,
+        num_copies: float | Mapping[int, float] | Sequence[float] = 1.0,
     ) -> None:
         if set(keys) != set(values):
             raise ValueError(f"keys are given for blocks {sorted(keys)}, values for blocks {sorted(values)}.")
         if keys and not 0 <= min(keys) <= max(keys) < num_blocks:
             raise ValueError(f"Register blocks {sorted(keys)} lie outside the {num_blocks} blocks of the encoder.")
-        if not 0 < num_copies < math.inf:
-            raise ValueError(f"num_copies must be > 0 and finite, got {num_copies}.")
+        blocks = sorted(keys)
+        copies = block_copies(num_copies, blocks, "num_copies")
         shapes = {tuple(t.shape) for t in (*keys.values(), *values.values())}
         if len(shapes) > 1 or any(len(s) != 3 for s in shapes):
             raise ValueError(
                 f"All register rows must share one shape [heads, registers, head_dim], got {sorted(shapes)}."
             )
-        super().__init__(layers=[RegisterLayer(keys.get(i), values.get(i)) for i in range(num_blocks)])
-        self.num_copies = num_copies
+        each = dict(zip(blocks, copies, strict=True)) if isinstance(copies, tuple) else dict.fromkeys(blocks, copies)
+        super().__init__(
+            layers=[RegisterLayer(keys.get(i), values.get(i), each.get(i, 1.0)) for i in range(num_blocks)]
+        )
+        self.num_copies: float | tuple[float, ...] = copies
 
     @property
-    def logit_bias(self) -> float:
-        """ln(tau), added to the attention logits of every register row."""
-        return math.log(self.num_copies)
+    def logit_bias(self) -> float | tuple[float, ...]:
+        """ln(tau), added to the attention logits of every register row, in the form of ``num_copies``."""
+        tau = self.num_copies
+        return tuple(map(math.log, tau)) if isinstance(tau, tuple) else math.log(tau)
+
+    def copies(self, block: int) -> float:
+        """tau of a block that has rows.
+
+        Raises:
+            KeyError: it has none.
+        """
+        self.rows(block)
+        return self.layers[block].copies
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -135,11 +160,12 @@ class RegisterCache(Cache):
             if not all(bool(torch.isfinite(rows).all()) for rows in self.rows(index)):
                 raise ValueError(f"Register rows of block {index} are not finite. Mine them again, or load them again.")
 
-    def restricted(self, blocks: tuple[int, ...], num_copies: float | None = None) -> RegisterCache:
-        """The same rows in fewer blocks and with another tau."""
-        return RegisterCache(
-            {b: self.rows(b)[0] for b in blocks},
-            {b: self.rows(b)[1] for b in blocks},
-            len(self.layers),
-            self.num_copies if num_copies is None else num_copies,
-        )
+    def restricted(
+        self, blocks: tuple[int, ...], num_copies: float | Mapping[int, float] | Sequence[float] | None = None
+    ) -> RegisterCache:
+        """The same rows in fewer blocks and with another tau; without one each block keeps its own."""
+        keys, values = ({b: self.rows(b)[i] for b in blocks} for i in (0, 1))
+        if num_copies is None:
+            own = self.num_copies
+            num_copies = {b: self.copies(b) for b in blocks} if isinstance(own, tuple) else own
+        return RegisterCache(keys, values, len(self.layers), num_copies)

@@ -64,7 +64,7 @@ def set_registers(model: torch.nn.Module, cache: RegisterCache | None) -> None:
         attention.register_key, attention.register_value = (
             rows.detach().to(like, copy=True).contiguous() for rows in cache.rows(index)
         )
-    runtime.num_copies = 1.0 if cache is None else cache.num_copies
+    runtime.num_copies = {} if cache is None else {b: cache.copies(b) for b in cache.blocks}
 
 
 def get_register_cache(model: torch.nn.Module) -> RegisterCache | None:

@@ -14,6 +14,7 @@ from optimum_regcache.encoders.passes import Batch, PaddingMask, count_images, n
 from optimum_regcache.encoders.store import MappedSequence, StoredBatches, TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower
+from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.state import BlockInput, Replay
 
 
@@ -187,3 +188,20 @@ def replaying(model: nn.Module, block: int, states: Sequence[BlockInput]) -> Gen
         yield
     finally:
         runtime.replay = None
+
+
+@contextmanager
+def lending(model: nn.Module, cache: RegisterCache) -> Generator[None, None, None]:
+    """Within the context, forward passes of this thread attend to ``cache`` in place of the stored registers, as if it were
+    passed to each call. Its rows, and the ``bias`` of its layers, may be leaves that autograd follows.
+
+    Raises:
+        ValueError: the cache does not fit the encoder, or is not finite.
+    """
+    runtime = prepare_tower(model)
+    state = runtime.current
+    before, state.cache = state.cache, runtime.accept(cache)
+    try:
+        yield
+    finally:
+        state.cache = before

@@ -67,7 +67,7 @@ class TowerRuntime:
 
     Attributes:
         deletion: what to delete.
-        num_copies: tau of the stored registers.
+        num_copies: block -> tau of the stored registers.
         extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
         keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens. A call that asks for
             hidden states or attention weights is served in this way too, unless ``deletion.fill`` is ``none``.
@@ -79,7 +79,7 @@ class TowerRuntime:
 
     def __init__(self, tower: Tower) -> None:
         self.deletion = DeletionConfig()
-        self.num_copies = 1.0
+        self.num_copies: dict[int, float] = {}
         self.extra_token = False
         self._leading = tower.num_prefix_tokens
         self.keep_positions = tower.is_backbone or tower.family.always_mask

@@ -15,6 +15,7 @@ from optimum_regcache.encoders.passes import Batch, PaddingMask, lone_token, run
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.evaluation.outliers import cross_cosine
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.kmeans import kmeans
 
 
 @dataclass
@@ -63,6 +64,34 @@ class MinedTokens:
             {b: self.values[b].mean(0).unsqueeze(1) for b in blocks},
             num_blocks,
         )
+
+    def clusters(self, k: int, blocks: tuple[int, ...], num_blocks: int, seed: int = 0) -> RegisterCache:
+        """Several distinct registers: K and V averaged, as `average` does, over each of ``k`` clusters of the mined tokens.
+
+        Tokens are clustered by k-means (docs/method.md 4) in the space of their keys and values in ``blocks``, each of
+        length 1 and one behind the other, so that every block counts the same. One cluster is `average`, bit for bit.
+
+        Args:
+            k: rows per block. There are fewer, as many as distinct tokens, where these are fewer than ``k``.
+            blocks: blocks that get registers, not before the block of the tokens.
+            num_blocks: blocks of the encoder.
+            seed: of the k-means starts.
+
+        Returns:
+            Rows [H, <= k, d], of the largest cluster first; tau is 1 for each.
+
+        Raises:
+            ValueError: k below 1, or no blocks.
+        """
+        require(bool(blocks), "Clusters of mined tokens need blocks whose keys and values are compared.")
+        parts = [store[b].flatten(1) for b in blocks for store in (self.keys, self.values)]
+        labels = kmeans(torch.cat([nn.functional.normalize(part, dim=-1) for part in parts], 1), k, seed)
+        members = [labels == cluster for cluster in range(int(labels.max()) + 1)]
+
+        def rows(store: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+            return {b: torch.stack([store[b][m].mean(0) for m in members], 1) for b in blocks}
+
+        return RegisterCache(rows(self.keys), rows(self.values), num_blocks)
 
     def single(self, index: int, blocks: tuple[int, ...], num_blocks: int) -> RegisterCache:
         """K and V of one mined token (strategy ``single_token``)."""

@@ -175,11 +175,30 @@ class TrialRunner:
         self, first: int | None, objective: Objective, calibration: Sequence[Batch]
     ) -> AbstractContextManager[None]:
         """Inside it the quantized model starts at block ``first``."""
+        known = self._known(first, objective.batches, calibration)
+        self._count(objective.batches, 0 if known is None else known.block)
+        return nullcontext() if known is None else replaying(self.quantized, known.block, known.states)
+
+    def quantized_inputs(
+        self, cache: RegisterCache | None, deletion: DeletionConfig, batches: Sequence[Batch]
+    ) -> Recorded | None:
+        """What arrives at the first block of the quantized model that a configuration changes, for passes that are to start
+        there (`replaying`). Something must have been installed, with the runner's calibration.
+
+        Args:
+            cache, deletion: the configuration.
+            batches: the same list object for the same images.
+
+        Returns:
+            One state per batch, made in inference mode; None where passes start at the pixels.
+        """
+        return self._known(self.first_change(cache, deletion), batches, self.calibration)
+
+    def _known(self, first: int | None, batches: Sequence[Batch], calibration: Sequence[Batch]) -> Recorded | None:
         start = 0 if not self.reuse or first is None else min(first, self._last_start)
-        self._count(objective.batches, start)
         if start == 0:
-            return nullcontext()
-        key = (id(calibration), id(objective.batches))
+            return None
+        key = (id(calibration), id(batches))
         if key not in self._quantized:
-            self._quantized[key] = BlockInputs(self.quantized, objective.batches, self.space)
-        return replaying(self.quantized, start, self._inputs(self._quantized[key], start))
+            self._quantized[key] = BlockInputs(self.quantized, batches, self.space)
+        return Recorded(start, self._inputs(self._quantized[key], start))
