@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import PACKED, TOWERS, TinyModel, quantized, random_cache
+from models import PACKED, TOWERS, TinyModel, quantized
 
-from optimum_regcache import (
-    DeletionConfig,
-    RegCacheConfig,
-    RegCacheQuantizer,
-    get_registers,
-    set_deletion,
-    set_registers,
-)
+from optimum_regcache import DeletionConfig, RegCacheConfig, RegCacheQuantizer, get_registers, registers, set_deletion
 from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
@@ -134,8 +127,7 @@ def test_deletion_and_rows_agree_with_plain_numpy(model: Any, batches: Any, coun
     found = check_fit(model, batches, original)
     assert found.float_model
     bare = planted_states(original, batches)
-    prepare_tower(original)
-    set_registers(original, cache)
+    registers.set_registers(original, cache)
     states = planted_states(original, batches)
     many = outliers(states["out"])
     order = np.argsort(-np.abs(states["in"]).max(-1), 1, kind="stable")[:, :count]
@@ -255,11 +247,8 @@ def test_float_activations_are_those_of_the_dequantized_model(name: str) -> None
     plain = copy.deepcopy(model)
     dequantize_modules(plain, model.config.quantization_config, torch.float32)
     plain.config.quantization_config = None
-    from optimum_regcache.registers import set_deletion as delete
-    from optimum_regcache.registers import set_registers as install
-
-    install(plain, cache)
-    delete(plain, deletion)
+    registers.set_registers(plain, cache)
+    registers.set_deletion(plain, deletion)
     torch.testing.assert_close(ours, tiny.run(plain), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ours, rounded, atol=1e-2)
 
@@ -325,9 +314,6 @@ def test_what_cannot_be_checked_is_said(model: Any, batches: Any) -> None:
     model.config.quantization_config = config.replace(methods=({"name": "rotation"},))
     with pytest.raises(ValueError, match=r"The registers of this model were rewritten \(rotation\)"):
         check_fit(model, batches, original)
-    set_registers_of = random_cache((1,))
-    with pytest.raises(ValueError, match="The register cache is for 4 blocks"):
-        set_registers(model, set_registers_of)
 
 
 @pytest.fixture(scope="module")
