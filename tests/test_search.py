@@ -59,7 +59,7 @@ def engine(scores: dict[str, list[float]], confirm: dict[str, list[float]], conf
     mined = mine_tokens(bench.float_model, batches(), [1], top=4, progress=False)
     judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None, ceiling)  # type: ignore[arg-type]
     scored = TrialScores(bench, judges.selection, journal)
-    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges, progress=False)
+    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges)
     alone = [Setup(), *search.space().prefixes()]
     for setup in [*alone, *(replace(setup, count=1) for setup in alone)]:
         journal.put(setup.key, scores[setup.kind])
@@ -95,7 +95,7 @@ def test_a_prefix_that_only_shows_with_deletion_is_found():
     mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
     judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None)  # type: ignore[arg-type]
     scored = TrialScores(bench, judges.selection, journal)
-    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges, progress=False)
+    search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges)
     result = search.run()
     assert result.best_prefix is not None
     assert result.best_prefix.setup.start_block == 0

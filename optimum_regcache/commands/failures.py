@@ -9,6 +9,11 @@ import re
 USER_ERROR, INTERRUPTED, MACHINE, UNEXPECTED = 2, 3, 4, 1
 DOES_NOT_FIT = 5  # no failure: `analyze --check` is done and written, and its verdict is that
 
+
+class Unfinished(KeyboardInterrupt):
+    """A search was interrupted, and what was best until then is saved."""
+
+
 _STORAGE = {
     errno.ENOSPC: "Free some space, or use another --output.",
     errno.EDQUOT: "Your quota is used up: free some space, or use another --output.",
@@ -28,6 +33,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         2: the user can correct it. 3: interrupted. 4: no space, no permission, no memory. 1: anything else, a fault of ours.
     """
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
+    if isinstance(error, Unfinished):
+        return INTERRUPTED, f"interrupted: {error}"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted.{notes or ' Nothing was written.'}"
     text = _sentence(error)

@@ -116,6 +116,10 @@ class Objective(ABC):
         """float32 [n], one score per image in the order of the batches; nan (or the lowest, where scores are 0 and 1) for an
         image that the model gives no numbers for."""
 
+    def ceiling(self, float_model: nn.Module) -> float:
+        """Mean score of the float model that is the reference."""
+        return float(self.scores(float_model).mean())
+
 
 class CosineObjective(Objective):
     """Cosine between the features of a model and those of the float model (docs/method.md 8); needs no labels.
@@ -143,6 +147,10 @@ class CosineObjective(Objective):
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         features = F.normalize(encode(model, self.batches), dim=-1)
         return (features * self.reference).sum(-1)
+
+    def ceiling(self, float_model: nn.Module) -> float:
+        del float_model  # its features are there already
+        return float((self.reference * self.reference).sum(-1).mean())
 
 
 class AccuracyObjective(Objective):

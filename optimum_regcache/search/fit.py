@@ -20,16 +20,19 @@ from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheC
 from optimum_regcache.config.effects import require_patches, require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.passes import Batch, encode, num_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.evaluation.registry import bank_for, make_objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
+from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.search.estimate import QUANTIZED, expected_work
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
+from optimum_regcache.search.progress import current, duration, watching
 from optimum_regcache.search.search import (
     Candidates,
     FinalScorer,
@@ -123,9 +126,12 @@ def fit_registers(
     require_patches(search, resolved.config)
     parts = images.split(plan.recipe.data, search.seed, None if work_dir is None else Path(work_dir))
     targets = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
+    for part in ("calibration", "selection", "confirmation"):
+        parts.batches(part, progress=progress)
     journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
     try:
-        return _Fit(model, parts, plan, journal, targets, progress).run()
+        with watching("fit", progress):
+            return _Fit(model, parts, plan, journal, targets, progress).run()
     finally:
         journal.close()
 
@@ -144,19 +150,35 @@ class _Fit:
     ) -> None:
         self.model, self.parts, self.plan, self.journal, self.progress = model, parts, plan, journal, progress
         self.search, self.resolved = plan.recipe.search, plan.resolved
-        calibration, self.selection = (parts.batches(name, progress=progress) for name in ("calibration", "selection"))
+        calibration, self.selection = parts.batches("calibration"), parts.batches("selection")
         self.runner = TrialRunner(model, search_config(self.resolved.config), calibration, space=parts.space)
         self.scoring = _Scoring(self.runner, self.search.objective, targets)
-        self.judges = self.scoring.judges(parts, progress)
-        self.scores = TrialScores(self.runner, self.judges.selection, journal)
         self.depth = len(find_tower(self.runner.float_model).blocks)
         self.seconds: dict[str, float] = {}
+        self._expect()
+        with self._stage("features"):
+            self.judges = self.scoring.judges(parts)
+        self.scores = TrialScores(self.runner, self.judges.selection, journal)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        yield
+        with current().stage(name):
+            yield
         self.seconds[name] = time.perf_counter() - begun
+
+    def _expect(self) -> None:
+        """Say how long it will take: by the number of block-forwards, and one batch that is timed."""
+        batch, depth, job = self.runner.calibration[0], self.depth, current()
+        job.expect(
+            **expected_work(
+                self.parts, self.search, depth, len(config_sites(self.runner.float_model, self.runner.config))
+            )
+        )
+        begun = time.perf_counter()
+        encode(self.runner.float_model, [batch])
+        rate = (time.perf_counter() - begun) / (num_images(batch) * depth)
+        job.say(f"about {duration(QUANTIZED * job.total * rate)} at most, less if naive quantization loses nothing")
 
     def run(self) -> FitResult:
         """Cheap first: where round to nearest loses nothing, nothing is searched."""
@@ -187,7 +209,7 @@ class _Fit:
         objective = self.judges.selection.first(self.search.sensitivity_images)
         scan = scan_sensitivity(
             self.runner.float_model, self.runner.config, self.runner.calibration, objective, self.search.sensitivity,
-            progress=self.progress, journal=self.journal,
+            progress=False, journal=self.journal,
         )  # fmt: skip
         return scan, scan.sensitive_block
 
@@ -201,7 +223,7 @@ class _Fit:
             top=search.top_tokens if averaged else search.num_candidates,
             score_site=search.score_site,
             seed=search.seed,
-            progress=self.progress,
+            progress=False,
         )
 
     def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
@@ -210,7 +232,7 @@ class _Fit:
             judges = replace(judges, final=_final_scorer(self.model, self.resolved, calibration))
         most = min(self.search.max_delete, smallest_patch_count(self.runner, calibration[0]) // 4)
         candidates = Candidates(mined, sensitive, most, self.depth)
-        return RegisterSearch(self.scores, self.search, candidates, judges, progress=self.progress)
+        return RegisterSearch(self.scores, self.search, candidates, judges)
 
     def _result(
         self,
@@ -246,10 +268,10 @@ class _Scoring:
     kind: str
     targets: Targets | None
 
-    def judges(self, parts: ReferenceParts, progress: bool) -> Judges:
+    def judges(self, parts: ReferenceParts) -> Judges:
         """For the selection part and the confirmation part."""
         kind, model, targets = self.kind, self.runner.float_model, self.targets or Targets(False)
-        selection, confirmation = (parts.batches(name, progress=progress) for name in ("selection", "confirmation"))
+        selection, confirmation = parts.batches("selection"), parts.batches("confirmation")
         known = targets.labels(parts.calibration, parts.selection)
         bank = bank_for(kind, model, self.runner.calibration, selection, known)
         selecting, confirming = (
@@ -259,7 +281,9 @@ class _Scoring:
                 (parts.confirmation, confirmation, bank and replace(bank, own=None)),
             )
         )
-        return Judges(selecting, confirming, float(selecting.scores(model).mean()))
+        images = len(parts.selection) + len(parts.confirmation)
+        current().advance(images * len(find_tower(model).blocks))
+        return Judges(selecting, confirming, selecting.ceiling(model))
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:

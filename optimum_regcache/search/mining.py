@@ -16,6 +16,7 @@ from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.evaluation.outliers import cross_cosine
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.kmeans import kmeans
+from optimum_regcache.search.progress import current
 
 
 @dataclass
@@ -199,7 +200,9 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
                 norms = state.abs().amax(-1).float() if score_site == "block_input" else recorder.fc2[block]
                 found = _top_of_batch(recorder, block, norms.masked_fill(~valid, -1.0), top, seen, generator)
                 best[block] = found if block not in best else _merge(best[block], found, top)
-            seen += next(iter(recorder.inputs.values())).shape[0]
+            images = next(iter(recorder.inputs.values())).shape[0]
+            seen += images
+            current().advance(images * len(tower.blocks))
     finally:
         recorder.remove()
     require(seen > 0, "No images to mine tokens from.")

@@ -9,7 +9,6 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import SearchConfig
@@ -19,6 +18,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.algorithms import ALGORITHMS
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
+from optimum_regcache.search.progress import current
 from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
 from optimum_regcache.search.trials import TrialRunner
 
@@ -36,6 +36,7 @@ class SearchResult:
         reason: why ``chosen`` was chosen, in words.
         trials: every configuration tried on all selection images.
         block_forwards: images times blocks that the search computed.
+        unfinished: whether it was interrupted, and what was best until then was taken.
     """
 
     chosen: Setup
@@ -48,6 +49,7 @@ class SearchResult:
     reason: str
     trials: list[Trial]
     block_forwards: int = field(default=0, compare=False)
+    unfinished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible: every configuration with its score."""
@@ -55,6 +57,7 @@ class SearchResult:
         return {
             "chosen": {**asdict(self.chosen), "text": self.chosen.describe()},
             "reason": self.reason,
+            "unfinished": self.unfinished,
             "baseline": self.baseline,
             "confirmation": {"gain": self.gain, "standard_error": self.noise},
             "best": {k: {**asdict(t.setup), "score": t.mean} for k, t in kinds.items() if t is not None},
@@ -150,7 +153,6 @@ class RegisterSearch:
         config: search settings.
         candidates: what may be installed.
         judges: who decides.
-        progress: show a progress bar.
     """
 
     def __init__(
@@ -159,11 +161,9 @@ class RegisterSearch:
         config: SearchConfig,
         candidates: Candidates,
         judges: Judges,
-        *,
-        progress: bool = True,
     ) -> None:
         self.scores, self.runner, self.journal = scores, scores.runner, scores.journal
-        self.config, self.progress = config, progress
+        self.config = config
         self.mined, self.delete_block = candidates.mined, candidates.delete_block
         self.max_delete, self.num_blocks = candidates.max_delete, candidates.num_blocks
         self.judges = judges
@@ -209,18 +209,31 @@ class RegisterSearch:
         before = self.runner.block_forwards
         available = count_images(self.judges.selection.batches)
         algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
-        with tqdm(total=round(algorithm.work(), 2), desc="search", disable=not self.progress, bar_format=_BAR) as bar:
+        seen: dict[int, list[Trial]] = {}
 
-            def evaluate(setup: Setup, images: int | None = None) -> Trial:
-                trial = self.scores(setup, lambda: self.cache(setup), self.deletion(setup), images)
-                bar.set_postfix_str(f"{setup.describe()}: {trial.mean:.4f}", refresh=False)
-                bar.update(1.0 if images is None else images / available)
-                return trial
+        def evaluate(setup: Setup, images: int | None = None) -> Trial:
+            trial = self.scores(setup, lambda: self.cache(setup), self.deletion(setup), images)
+            tried = seen.setdefault(images or available, [])
+            tried.append(trial)
+            leader = best(tried) or trial
+            current().best(f"{leader.setup.describe()}: {leader.mean:.4f} on {images or available} images")
+            return trial
 
+        unfinished = False
+        try:
             trials = algorithm.run(evaluate)
-            bar.update(max(0.0, (bar.total or 0.0) - bar.n))
+        except KeyboardInterrupt:
+            trials = so_far(seen)
+            if not trials:
+                raise
+            unfinished = True
+            current().say("interrupted: the best so far is confirmed and kept; interrupt again to drop it")
         self.trials = {t.setup.key: t for t in trials}
         result = self._decide(trials[0], *(best(trials, kind) for kind in ("prefix", "delete", "both")))
+        if unfinished:
+            count = sum(map(len, seen.values()))
+            reason = f"unfinished, interrupted after {count} trials; {result.reason}"
+            result = replace(result, unfinished=True, reason=reason)
         return replace(result, block_forwards=self.runner.block_forwards - before)
 
     def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
@@ -278,7 +291,7 @@ class RegisterSearch:
         count, copies = trial.setup.count, trial.setup.num_copies
         counts = sorted({k for k in (0, count // 2, count - 1, count + 1) if 0 <= k <= self.max_delete} - {count})
         neighbours = [replace(trial.setup, count=k) for k in counts]
-        for setup in tqdm(neighbours, desc="retune k", disable=not self.progress):
+        for setup in neighbours:
             leader = best([leader, Trial(setup, self._final_scores("final", setup, selection))]) or leader
         if leader.setup.start_block is not None:
             for factor in (0.25, 0.5, 2.0, 4.0):
@@ -287,7 +300,13 @@ class RegisterSearch:
         return leader
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]{postfix}"
+def so_far(seen: dict[int, list[Trial]]) -> list[Trial]:
+    """The trials on the most images among which is "nothing installed", that one first; none if there is nothing to choose."""
+    for _, trials in sorted(seen.items(), reverse=True):
+        nothing = [t for t in trials if t.setup == Setup()]
+        if nothing and len(trials) > 1:
+            return [nothing[0], *(t for t in trials if t.setup != Setup())]
+    return []
 
 
 def corrected_sigmas(sigmas: float, tests: int) -> float:

@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.calibration.quantized_inputs import quantized_inputs
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.passes import Batch, count_images
+from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.layers.install import config_sites
 from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
 from optimum_regcache.search.journal import Journal
+from optimum_regcache.search.progress import current
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,10 @@ class _Scan:
         """Scales of every layer."""
         return calibrate(self.model, self.config, self.calibration)
 
-    def _score(self) -> float:
-        return float(self.objective.scores(self.model).mean())
-
     @cached_property
     def reference(self) -> float:
         """Score of the float model."""
-        found = self._score()
+        found = self.objective.ceiling(self.model)
         if not math.isfinite(found):
             raise ValueError(
                 "The float model's own features are not finite. Load it with dtype=torch.float32, and check its input "
@@ -152,6 +151,7 @@ class _Scan:
         """Name -> drop, for groups of layers (block, names of its layers), by ascending block."""
         found: dict[str, float] = {}
         known: Recorded | None = None
+        images, depth = count_images(self.objective.batches), len(find_tower(self.model).blocks)
         for name, (block, layers) in groups.items():
             step = f"sensitivity {name}"
             values = self.journal.get(step)
@@ -164,7 +164,8 @@ class _Scan:
                     quantized_inputs(self.model, layers, qparams, self.config),
                     replaying(self.model, block, known.states),
                 ):
-                    score = self._score()
+                    score = float(self.objective.scores(self.model).mean())
+                current().advance(images * (depth - block))
                 values = [reference - score if math.isfinite(score) else math.inf]
                 self.journal.put(step, values)
             found[name] = values[0]

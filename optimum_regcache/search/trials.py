@@ -24,6 +24,7 @@ from optimum_regcache.layers.install import assign_input_qparams, quantize_modul
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
 from optimum_regcache.registers.state import BlockInput
+from optimum_regcache.search.progress import current
 
 
 class BlockInputs:
@@ -102,7 +103,9 @@ class TrialRunner:
         self._quantized: dict[tuple[int, int], BlockInputs] = {}  # by calibration list and scored list
 
     def _count(self, batches: Sequence[Batch], first: int) -> None:
-        self.block_forwards += count_images(batches) * (self.depth - first)
+        work = count_images(batches) * (self.depth - first)
+        self.block_forwards += work
+        current().advance(work)
 
     def _inputs(self, known: BlockInputs, block: int) -> Sequence[BlockInput]:
         self.block_forwards += known.cost(block)

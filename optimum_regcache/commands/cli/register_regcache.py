@@ -249,6 +249,10 @@ class QuantizeCommand(_Command):
             wanted = replace(options, command=command)
             results, table = quantize_job(self.open(recipe), recipe, output, options=wanted, hub=hub_options(args))
             print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
+            if results["fit"] and results["fit"]["search"]["unfinished"]:
+                raise Unfinished(
+                    "the best so far is saved, marked unfinished. The same command with --overwrite searches on."
+                )
 
 
 class AnalyzeCommand(_Command):

@@ -1,0 +1,36 @@
+"""How much a fit will compute, before it begins."""
+
+from __future__ import annotations
+
+from optimum_regcache.config.recipe import SearchConfig
+from optimum_regcache.search.algorithms import ALGORITHMS
+from optimum_regcache.search.plan import ReferenceParts
+from optimum_regcache.search.sensitivity import COARSE_BLOCKS
+from optimum_regcache.search.setups import Space
+
+QUANTIZED = 2  # a simulated quantized block takes about this many times as long as a float one
+
+
+def expected_work(parts: ReferenceParts, search: SearchConfig, depth: int, linears: int) -> dict[str, float]:
+    """Block-forwards of each stage.
+
+    Args:
+        parts: images.
+        search: settings.
+        depth: blocks.
+        linears: linear layers in all blocks.
+    """
+    calibration, selection, confirmation = (len(p) for p in (parts.calibration, parts.selection, parts.confirmation))
+    scanned = min(search.sensitivity_images, selection) * depth / 2  # from a block to the end, on average
+    steps = {"linear": linears, "block": depth, "coarse": depth + COARSE_BLOCKS * linears / depth}
+    starts = search.blocks_before + 1 if search.strategy == "averaged_tokens" else search.num_candidates
+    space = Space(((0, None, "onwards"),) * starts * len(search.scopes), search.num_copies, search.max_delete)
+    trials = ALGORITHMS[search.algorithm](space, search, selection).work()
+    both = (calibration + selection) * depth
+    return {
+        "features": (selection + confirmation) * depth,
+        "naive": both,
+        "sensitivity": 0.0 if search.sensitive_block is not None else steps[search.sensitivity] * scanned,
+        "mining": both,
+        "search": trials * both / 2 + 4 * (calibration + confirmation) * depth,
+    }
