@@ -93,6 +93,7 @@ def quantize_job(
             "environment": environment(),
             "seconds": round(time.perf_counter() - begun, 1),
         }
+        output.keep_journal = fit is not None and fit.search.unfinished
         write_json(output.stage / "results.json", results)
         write_model_card(
             output.stage, output.path, recipe, found.rows, [*found.notes, *_origin(source, hub or {})],

@@ -91,14 +91,20 @@ class Advice:
         return {**self.found.to_dict(), "saved": self.swapped is not None, "report": row and row.to_dict()}
 
 
+SMALL_LOSS = 10  # times search.min_gain: where registers leave less than that, nobody has to wait for alternatives
+
+
 def advise(
     source: Source, images: ReferenceImages, run: QuantizationRun, options: ReportOptions, progress: bool
 ) -> Advice | None:
     """Try the alternatives to ``run``, unless nobody wants to know: where nothing was searched, they are asked for by name."""
     if not options.best and (run.fit is None or not options.recommend):
         return None
-    made = run.quantized.model
-    found = find_alternatives(source.model, made, run.recipe, images, known=run.fit, progress=progress)
+    made, installed = run.quantized.model, run.cache is not None or run.quantized.config.deletion.active
+    least = SMALL_LOSS * run.recipe.search.min_gain if installed and not options.best else None
+    found = find_alternatives(
+        source.model, made, run.recipe, images, known=run.fit, least_loss=least, progress=progress
+    )
     other = None
     if found.better is not None:
         plan = QuantizationPlan.of(found.better.recipe)
@@ -126,7 +132,7 @@ def advice_note(advice: Advice, other: Row | None, result: Row) -> str:
     found = advice.found
     loss = found.ceiling - found.score
     if not found.alternatives:
-        return f"no alternative was tried: the result loses {loss:.4f} on held-out search images, less than search.min_gain"
+        return f"no alternative was tried: the result loses only {loss:.4f} on held-out search images"
     unfit = [a.name for a in found.alternatives if a.reason is not None]
     tried = ", ".join(a.name for a in found.alternatives if a.reason is None)
     more = f"; not applicable: {', '.join(unfit)}" if unfit else ""

@@ -64,6 +64,7 @@ class Output:
     Attributes:
         stage: folder of the files to come.
         work: folder of the journal.
+        keep_journal: leave the journal there for another run, though the result is complete.
 
     Raises:
         ValueError: the folder is the source, holds a model that is not ours or another job's result, or is being written.
@@ -81,7 +82,7 @@ class Output:
     ) -> None:
         require(bool(str(path).strip()), "The output is empty; name a folder.")
         self.path, self.job, self.overwrite = Path(path), digests(job), overwrite
-        self.work = self.path / WORK
+        self.work, self.keep_journal = self.path / WORK, False
         self.stage, self._aside, self._plan = self.work / "new", self.work / "old", self.work / "swap.json"
         self._lock = FileLock(self.work / "lock", timeout=0)
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
@@ -184,7 +185,7 @@ class Output:
         try:
             if error is None:
                 self._commit()
-                for journal in self.work.glob("*.jsonl*"):
+                for journal in () if self.keep_journal else self.work.glob("*.jsonl*"):
                     journal.unlink()
         except BaseException as failure:
             error = failure

@@ -145,13 +145,14 @@ def find_alternatives(
     images: ReferenceImages,
     *,
     known: FitResult | None = None,
+    least_loss: float | None = None,
     progress: bool = True,
 ) -> Recommendation:
     """Make `SCHEMES` at the bits of ``quantized`` and compare them with it, image by image, on the confirmation images.
 
     One of them is clearly better if its mean gain reaches ``search.min_gain`` and ``search.noise_sigmas`` paired standard
-    errors, the latter corrected for how many were tried (Bonferroni). A result that loses less than ``search.min_gain`` has
-    nothing to gain: nothing is tried then. At most five runs of the methods.
+    errors, the latter corrected for how many were tried (Bonferroni). For a result that loses less than ``least_loss`` nothing
+    is tried. At most five runs of the methods.
 
     Args:
         model: the float model, unchanged.
@@ -159,6 +160,7 @@ def find_alternatives(
         recipe: of ``quantized``, with its config; ``data`` and ``search.seed`` divide the images as they did for it.
         images: those that it was made with.
         known: its fit, which holds its registers; without one they are mined again.
+        least_loss: of ``quantized`` against the float model, for which it is worth looking; default ``search.min_gain``.
         progress: show a progress bar.
 
     Raises:
@@ -168,7 +170,7 @@ def find_alternatives(
     objective = _confirmation(model, recipe, images)
     made, ceiling = objective.scores(quantized).nan_to_num(nan=-1.0), float(objective.scores(model).mean())
     found = Recommendation(objective.name, len(made), ceiling, float(made.mean()), search.min_gain)
-    if found.ceiling - found.score < search.min_gain:
+    if found.ceiling - found.score < (search.min_gain if least_loss is None else least_loss):
         return found
     scores: list[torch.Tensor | None] = []
     tried: list[Alternative] = []

@@ -216,7 +216,10 @@ class _Fit:
     def _mine(self, sensitive: int) -> dict[int, MinedTokens]:
         search, averaged = self.search, self.search.strategy == "averaged_tokens"
         first = max(0, sensitive - search.blocks_before) if averaged else sensitive
-        return mine_tokens(
+        known = self.journal.tensors("mining")
+        if known is not None:
+            return MinedTokens.unpack(known)
+        mined = mine_tokens(
             self.runner.float_model,
             chain(self.runner.calibration, self.selection),
             list(range(first, sensitive + 1)),
@@ -225,6 +228,8 @@ class _Fit:
             seed=search.seed,
             progress=False,
         )
+        self.journal.put_tensors("mining", MinedTokens.pack(mined))
+        return mined
 
     def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
         judges, calibration = self.judges, self.runner.calibration

@@ -6,8 +6,11 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import cast
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load, save_file
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -85,6 +88,33 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+    def put_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Add the tensors of a step; they and their line are on disk when this returns."""
+        if self.path is None:
+            return
+        path, beside = self._file(name), self._file(f"{name}.new")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        self.put(f"{name} tensors", [float(zlib.crc32(path.read_bytes()))])
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a finished step; None where there are none, or they are not as they were written."""
+        known = self.get(f"{name} tensors")
+        if self.path is None or known is None or not self._file(name).is_file():
+            return None
+        content = self._file(name).read_bytes()
+        if [float(zlib.crc32(content))] != known:
+            logger.warning(f"{self._file(name)} is damaged; what it held is computed again.")
+            return None
+        return load(content)
+
+    def _file(self, name: str) -> Path:
+        """Beside the journal; ends like its other files, which go with it."""
+        path = cast("Path", self.path)
+        return path.with_name(f"{path.name}.{name}.safetensors")
 
     def close(self) -> None:
         """Let other processes write."""

@@ -18,6 +18,8 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.kmeans import kmeans
 from optimum_regcache.search.progress import current
 
+_PLAIN = ("norms", "image", "position", "states", "normal_states")
+
 
 @dataclass
 class MinedTokens:
@@ -40,6 +42,32 @@ class MinedTokens:
     keys: dict[int, torch.Tensor]
     values: dict[int, torch.Tensor]
     normal_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @staticmethod
+    def pack(mined: dict[int, MinedTokens]) -> dict[str, torch.Tensor]:
+        """All of them as named tensors, for a file; `unpack` is the way back."""
+        found: dict[str, torch.Tensor] = {}
+        for block, tokens in mined.items():
+            found |= {f"{block} {name}": getattr(tokens, name) for name in _PLAIN}
+            for name in ("keys", "values"):
+                found |= {f"{block} {name} {b}": rows for b, rows in getattr(tokens, name).items()}
+        return found
+
+    @staticmethod
+    def unpack(tensors: dict[str, torch.Tensor]) -> dict[int, MinedTokens]:
+        """From what `pack` made; by ascending block."""
+        parts: dict[int, dict[str, Any]] = {}
+        for text in tensors:
+            block, name, *other = text.split()
+            part = parts.setdefault(int(block), {"keys": {}, "values": {}})
+            if other:
+                part[name][int(other[0])] = tensors[text]
+            else:
+                part[name] = tensors[text]
+        for part in parts.values():
+            for name in ("keys", "values"):
+                part[name] = dict(sorted(part[name].items()))
+        return {block: MinedTokens(block, **parts[block]) for block in sorted(parts)}
 
     def first(self, count: int) -> MinedTokens:
         """The ``count`` largest tokens."""

@@ -231,6 +231,7 @@ class QuantizeCommand(_Command):
         from functools import partial
         from pathlib import Path
 
+        from optimum_regcache.commands.failures import Unfinished
         from optimum_regcache.commands.quantize import quantize_job
         from optimum_regcache.commands.recommend import ReportOptions, suggested_command
 
@@ -251,7 +252,7 @@ class QuantizeCommand(_Command):
             print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
             if results["fit"] and results["fit"]["search"]["unfinished"]:
                 raise Unfinished(
-                    "the best so far is saved, marked unfinished. The same command with --overwrite searches on."
+                    "the best so far is saved, marked unfinished. The same command with --overwrite goes on with the search."
                 )
 
 
