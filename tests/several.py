@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,62 @@ def cut(folder: Path) -> None:
         raise
 
 
+class Unsendable(Exception):
+    """Pickled, it cannot be made again."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def _failing(error: Exception, last: int) -> Callable[[int], int]:
+    def compute(item: int) -> int:
+        if item == last:
+            raise error
+        return item
+
+    return compute
+
+
+def _message(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def exchange(folder: Path) -> None:
+    """Every way to exchange something."""
+    own = processes.rank()
+    with processes.alone():
+        alone = [processes.world_size(), *processes.spread([5, 6], lambda item: own)]
+    found: dict[str, Any] = {
+        "size": processes.world_size(),
+        "shares": processes.spread(["a", "b", "c", "d", "e"], lambda item: f"{item}{own}"),
+        "none": processes.spread([], str),
+        "together": processes.together(lambda: own),
+        "on_main": processes.on_main(lambda: "done"),
+        "from_main": processes.from_main(f"of {own}"),
+        "gathered": processes.gathered(own),
+        "alone": alone,
+        "last": _message(lambda: processes.spread([0, 1, 2], _failing(ValueError("no good"), 1))),
+        "main": _message(lambda: processes.on_main(lambda: _failing(OSError(28, "full", "disk"), 0)(0))),
+        "unsendable": _message(lambda: processes.spread([0, 1], _failing(Unsendable("this", "that"), 1))),
+        "steps": _message(lambda: processes.spread([0] if own else [0, 1], str)),
+        "after": processes.gathered(own),
+    }
+    (folder / f"found-{own}.json").write_text(json.dumps(found))
+
+
+def images(folder: Path) -> None:
+    """Processes that read other images."""
+    quantizer = RegCacheQuantizer(planted.build_planted_model(), planted.build_processor())
+    dataset = planted.load_dataset("search", 24, processes.rank())
+    call = partial(quantizer.fit, dataset, RECIPE.quantization, RECIPE.search, RECIPE.data, progress=False)
+    (folder / f"error-{processes.rank()}.txt").write_text(_message(call))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    {"search": search, "cut": cut}[sys.argv[1]](Path(sys.argv[2]))
+    {"search": search, "cut": cut, "exchange": exchange, "images": images}[sys.argv[1]](Path(sys.argv[2]))
     processes.end()

@@ -9,9 +9,21 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
 from optimum_regcache.commands.failures import explain
 
 GRACE = 10.0  # seconds in which torchrun ends this process if the main one has failed, too
+
+
+def require_device(device: str) -> None:
+    """Make sure that there is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
 
 
 def shared(command: str, device: str, job: Callable[[], None]) -> None:

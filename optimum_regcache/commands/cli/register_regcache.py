@@ -160,13 +160,9 @@ class _Command(BaseOptimumCLICommand):
                 )
             if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
                 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-            if args.device == "cuda":
-                import torch
+            from optimum_regcache.commands.launch import require_device, shared
 
-                if not torch.cuda.is_available():
-                    raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
-            from optimum_regcache.commands.launch import shared
-
+            require_device(args.device)
             shared(self.COMMAND.name, args.device, self.job)
         except BaseException as error:
             if isinstance(error, SystemExit):
