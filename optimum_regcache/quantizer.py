@@ -28,6 +28,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.alternatives import Recommendation, find_alternatives
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
+from optimum_regcache.search.processes import on_main
 from optimum_regcache.search.run import run_plan
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ class RegCacheQuantizer(OptimumQuantizer):
             progress: show progress bars.
 
         Returns:
-            The quantized model, ready for `save_pretrained` and `push_to_hub`.
+            The quantized model, ready for `save_pretrained` and `push_to_hub`. Of several processes that torchrun started all
+            return it, and the main one saves it.
 
         Raises:
             ValueError: data that is needed and missing, settings that do not fit or have no effect, a recipe beside settings
@@ -223,14 +225,25 @@ class RegCacheQuantizer(OptimumQuantizer):
         output = None
         if save_dir is not None:
             seen = images.inputs.fingerprint() if images is not None else None
-            output = self._output(save_dir, plan.recipe, file_prefix, overwrite, seen)
+            output = on_main(lambda: self._output(save_dir, plan.recipe, file_prefix, overwrite, seen))
         run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
         self.fit_result = run.fit or self.fit_result
         model = run.quantized.model
+        if save_dir is not None:
+            on_main(lambda: self._write(output, model, self._records(model, run.recipe, None), file_prefix))
+        return model
+
+    def _write(
+        self,
+        output: Output | None,
+        model: PreTrainedModel,
+        records: tuple[Recipe, dict[str, Any] | None],
+        file_prefix: str | None,
+    ) -> None:
+        """Write into the folder that the main process made."""
         if output is not None:
             with output:
-                write_model(output.stage, model, self.processor, *self._records(model, run.recipe, None), file_prefix)
-        return model
+                write_model(output.stage, model, self.processor, *records, file_prefix)
 
     def recommend(
         self,

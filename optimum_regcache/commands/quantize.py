@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +24,16 @@ from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.hub.loading import load_model
 from optimum_regcache.hub.stored import content
 from optimum_regcache.quantizer import write_model
+from optimum_regcache.search.fit import fit_registers
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
+from optimum_regcache.search.processes import alone
 from optimum_regcache.search.run import run_plan
 
 
 def quantize_job(
     source: Source,
     recipe: Recipe,
-    output: Output,
+    output: Output | None,
     *,
     options: ReportOptions | None = None,
     hub: Hub | None = None,
@@ -41,13 +44,14 @@ def quantize_job(
     Args:
         source: model and images.
         recipe: what to make.
-        output: folder of the result.
+        output: folder of the result; None in a process that only helps the main one with the search.
         options: of the report.
         hub: how the model was opened; for the card.
         progress: show progress bars.
 
     Returns:
-        (results as written to ``results.json``, summary table as text, with the command of a better alternative).
+        (results as written to ``results.json``, summary table as text, with the command of a better alternative); nothing of
+        these from a process that only helps.
 
     Raises:
         ValueError: options that do not fit.
@@ -57,9 +61,14 @@ def quantize_job(
     options.check(source.dataset_name)
     images = ReferenceImages(source.search_images, source.processor, template=source.template)
     plan = QuantizationPlan.of(recipe)
-    with output:
+    if output is None:
+        if plan.resolved.config.registers.mode == "search":
+            fit_registers(source.model, images, plan, progress=False)
+        return {}, ""
+    with output, ExitStack() as rest:
         output.require_space(least_bytes(source.model))
         run = run_plan(source.model, images, plan, work_dir=output.work, progress=progress)
+        rest.enter_context(alone())  # the other processes are done
         advice, fit = advise(source, images, run, options, progress), run.fit
         saved = (advice.swapped if advice is not None else None) or run
         config = saved.quantized.config

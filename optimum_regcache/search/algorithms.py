@@ -18,9 +18,13 @@ from optimum_regcache.search.setups import Setup, Space, Trial, best
 
 class Evaluate(Protocol):
     """Scores a configuration on the first ``images`` selection images, on all of them by default, with scales from the same
-    share of the calibration images."""
+    share of the calibration images; several at once where one does not depend on another, for processes to share."""
 
     def __call__(self, setup: Setup, images: int | None = None) -> Trial: ...
+
+    def many(self, setups: list[Setup], images: int | None = None) -> list[Trial]:
+        """The trials of ``setups``, in their order."""
+        ...
 
 
 class Algorithm(ABC):
@@ -55,7 +59,7 @@ class Exhaustive(Algorithm):
         return len(self._all())
 
     def run(self, evaluate: Evaluate) -> list[Trial]:
-        return [evaluate(setup) for setup in self._all()]
+        return evaluate.many(self._all())
 
 
 class Coordinate(Algorithm):
@@ -72,15 +76,15 @@ class Coordinate(Algorithm):
 
     def run(self, evaluate: Evaluate) -> list[Trial]:
         base = evaluate(Setup())
-        alone = [evaluate(s) for s in self.space.prefixes()]
-        delete = [evaluate(Setup(count=k)) for k in self.space.counts]
+        alone = evaluate.many(self.space.prefixes())
+        delete = evaluate.many([Setup(count=k) for k in self.space.counts])
         starts = sorted({(s.start_block, s.scope) for s in self.space.prefixes()})
         groups = [[a for a in alone if (a.setup.start_block, a.setup.scope) == s] for s in starts]
         leaders = [t for group in groups if (t := best(group)) is not None]
-        both = [evaluate(replace(t.setup, count=k)) for t in leaders for k in self.space.counts]
+        both = evaluate.many([replace(t.setup, count=k) for t in leaders for k in self.space.counts])
         if (pair := best(both)) is not None:
             others = [c for c in self.space.copies if c != pair.setup.num_copies]
-            both += [evaluate(replace(pair.setup, num_copies=c)) for c in others]
+            both += evaluate.many([replace(pair.setup, num_copies=c) for c in others])
         return [base, *alone, *delete, *both]
 
 
@@ -117,11 +121,11 @@ class Halving(Algorithm):
         setups, trials = self._first(), []
         for images in self._rounds():
             whole = None if images == self.images else images
-            trials = [evaluate(setup, whole) for setup in setups]
+            trials = evaluate.many(setups, whole)
             if whole is None:
                 break
             if self._settled(trials):
-                return [evaluate(setup) for setup in self._leaders(trials)]
+                return evaluate.many(self._leaders(trials))
             setups = self._kept(trials)
         return self._neighbours(trials, evaluate)
 

@@ -32,6 +32,7 @@ from optimum_regcache.search.estimate import QUANTIZED, expected_work
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
+from optimum_regcache.search.processes import from_main, gathered, is_main, together, world_size
 from optimum_regcache.search.progress import current, duration, watching
 from optimum_regcache.search.search import (
     Candidates,
@@ -109,7 +110,7 @@ def fit_registers(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """Run sensitivity, mining and search.
+    """Run sensitivity, mining and search; processes that torchrun started share the work (`optimum_regcache.search.processes`).
 
     Args:
         model: float model, unchanged.
@@ -119,19 +120,27 @@ def fit_registers(
         progress: show progress bars.
 
     Raises:
-        ValueError: settings that do not fit the model or the data, or that the search would not read.
+        ValueError: settings that do not fit the model or the data, or that the search would not read, or processes that read
+            other images.
     """
     resolved, search = plan.resolved, plan.recipe.search
     require_search_effect(search, resolved.config)
     require_patches(search, resolved.config)
-    parts = images.split(plan.recipe.data, search.seed, None if work_dir is None else Path(work_dir))
-    targets = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
-    for part in ("calibration", "selection", "confirmation"):
-        parts.batches(part, progress=progress)
-    journal = _open_journal(work_dir, model, plan.recipe, parts, targets)
+    progress, folder = progress and is_main(), Path(work_dir) if work_dir is not None and is_main() else None
+
+    def read() -> tuple[ReferenceParts, Targets | None]:
+        parts = images.split(plan.recipe.data, search.seed, folder)
+        for part in ("calibration", "selection", "confirmation"):
+            parts.batches(part, progress=progress)
+        return parts, objective_targets(search.objective, model, images.processor, parts.everything, images.template)
+
+    parts, targets = together(read)
+    journal = _open_journal(folder, model, plan.recipe, parts, targets)
     try:
         with watching("fit", progress):
-            return _Fit(model, parts, plan, journal, targets, progress).run()
+            fit = together(lambda: _Fit(model, parts, plan, journal, targets, progress))
+            fit.judges = replace(fit.judges, ceiling=from_main(fit.judges.ceiling))
+            return fit.run()
     finally:
         journal.close()
 
@@ -196,7 +205,7 @@ class _Fit:
         with self._stage("sensitivity"):
             scan, sensitive = self._sensitive_block()
         with self._stage("mining"):
-            mined = self._mine(sensitive)
+            mined = from_main(together(lambda: self._mine(sensitive)))
         with self._stage("search"):
             engine = self._engine(mined, sensitive)
             result = engine.run()
@@ -325,20 +334,20 @@ def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: Sequence[Ba
 
 
 def _open_journal(
-    work_dir: str | Path | None,
+    folder: Path | None,
     model: nn.Module,
     recipe: Recipe,
     parts: ReferenceParts,
     targets: Targets | None,
 ) -> Journal:
-    """The journal of finished steps in ``work_dir``, named after everything that can change a score."""
-    if work_dir is None:
+    """The journal of finished steps in ``folder``, named after everything that can change a score."""
+    if folder is None and world_size() == 1:
         return Journal(None, "")
     data = replace(recipe.data, num_report=1, memory_budget=None, workers=None)  # these change no score
     plain = replace(recipe, data=data).to_dict()
     versions = [version(p) for p in ("optimum-regcache", "torch", "transformers")]
-    device = str(next(model.parameters()).device)
-    settings = [plain["quantization"], plain["search"], plain["data"], versions, device]
+    device = next(model.parameters()).device  # each process has a GPU of its own
+    settings = [plain["quantization"], plain["search"], plain["data"], versions, device.type]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in (parts.calibration, parts.selection, parts.confirmation):
         digest.update(part.fingerprint().encode())
@@ -348,9 +357,15 @@ def _open_journal(
         tensors["text features"] = targets.text_features
     if labels is not None:
         digest.update(repr(labels.tolist()).encode())
+    require(
+        len(set(gathered(digest.hexdigest()))) == 1,
+        "The processes of this fit read other images, or have other settings or versions. Give all of them the same.",
+    )
+    if folder is None and not is_main():
+        return Journal.shared(None, "")
     for name, tensor in tensors.items():
         digest.update(f"{name} {float(tensor.double().sum())!r} {float(tensor.double().abs().sum())!r}".encode())
-    return Journal(Path(work_dir), digest.hexdigest()[:32])
+    return Journal.shared(folder, digest.hexdigest()[:32])
 
 
 def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load, save_file
 from transformers.utils import logging
 
+from optimum_regcache.search import processes
+
 logger = logging.get_logger(__name__)
 
 
@@ -52,6 +54,18 @@ class Journal:
             self.close()
             raise
 
+    @classmethod
+    def shared(cls, folder: Path | None, fingerprint: str) -> Journal:
+        """The journal of all processes of a run: the main one reads and writes the file, the others know what was in it and
+        keep what comes in memory.
+
+        Raises:
+            ValueError: as the constructor does, in all processes.
+        """
+        journal = processes.together(lambda: cls(folder if processes.is_main() else None, fingerprint))
+        journal._values = processes.from_main(journal._values)
+        return journal
+
     def _read(self, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
         *lines, rest = content.split(b"\n")
@@ -77,7 +91,9 @@ class Journal:
         return self._values.get(name)
 
     def put(self, name: str, values: list[float]) -> None:
-        """Add the result of a step; it is on disk when this returns."""
+        """Add the result of a step, unless it is there; it is on disk when this returns."""
+        if name in self._values:
+            return
         self._values[name] = values
         if self.path is None:
             return

@@ -13,9 +13,10 @@ import torch
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.data.images import ImageInputs, split_reference
 from optimum_regcache.data.reading import store_batches
-from optimum_regcache.encoders.store import GIB, StoredBatches, TensorSpace
+from optimum_regcache.encoders.store import GIB, SHARE, StoredBatches, TensorSpace, available_memory
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
 from optimum_regcache.methods import ResolvedConfig, resolve
+from optimum_regcache.search.processes import local_processes
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
 
@@ -98,8 +99,11 @@ def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int, folder: Path 
 
 
 def space_of(data: DataConfig, folder: Path | None = None) -> TensorSpace:
-    """Memory of ``data.memory_budget`` GiB, and files in ``folder`` beyond it."""
-    return TensorSpace(None if data.memory_budget is None else data.memory_budget * GIB, folder)
+    """Memory of ``data.memory_budget`` GiB for this process, and files in ``folder`` beyond it."""
+    if data.memory_budget is not None:
+        return TensorSpace(data.memory_budget * GIB, folder)
+    several = local_processes()  # each has images of its own
+    return TensorSpace(None if several == 1 else available_memory() // SHARE // several, folder)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts, space_of
+from optimum_regcache.search.processes import is_main
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def run_plan(
             return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
     require_float(model)
     recipe, resolved = plan.recipe, plan.resolved
-    folder = None if work_dir is None else Path(work_dir)
+    progress = progress and is_main()
+    folder = None if work_dir is None or not is_main() else Path(work_dir)
     parts = known.parts if known is not None else None
     if images is not None:
         parts = images.split(recipe.data, recipe.search.seed, folder)

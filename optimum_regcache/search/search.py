@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -18,6 +19,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.algorithms import ALGORITHMS
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
+from optimum_regcache.search.processes import spread, world_size
 from optimum_regcache.search.progress import current
 from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
 from optimum_regcache.search.trials import TrialRunner
@@ -103,6 +105,9 @@ class Judges:
     final: FinalScorer | None = None
 
 
+Configuration = tuple[Setup, Callable[[], RegisterCache | None], DeletionConfig]
+
+
 class TrialScores:
     """Scores of configurations with round to nearest, each computed once, on all selection images or on the first of them.
 
@@ -124,14 +129,38 @@ class TrialScores:
         images: int | None = None,
     ) -> Trial:
         """The trial of a configuration; ``cache`` makes its registers if they are needed."""
-        name = setup.key if images is None else f"{setup.key} on {images} images"
-        known = self.journal.get(name)
-        if known is not None:
-            return Trial(setup, torch.tensor(known, dtype=torch.float32))
-        objective, calibration = self._part(images)
-        scores = self.runner.score(cache(), deletion, objective, calibration)
-        self.journal.put(name, scores.tolist())
-        return Trial(setup, scores)
+        return self.many([(setup, cache, deletion)], images)[0]
+
+    def many(
+        self,
+        configurations: Sequence[Configuration],
+        images: int | None = None,
+        finished: Callable[[Trial], object] = lambda trial: None,
+    ) -> list[Trial]:
+        """The trials of several configurations, in their order, shared by the processes of the run.
+
+        Args:
+            configurations: setups, each with what makes its registers, and its deletion.
+            images: selection images to score on, the first ones; all by default.
+            finished: called with every trial, in their order.
+        """
+        names = [setup.key if images is None else f"{setup.key} on {images} images" for setup, _, _ in configurations]
+        missing = {n: c for n, c in zip(names, configurations, strict=True) if self.journal.get(n) is None}
+
+        def score(name: str) -> list[float]:
+            _, cache, deletion = missing[name]
+            objective, calibration = self._part(images)
+            return self.runner.score(cache(), deletion, objective, calibration).tolist()
+
+        trials, waiting = [], list(missing)
+        for name, (setup, _, _) in zip(names, configurations, strict=True):
+            if self.journal.get(name) is None:  # one trial for each process, so that a kill loses no more than these
+                wave, waiting = waiting[: world_size()], waiting[world_size() :]
+                for step, values in zip(wave, spread(wave, score), strict=True):
+                    self.journal.put(step, values)
+            trials.append(Trial(setup, torch.tensor(self.journal.get(name), dtype=torch.float32)))
+            finished(trials[-1])
+        return trials
 
     def _part(self, images: int | None) -> tuple[Objective, Sequence[Batch]]:
         """The objective on the first images, and the same share of the calibration images."""
@@ -209,29 +238,19 @@ class RegisterSearch:
         before = self.runner.block_forwards
         available = count_images(self.judges.selection.batches)
         algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
-        seen: dict[int, list[Trial]] = {}
-
-        def evaluate(setup: Setup, images: int | None = None) -> Trial:
-            trial = self.scores(setup, lambda: self.cache(setup), self.deletion(setup), images)
-            tried = seen.setdefault(images or available, [])
-            tried.append(trial)
-            leader = best(tried) or trial
-            current().best(f"{leader.setup.describe()}: {leader.mean:.4f} on {images or available} images")
-            return trial
-
-        unfinished = False
+        evaluate, unfinished = _Evaluate(self, available), False
         try:
             trials = algorithm.run(evaluate)
         except KeyboardInterrupt:
-            trials = so_far(seen)
-            if not trials:
+            trials = so_far(evaluate.seen)
+            if not trials or world_size() > 1:
                 raise
             unfinished = True
             current().say("interrupted: the best so far is confirmed and kept; interrupt again to drop it")
         self.trials = {t.setup.key: t for t in trials}
         result = self._decide(trials[0], *(best(trials, kind) for kind in ("prefix", "delete", "both")))
         if unfinished:
-            count = sum(map(len, seen.values()))
+            count = sum(map(len, evaluate.seen.values()))
             reason = f"unfinished, interrupted after {count} trials; {result.reason}"
             result = replace(result, unfinished=True, reason=reason)
         return replace(result, block_forwards=self.runner.block_forwards - before)
@@ -248,6 +267,7 @@ class RegisterSearch:
         if self.judges.final is not None and c.retune:
             ranked = [self._retuned(t) for t in ranked]
             ranked = sorted((t for t in ranked if t.setup != Setup()), key=lambda t: -t.mean)
+        self._ahead("confirm", [Setup(), *(t.setup for t in ranked)] if ranked else [], self.judges.confirmation)
         nothing = self._confirm(Setup()) if ranked else torch.zeros(0)
         loss = self.judges.ceiling - base.mean
         chosen, gain, noise = Setup(), 0.0, 0.0
@@ -272,32 +292,72 @@ class RegisterSearch:
     def _final_scores(self, purpose: str, setup: Setup, objective: Objective) -> torch.Tensor:
         """Scores with the final quantizer, or with round to nearest if there is no other."""
         name = f"{purpose} {setup.key}"
-        known = self.journal.get(name)
-        if known is not None:
-            return torch.tensor(known, dtype=torch.float32)
-        cache, deletion = self.cache(setup), self.deletion(setup)
-        if self.judges.final is None:
-            scores = self.runner.score(cache, deletion, objective)
-        else:
-            scores = self.judges.final(setup, cache, deletion, objective)
-        self.journal.put(name, scores.tolist())
-        return scores
+        if self.journal.get(name) is None:
+            self._score([setup], purpose, objective)
+        return torch.tensor(self.journal.get(name), dtype=torch.float32)
+
+    def _ahead(self, purpose: str, setups: Sequence[Setup], objective: Objective) -> None:
+        """Let several processes share what one process would ask for one after the other."""
+        if world_size() > 1:
+            missing = [s for s in dict.fromkeys(setups) if self.journal.get(f"{purpose} {s.key}") is None]
+            self._score(missing, purpose, objective)
+
+    def _score(self, setups: Sequence[Setup], purpose: str, objective: Objective) -> None:
+        def score(setup: Setup) -> list[float]:
+            cache, deletion = self.cache(setup), self.deletion(setup)
+            if self.judges.final is None:
+                return self.runner.score(cache, deletion, objective).tolist()
+            return self.judges.final(setup, cache, deletion, objective).tolist()
+
+        for setup, values in zip(setups, spread(setups, score), strict=True):
+            self.journal.put(f"{purpose} {setup.key}", values)
 
     def _retuned(self, trial: Trial) -> Trial:
         """The neighbour of a setup in k~, then in tau, that scores best on the selection images with the final quantizer: a
         better quantizer than round to nearest needs less deletion (docs/method.md 9)."""
         selection = self.judges.selection
-        leader = Trial(trial.setup, self._final_scores("final", trial.setup, selection))
         count, copies = trial.setup.count, trial.setup.num_copies
         counts = sorted({k for k in (0, count // 2, count - 1, count + 1) if 0 <= k <= self.max_delete} - {count})
         neighbours = [replace(trial.setup, count=k) for k in counts]
+        self._ahead("final", [trial.setup, *neighbours], selection)
+        leader = Trial(trial.setup, self._final_scores("final", trial.setup, selection))
         for setup in neighbours:
             leader = best([leader, Trial(setup, self._final_scores("final", setup, selection))]) or leader
         if leader.setup.start_block is not None:
-            for factor in (0.25, 0.5, 2.0, 4.0):
+            factors = (0.25, 0.5, 2.0, 4.0)
+            self._ahead("final", [replace(leader.setup, num_copies=copies * f) for f in factors], selection)
+            for factor in factors:
                 setup = replace(leader.setup, num_copies=copies * factor)
                 leader = best([leader, Trial(setup, self._final_scores("final", setup, selection))]) or leader
         return leader
+
+
+class _Evaluate:
+    """How an algorithm of one search asks for trials.
+
+    Attributes:
+        seen: number of images -> the trials on them.
+    """
+
+    def __init__(self, search: RegisterSearch, available: int) -> None:
+        self.search, self.available = search, available
+        self.seen: dict[int, list[Trial]] = {}
+
+    def __call__(self, setup: Setup, images: int | None = None) -> Trial:
+        return self.many([setup], images)[0]
+
+    def many(self, setups: list[Setup], images: int | None = None) -> list[Trial]:
+        count = images or self.available
+
+        def note(trial: Trial) -> None:
+            tried = self.seen.setdefault(count, [])
+            tried.append(trial)
+            leader = best(tried) or trial
+            current().best(f"{leader.setup.describe()}: {leader.mean:.4f} on {count} images")
+
+        search = self.search
+        asked = [(setup, partial(search.cache, setup), search.deletion(setup)) for setup in setups]
+        return search.scores.many(asked, images, note)
 
 
 def so_far(seen: dict[int, list[Trial]]) -> list[Trial]:

@@ -20,6 +20,7 @@ from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.layers.install import config_sites
 from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
 from optimum_regcache.search.journal import Journal
+from optimum_regcache.search.processes import spread, world_size
 from optimum_regcache.search.progress import current
 
 
@@ -130,6 +131,7 @@ class _Scan:
     ) -> None:
         self.model, self.config, self.calibration = model, config, calibration
         self.objective, self.journal = objective, journal
+        self._known: Recorded | None = None
 
     @cached_property
     def qparams(self) -> QParams:
@@ -148,26 +150,40 @@ class _Scan:
         return found
 
     def drops(self, groups: dict[str, tuple[int, list[str]]], bar: Any) -> dict[str, float]:
-        """Name -> drop, for groups of layers (block, names of its layers), by ascending block."""
-        found: dict[str, float] = {}
-        known: Recorded | None = None
-        images, depth = count_images(self.objective.batches), len(find_tower(self.model).blocks)
-        for name, (block, layers) in groups.items():
-            step = f"sensitivity {name}"
-            values = self.journal.get(step)
-            if values is None:
-                if known is None or known.block != block:
-                    states = record_block_inputs(self.model, self.objective.batches, block, known)
-                    known = Recorded(block, states)
-                qparams, reference = self.qparams, self.reference
-                with (
-                    quantized_inputs(self.model, layers, qparams, self.config),
-                    replaying(self.model, block, known.states),
-                ):
-                    score = float(self.objective.scores(self.model).mean())
-                current().advance(images * (depth - block))
-                values = [reference - score if math.isfinite(score) else math.inf]
-                self.journal.put(step, values)
-            found[name] = values[0]
-            bar.update()
-        return found
+        """Name -> drop, for groups of layers (block, names of its layers), by ascending block; processes share the blocks."""
+        self._known = None
+        missing: dict[int, list[str]] = {}
+        for name, (block, _) in groups.items():
+            if self.journal.get(_step(name)) is None:
+                missing.setdefault(block, []).append(name)
+        bar.update(len(groups) - sum(map(len, missing.values())))
+        blocks, size = list(missing), world_size()
+        for start in range(0, len(blocks), size):
+            wave, begun = blocks[start : start + size], bar.n
+            measured = spread(wave, lambda block: [self._drop(n, *groups[n], bar) for n in missing[block]])
+            for block, drops in zip(wave, measured, strict=True):
+                for name, drop in zip(missing[block], drops, strict=True):
+                    self.journal.put(_step(name), [drop])
+            bar.update(sum(map(len, measured)) - (bar.n - begun))
+        return {name: (self.journal.get(_step(name)) or [math.nan])[0] for name in groups}
+
+    def _drop(self, name: str, block: int, layers: list[str], bar: Any) -> float:
+        """The drop of one group; what arrives at its block is kept for the next one."""
+        if self._known is None or self._known.block != block:
+            states = record_block_inputs(self.model, self.objective.batches, block, self._known)
+            self._known = Recorded(block, states)
+        qparams, reference = self.qparams, self.reference
+        with (
+            quantized_inputs(self.model, layers, qparams, self.config),
+            replaying(self.model, block, self._known.states),
+        ):
+            score = float(self.objective.scores(self.model).mean())
+        current().advance(count_images(self.objective.batches) * (len(find_tower(self.model).blocks) - block))
+        drop = reference - score if math.isfinite(score) else math.inf
+        self.journal.put(_step(name), [drop])
+        bar.update()
+        return drop
+
+
+def _step(name: str) -> str:
+    return f"sensitivity {name}"

@@ -160,24 +160,16 @@ class _Command(BaseOptimumCLICommand):
                 )
             if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
                 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-            if args.device == "cuda":
-                import torch
+            from optimum_regcache.commands.launch import require_device, shared
 
-                if not torch.cuda.is_available():
-                    raise ValueError("--device cuda: this machine or this PyTorch build has no CUDA. Use --device cpu.")
-            self.job()
+            require_device(args.device)
+            shared(self.COMMAND.name, args.device, self.job)
         except BaseException as error:
             if isinstance(error, SystemExit):
                 raise
-            if args.debug:
-                import traceback
+            from optimum_regcache.commands.launch import fail
 
-                traceback.print_exc()
-            from optimum_regcache.commands.failures import explain
-
-            code, line = explain(error)
-            print(line, file=sys.stderr, flush=True)
-            sys.exit(code)
+            fail(error, args.debug)
 
 
 def _is_empty(value: Any) -> bool:
@@ -234,6 +226,7 @@ class QuantizeCommand(_Command):
         from optimum_regcache.commands.failures import Unfinished
         from optimum_regcache.commands.quantize import quantize_job
         from optimum_regcache.commands.recommend import ReportOptions, suggested_command
+        from optimum_regcache.search.processes import on_main
 
         args, path = self.args, Path(self.args.output)
         presets = list(dict.fromkeys(args.preset or [""]))
@@ -243,8 +236,11 @@ class QuantizeCommand(_Command):
         for preset in presets:  # all are checked before the first is begun
             recipe = resolve_recipe(args, preset)
             folder = path / preset if len(presets) > 1 else path
-            jobs.append((preset, recipe, self.output(folder, "quantize", recipe, *more)))
+            jobs.append((preset, recipe, on_main(partial(self.output, folder, "quantize", recipe, *more))))
         for preset, recipe, output in jobs:
+            if output is None:  # not the main process
+                quantize_job(self.open(recipe), recipe, None)
+                continue
             asked = Namespace(**{**vars(args), "preset": [preset] if preset else None, "output": str(output.path)})
             command = partial(suggested_command, asked, self.parser.get_default, partial(resolve_recipe, preset=preset))
             wanted = replace(options, command=command)
