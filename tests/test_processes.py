@@ -103,7 +103,9 @@ def test_exchanges(tmp_path: Path) -> None:
             "RuntimeError: The processes of this run are at different steps: 2 items, 1 items. Start all"
         )
         unsendable = found.pop("unsendable")
-        assert unsendable == ("UnsendableError: this and that" if number else "RuntimeError: UnsendableError: this and that")
+        assert unsendable == (
+            "UnsendableError: this and that" if number else "RuntimeError: UnsendableError: this and that"
+        )
         assert found == {
             "size": 2,
             "shares": ["a0", "b1", "c0", "d1", "e0"],

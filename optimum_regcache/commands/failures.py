@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from typing import Any
 
 USER_ERROR, INTERRUPTED, MACHINE, UNEXPECTED = 2, 3, 4, 1
 DOES_NOT_FIT = 5  # no failure: `analyze --check` is done and written, and its verdict is that
@@ -12,6 +13,18 @@ DOES_NOT_FIT = 5  # no failure: `analyze --check` is done and written, and its v
 
 class Unfinished(KeyboardInterrupt):
     """A search was interrupted, and what was best until then is saved."""
+
+
+def require_finished(results: dict[str, Any]) -> None:
+    """Make sure that what was written comes from a whole search.
+
+    Raises:
+        Unfinished: it does not.
+    """
+    if results["fit"] and results["fit"]["search"]["unfinished"]:
+        raise Unfinished(
+            "the best so far is saved, marked unfinished. The same command with --overwrite goes on with the search."
+        )
 
 
 _STORAGE = {

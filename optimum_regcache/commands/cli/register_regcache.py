@@ -223,7 +223,7 @@ class QuantizeCommand(_Command):
         from functools import partial
         from pathlib import Path
 
-        from optimum_regcache.commands.failures import Unfinished
+        from optimum_regcache.commands.failures import require_finished
         from optimum_regcache.commands.quantize import quantize_job
         from optimum_regcache.commands.recommend import ReportOptions, suggested_command
         from optimum_regcache.search.processes import on_main
@@ -246,10 +246,7 @@ class QuantizeCommand(_Command):
             wanted = replace(options, command=command)
             results, table = quantize_job(self.open(recipe), recipe, output, options=wanted, hub=hub_options(args))
             print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
-            if results["fit"] and results["fit"]["search"]["unfinished"]:
-                raise Unfinished(
-                    "the best so far is saved, marked unfinished. The same command with --overwrite goes on with the search."
-                )
+            require_finished(results)
 
 
 class AnalyzeCommand(_Command):
