@@ -64,7 +64,7 @@ def cut(folder: Path) -> None:
         raise
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     """Pickled, it cannot be made again."""
 
     def __init__(self, first: str, second: str) -> None:
@@ -104,7 +104,7 @@ def exchange(folder: Path) -> None:
         "alone": alone,
         "last": _message(lambda: processes.spread([0, 1, 2], _failing(ValueError("no good"), 1))),
         "main": _message(lambda: processes.on_main(lambda: _failing(OSError(28, "full", "disk"), 0)(0))),
-        "unsendable": _message(lambda: processes.spread([0, 1], _failing(Unsendable("this", "that"), 1))),
+        "unsendable": _message(lambda: processes.spread([0, 1], _failing(UnsendableError("this", "that"), 1))),
         "steps": _message(lambda: processes.spread([0] if own else [0, 1], str)),
         "after": processes.gathered(own),
     }
