@@ -229,21 +229,16 @@ class RegCacheQuantizer(OptimumQuantizer):
         run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
         self.fit_result = run.fit or self.fit_result
         model = run.quantized.model
-        if save_dir is not None:
-            on_main(lambda: self._write(output, model, self._records(model, run.recipe, None), file_prefix))
-        return model
 
-    def _write(
-        self,
-        output: Output | None,
-        model: PreTrainedModel,
-        records: tuple[Recipe, dict[str, Any] | None],
-        file_prefix: str | None,
-    ) -> None:
-        """Write into the folder that the main process made."""
-        if output is not None:
-            with output:
-                write_model(output.stage, model, self.processor, *records, file_prefix)
+        def write() -> None:
+            if output is not None:
+                with output:
+                    records = self._records(model, run.recipe, None)
+                    write_model(output.stage, model, self.processor, *records, file_prefix)
+
+        if save_dir is not None:
+            on_main(write)
+        return model
 
     def recommend(
         self,

@@ -152,6 +152,14 @@ def test_other_commands_stay_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes on this machine need as many GPUs; there are 1. Give torchrun a"):
+        processes.start("cuda")
+
+
 def test_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")  # of something else: nobody was launched
     monkeypatch.delenv("RANK", raising=False)
@@ -165,6 +173,6 @@ def test_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ZeroDivisionError):
         processes.together(lambda: 1 // 0)
     Journal.shared(tmp_path, "abc").close()
-    processes.start("cpu")
+    processes.start("cuda")
     processes.end()
     assert not torch.distributed.is_initialized()

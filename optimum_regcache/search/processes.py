@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from optimum_regcache.config.validation import require
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -43,10 +45,19 @@ def start(device: str) -> None:
     """Meet the other processes: by gloo for ``cpu``, by nccl for ``cuda``, where each process gets a GPU of its own.
 
     It is called by the command line before the model is opened. Without it the processes meet at their first exchange, with
-    nccl if there is a GPU.
+    nccl if there is a GPU for each.
+
+    Raises:
+        ValueError: fewer GPUs than processes.
     """
-    if launched() > 1:
-        _state(cpu=device == "cpu")
+    if launched() == 1:
+        return
+    require(
+        device == "cpu" or _enough_gpus(),
+        f"{local_processes()} processes on this machine need as many GPUs; there are {torch.cuda.device_count()}. Give "
+        "torchrun a smaller --nproc_per_node.",
+    )
+    _state(cpu=device == "cpu")
 
 
 def end() -> None:
@@ -139,10 +150,14 @@ def gathered(value: Result) -> list[Result]:
     return [value] if world_size() == 1 else _exchange("values", lambda: value)
 
 
+def _enough_gpus() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() >= local_processes()
+
+
 def _state(cpu: bool | None = None) -> Any:
     from accelerate import PartialState
 
-    without = not torch.cuda.is_available() if cpu is None else cpu  # what was made first stays
+    without = not _enough_gpus() if cpu is None else cpu  # what was made first stays
     return PartialState(cpu=without, timeout=_PATIENCE)
 
 
