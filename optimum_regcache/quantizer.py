@@ -28,7 +28,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.alternatives import Recommendation, find_alternatives
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
-from optimum_regcache.search.run import run_plan
+from optimum_regcache.search.run import repeatable, run_plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -327,7 +327,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             recipe = Recipe(search=fit.settings, data=fit.data) if fit is not None else Recipe()
         if results is None and fit is not None and fit.config == config:
             results = {"fit": fit.to_dict()}
-        return recipe.with_quantization(config).portable(reference.names()), results
+        return repeatable(recipe.with_quantization(config), fit).portable(reference.names()), results
 
     def _plan(
         self,

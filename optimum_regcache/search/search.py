@@ -19,6 +19,7 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.algorithms import ALGORITHMS
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
+from optimum_regcache.search.refine import MAKERS, RefinedRegisters, RefinementTrial, Start, judge_refinements
 from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
 from optimum_regcache.search.trials import TrialRunner
 
@@ -36,6 +37,7 @@ class SearchResult:
         reason: why ``chosen`` was chosen, in words.
         trials: every configuration tried on all selection images.
         block_forwards: images times blocks that the search computed.
+        refinements: how each of ``search.refinements`` did, best selection score first.
     """
 
     chosen: Setup
@@ -48,6 +50,7 @@ class SearchResult:
     reason: str
     trials: list[Trial]
     block_forwards: int = field(default=0, compare=False)
+    refinements: list[RefinementTrial] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible: every configuration with its score."""
@@ -58,6 +61,7 @@ class SearchResult:
             "baseline": self.baseline,
             "confirmation": {"gain": self.gain, "standard_error": self.noise},
             "best": {k: {**asdict(t.setup), "score": t.mean} for k, t in kinds.items() if t is not None},
+            "refinements": [r.to_dict() for r in self.refinements],
             "trials": [{**asdict(t.setup), "score": t.mean} for t in self.trials],
         }
 
@@ -169,11 +173,14 @@ class RegisterSearch:
         self.judges = judges
         self.trials: dict[str, Trial] = {}
         self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
+        self._refined = RefinedRegisters(self.journal)
 
     def cache(self, setup: Setup) -> RegisterCache | None:
         """The registers of a configuration."""
         if setup.start_block is None:
             return None
+        if setup.refinement is not None:
+            return self._refined(setup, lambda: MAKERS[str(setup.refinement)](self._start(setup)))
         tokens, blocks = self.mined[setup.start_block], setup.blocks(self.num_blocks)
         if self.runner.config.registers.kv_mode == "isolated":
             key = (setup.start_block, setup.candidate)
@@ -193,6 +200,22 @@ class RegisterSearch:
         if not setup.count:
             return DeletionConfig()
         return replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
+
+    def _start(self, setup: Setup) -> Start:
+        """What the refinement of a setup starts from."""
+        cache, tokens = self.cache(replace(setup, refinement=None)), self.mined[int(setup.start_block or 0)]
+        assert cache is not None
+        return Start(
+            self.runner, self.judges.selection, cache, setup.num_copies, self.deletion(setup), tokens, self.config.seed,
+            self.progress,
+        )  # fmt: skip
+
+    def _refine(self, ranked: Sequence[Trial]) -> list[Trial]:
+        """The refinements of the best setup that has a prefix, best first on the selection images."""
+        start = next((t.setup for t in ranked if t.setup.start_block is not None), None)
+        setups = [] if start is None else [replace(start, refinement=name) for name in self.config.refinements]
+        trials = [self.scores(s, lambda s=s: self.cache(s), self.deletion(s)) for s in setups]
+        return sorted((t for t in trials if not math.isnan(t.mean)), key=lambda t: -t.mean)
 
     def space(self) -> Space:
         """Everything that may be installed."""
@@ -226,8 +249,8 @@ class RegisterSearch:
     def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
         """Install the best setup only if it beats "nothing" on images that did not choose it (docs/method.md 9).
 
-        Up to three setups are tested there, so the number of standard errors is that of one test at the level divided by
-        their number (Bonferroni).
+        Up to three setups and the refinements are tested there, so the number of standard errors is that of one test at the
+        level divided by their number (Bonferroni).
         """
         c = self.config
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
@@ -235,11 +258,12 @@ class RegisterSearch:
         if self.judges.final is not None and c.retune:
             ranked = [self._retuned(t) for t in ranked]
             ranked = sorted((t for t in ranked if t.setup != Setup()), key=lambda t: -t.mean)
+        refined = self._refine(ranked)
         nothing = self._confirm(Setup()) if ranked else torch.zeros(0)
         loss = self.judges.ceiling - base.mean
         chosen, gain, noise = Setup(), 0.0, 0.0
         reason = "nothing to install: no configuration was tried"
-        sigmas = corrected_sigmas(c.noise_sigmas, len(ranked))
+        sigmas = corrected_sigmas(c.noise_sigmas, len(ranked) + len(refined))
         for trial in ranked:
             mean, error = mean_and_error(self._confirm(trial.setup) - nothing)
             needed = max(c.min_gain, sigmas * error)
@@ -251,7 +275,17 @@ class RegisterSearch:
                 gain, noise = mean, error
                 why = f"nothing to repair (naive loses {loss:.4f})" if loss < c.min_gain else "nothing helped enough"
                 reason = f"{why}; best candidate: {measured}"
-        return SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
+        result = SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
+        if not refined:
+            return result
+        rival = chosen if chosen != Setup() else replace(refined[0].setup, refinement=None)
+        records = judge_refinements(refined, rival, self._confirm, c.min_gain, sigmas)
+        won = next((r for r in records if r.chosen), None)
+        if won is not None:
+            chosen, gain, noise = won.setup, won.over_nothing, won.over_nothing_error
+            reason = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {won.over_nothing_needed:.4f}"
+        reason = f"{reason}; over {rival.describe()!r}: {', '.join(r.describe() for r in records)}"
+        return replace(result, chosen=chosen, gain=gain, noise=noise, reason=reason, refinements=records)
 
     def _confirm(self, setup: Setup) -> torch.Tensor:
         return self._final_scores("confirm", setup, self.judges.confirmation)
