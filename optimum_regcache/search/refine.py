@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -24,6 +24,7 @@ from optimum_regcache.search.trials import TrialRunner
 from optimum_regcache.search.tuning import TuningSettings, tune_registers
 
 CLUSTERS = (2, 4)
+TUNING = TuningSettings()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def tuned(start: Start) -> RegisterCache:
     """Gradients (`tune_registers`) from the later three quarters of the selection images; the first quarter ends it."""
     held_out = max(1, count_images(start.selection.batches) // 4)
     train = LaterImages(start.selection.batches, held_out)
-    settings = TuningSettings(seed=start.seed)
+    settings = replace(TUNING, seed=start.seed)
     return tune_registers(
         start.runner, start.cache, start.deletion, train, start.selection.first(held_out), settings,
         progress=start.progress,
@@ -210,8 +211,8 @@ def from_bytes(data: bytes) -> RegisterCache:
     """What :func:`to_bytes` wrote."""
     tensors = safetensors.torch.load(data)
     blocks = sorted(int(name.partition(".")[0]) for name in tensors if name.endswith(".key"))
-    rows = ({b: tensors[f"{b}.{kind}"] for b in blocks} for kind in ("key", "value"))
-    return RegisterCache(*rows, int(tensors["blocks"]), {b: float(tensors[f"{b}.copies"]) for b in blocks})
+    keys, values = ({b: tensors[f"{b}.{kind}"] for b in blocks} for kind in ("key", "value"))
+    return RegisterCache(keys, values, int(tensors["blocks"]), {b: float(tensors[f"{b}.copies"]) for b in blocks})
 
 
 def _checksum(data: bytes) -> list[float]:
