@@ -29,7 +29,7 @@ from optimum_regcache.search.alternatives import Recommendation, find_alternativ
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
 from optimum_regcache.search.processes import on_main
-from optimum_regcache.search.run import run_plan
+from optimum_regcache.search.run import repeatable, run_plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,10 +178,8 @@ class RegCacheQuantizer(OptimumQuantizer):
     ) -> PreTrainedModel:
         """Quantize a copy of the model. The command line does the same: equal recipes and images give equal bits.
 
-        Registers are taken from an earlier `fit` with the same bits. Without one, ``registers.mode="search"`` (the
-        presets) runs the search on ``calibration_dataset``; ``"fixed"`` mines the registers for the given blocks;
-        ``"none"`` is plain quantization. In all three the images are divided in the same way, and the calibration part (a
-        quarter by default, at most 128) gives the activation scales.
+        Registers are taken from an earlier `fit` with the same bits. Without one, ``registers.mode`` decides: ``"search"`` (the
+        presets), ``"fixed"`` (mined for the given blocks) or ``"none"``; the calibration part gives the activation scales.
 
         Args:
             save_dir: where model, processor, recipe and results are written; nothing is saved if None.
@@ -193,8 +191,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             batch_size: images per forward pass; default: that of the fit, else of `DataConfig`.
             data_collator: builds a batch from items.
             search: search settings when a search is run.
-            recipe: quantization, search settings and amounts in one, in place of ``quantization_config``, ``search`` and
-                ``batch_size``. Its search settings may be those of a search that was run before.
+            recipe: in place of ``quantization_config``, ``search`` and ``batch_size``; may be that of an earlier search.
             template: zero-shot prompt for ``objective="accuracy"``.
             overwrite: ``save_dir`` may hold the result of another call.
             progress: show progress bars.
@@ -335,7 +332,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             recipe = Recipe(search=fit.settings, data=fit.data) if fit is not None else Recipe()
         if results is None and fit is not None and fit.config == config:
             results = {"fit": fit.to_dict()}
-        return recipe.with_quantization(config).portable(reference.names()), results
+        return repeatable(recipe.with_quantization(config), fit).portable(reference.names()), results
 
     def _plan(
         self,

@@ -161,6 +161,13 @@ TABLE: dict[str, list[Case]] = {
     "search.min_gain": [changes(7.0, SEARCH)],
     "search.noise_sigmas": [changes(99.0, SEARCH)],
     "search.retune": [changes(True, with_(SEARCH, methods=["mse"])), unread(True, SEARCH)],
+    "search.refinements": [
+        changes(["block_copies"], SEARCH),
+        changes(["clusters"], SEARCH),
+        refused(["clusters"], "averages of tokens in context", with_(SEARCH, registers__kv_mode="isolated")),
+        refused(["clusters"], "averages of tokens in context", {**SEARCH, "search.strategy": "single_token"}),
+        refused(["tuned"], "would mine others", FIXED),
+    ],
     "search.seed": [changes(1, SEARCH), changes(1), changes(1, FIXED)],
     "data.num_samples": [changes(6), changes(6, SEARCH)],
     "data.calibration_fraction": [changes(0.7), changes(0.7, SEARCH)],

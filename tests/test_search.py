@@ -29,7 +29,8 @@ from optimum_regcache.search import (
 )
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import isolated_cache
-from optimum_regcache.search.search import TrialScores, corrected_sigmas
+from optimum_regcache.search.scores import TrialScores
+from optimum_regcache.search.search import corrected_sigmas
 from optimum_regcache.search.setups import best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def _ablation(fit: FitResult) -> Iterator[_Variant]:
     """The two halves of what is installed, and the best of each kind in the search where that is another one."""
     chosen, halves = fit.search.chosen, set[Setup]()
     if chosen.start_block is not None and chosen.count:
-        prefix = Setup(chosen.start_block, chosen.scope, chosen.candidate, chosen.num_copies)
+        prefix = replace(chosen, count=0)
         delete = Setup(count=chosen.count)
         halves = {prefix, delete}
         yield "prefix only", prefix, fit.cache, DeletionConfig()

@@ -27,7 +27,7 @@ from optimum_regcache.quantizer import write_model
 from optimum_regcache.search.fit import fit_registers
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.processes import alone
-from optimum_regcache.search.run import run_plan
+from optimum_regcache.search.run import repeatable, run_plan
 
 
 def quantize_job(
@@ -74,6 +74,7 @@ def quantize_job(
         config = saved.quantized.config
         given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
         recipe = replace(saved.recipe, model=source.name, dataset=given, revision=(hub or {}).get("revision"))
+        recipe = repeatable(recipe, fit)
         write_model(output.stage, saved.quantized.model, source.processor, recipe)
         opened: Any = load_model(output.stage, dtype=next(source.model.parameters()).dtype)
         require_same_tensors(saved.quantized.model, opened)

@@ -58,6 +58,12 @@ def require_search_effect(search: SearchConfig, config: RegCacheConfig) -> None:
                 value == default_of(SearchConfig, name),
                 f"search.{name}={_plain(value)} has no effect: {reason}, or leave it out.",
             )
+    if "clusters" in search.refinements:
+        require(
+            config.registers.kv_mode == "in_context" and search.strategy == "averaged_tokens",
+            "search.refinements holds 'clusters', which are averages of tokens in context. Use registers.kv_mode='in_context' "
+            "and search.strategy='averaged_tokens', or leave it out.",
+        )
 
 
 def require_patches(search: SearchConfig, config: RegCacheConfig) -> None:

@@ -12,12 +12,26 @@ from typing import Any, cast
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` under a temporary name of its own in the same directory, then rename. A link is replaced, not followed."""
+    """Write ``text`` as :func:`write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes, *, sync: bool = False) -> None:
+    """Write ``data`` under a temporary name of its own in the same directory, then rename. A link is replaced, not followed.
+
+    Args:
+        path: the file.
+        data: its content.
+        sync: return only when it is on disk.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:  # "x" fails on whatever is there, a link included
-            file.write(text)
+        with temporary.open("xb") as file:  # "x" fails on whatever is there, a link included
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

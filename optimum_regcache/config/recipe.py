@@ -20,6 +20,11 @@ from optimum_regcache.config.yaml_text import MAX_BYTES, read_yaml
 MOST_IMAGES = 10_000_000
 MOST_WORKERS = 256
 OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
+REFINEMENTS = {  # name -> how a table says it
+    "clusters": "k-means registers",
+    "block_copies": "tau per block",
+    "tuned": "tuned by gradient",
+}
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
 
@@ -58,6 +63,10 @@ class SearchConfig:
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
         retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
             decision; each costs one run of all methods.
+        refinements: what the best setup with a prefix is refined by once the search is done: ``clusters`` (2 or 4 registers per
+            block by k-means), ``block_copies`` (tau per block, or none), ``tuned`` (keys, values and tau by gradients). Each
+            starts from that setup, looks at the calibration and selection images only, and is installed only if it beats both
+            "nothing" and what would be installed without it on the confirmation images.
         seed: division of the images into calibration, selection and confirmation parts, also where nothing is searched, and
             sampling of normal tokens.
     """
@@ -79,6 +88,7 @@ class SearchConfig:
     min_gain: float = 0.001
     noise_sigmas: float = 2.0
     retune: bool = False
+    refinements: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +106,10 @@ class SearchConfig:
         require(
             bool(self.scopes) and set(self.scopes) <= {"onwards", "single"},
             f"search.scopes must hold 'onwards' and/or 'single', got {list(self.scopes)}.",
+        )
+        require(
+            set(self.refinements) <= set(REFINEMENTS) and len(set(self.refinements)) == len(self.refinements),
+            f"search.refinements must hold each of {', '.join(REFINEMENTS)} at most once, got {list(self.refinements)!r:.80}.",
         )
         require(
             bool(self.num_copies) and all(0 < c < math.inf for c in self.num_copies),

@@ -74,11 +74,38 @@ class FirstImages(LazySequence[Batch]):
         return batch if num_images(batch) == size else _cut(batch, size)
 
 
-def _cut(batch: Batch, count: int) -> Batch:
+class LaterImages(LazySequence[Batch]):
+    """``batches`` without their first ``skipped`` images; a batch that holds some of these is cut.
+
+    Attributes:
+        sizes: images of each batch.
+    """
+
+    def __init__(self, batches: Sequence[Batch], skipped: int) -> None:
+        self.batches = batches
+        self.sizes: list[int] = []
+        self._parts: list[tuple[int, int]] = []  # (position, first image)
+        for position, size in enumerate(_sizes(batches)):
+            if skipped < size:
+                self.sizes.append(size - skipped)
+                self._parts.append((position, skipped))
+            skipped = max(0, skipped - size)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def item(self, position: int) -> Batch:
+        index, first = self._parts[position]
+        batch = self.batches[index]
+        return _cut(batch, num_images(batch), first) if first else batch
+
+
+def _cut(batch: Batch, end: int, first: int = 0) -> Batch:
     if "image_grid_thw" not in batch:
-        return {name: rows[:count] for name, rows in batch.items()}
-    grids = batch["image_grid_thw"][:count]
-    return {"pixel_values": batch["pixel_values"][: int(grids.prod(1).sum())], "image_grid_thw": grids}
+        return {name: rows[first:end] for name, rows in batch.items()}
+    grids = batch["image_grid_thw"]
+    begin, stop = (int(grids[:n].prod(1).sum()) for n in (first, end))
+    return {"pixel_values": batch["pixel_values"][begin:stop], "image_grid_thw": grids[first:end]}
 
 
 def _integers(numbers: torch.Tensor) -> list[int]:

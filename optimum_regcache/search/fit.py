@@ -34,14 +34,8 @@ from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
 from optimum_regcache.search.processes import from_main, gathered, is_main, together, world_size
 from optimum_regcache.search.progress import current, duration, watching
-from optimum_regcache.search.search import (
-    Candidates,
-    FinalScorer,
-    Judges,
-    RegisterSearch,
-    SearchResult,
-    TrialScores,
-)
+from optimum_regcache.search.scores import TrialScores
+from optimum_regcache.search.search import Candidates, FinalScorer, Judges, RegisterSearch, SearchResult
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
 from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.config.recipe import DataConfig, Recipe
+from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.reading import read_batches
 from optimum_regcache.encoders.passes import Batch
@@ -98,7 +98,7 @@ def run_plan(
         resolved, cache = fit.resolved, fit.cache
         parts = fit.parts if fit is not known else parts  # what the fit has read is there already
     elif mode == "fixed":
-        cache = _fixed_registers(model, resolved.config, parts, recipe.data, known)
+        cache = _fixed_registers(model, resolved.config, parts, recipe, known)
     else:
         cache = None
     if resolved.needs_images and parts is None:
@@ -110,6 +110,25 @@ def run_plan(
     recipe = replace(recipe, quantization=quantized.config, notes="")
     space = parts.space if parts is not None else space_of(recipe.data, folder)
     return QuantizationRun(recipe, quantized, cache, fit, calibration, space)
+
+
+def repeatable(recipe: Recipe, fit: FitResult | None) -> Recipe:
+    """``recipe`` of a result as it is saved: used again on the same images it gives the same model, or says why it cannot.
+
+    Blocks and tau tell how to mine registers, not how they were refined. So where a refinement was installed, the recipe
+    searches again; where none was, it holds none. Where the fit's refined registers went into something else than the fit was
+    for, it stays as it is, and `run_plan` refuses to mine for it.
+
+    Args:
+        recipe: with the config of the result.
+        fit: the search behind it, if there was one.
+    """
+    if fit is None or not fit.settings.refinements or recipe.quantization.registers != fit.config.registers:
+        return recipe
+    if fit.search.chosen.refinement is None:
+        return replace(recipe, search=replace(recipe.search, refinements=()))
+    again = recipe.with_quantization(fit.requested)
+    return again if recipe.quantization == fit.config and answers(fit, again) else replace(recipe, search=fit.settings)
 
 
 def answers(fit: FitResult, recipe: Recipe) -> bool:
@@ -128,20 +147,26 @@ def _fixed_registers(
     model: PreTrainedModel,
     config: RegCacheConfig,
     parts: ReferenceParts | None,
-    data: DataConfig,
+    recipe: Recipe,
     known: FitResult | None,
 ) -> RegisterCache:
     """The registers of ``known`` if they are those of ``config``, else mined from all images for the given blocks."""
     r = config.registers
     if known is not None and known.cache is not None and known.config.registers == r:
         return known.cache
+    refinements = list(recipe.search.refinements)
+    require(
+        not refinements,
+        f"search.refinements={refinements} may have made the registers of this recipe, and registers.mode='fixed' would mine "
+        "others. Use registers.mode='search' to find the same ones again, or search.refinements=[] for mined ones.",
+    )
     if parts is None:
         raise ValueError("registers.mode='fixed' mines its registers from images: pass calibration_dataset.")
     require(r.num_registers == 1, "Mining gives one register per block; registers.num_registers must be 1.")
     depth = len(find_tower(model).blocks)
     require(r.blocks[-1] < depth, f"registers.blocks={list(r.blocks)}, but the encoder has blocks 0 to {depth - 1}.")
     start = r.blocks[0]
-    mined = mine_tokens(model, read_batches(parts.everything, data), [start], progress=False)[start]
+    mined = mine_tokens(model, read_batches(parts.everything, recipe.data), [start], progress=False)[start]
     if r.kv_mode == "isolated":
         return isolated_cache(model, mined.states.mean(0), start, r.blocks).restricted(r.blocks, r.num_copies)
     return mined.average(r.blocks, depth).restricted(r.blocks, r.num_copies)

@@ -13,16 +13,16 @@ import torch
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import SearchConfig
-from optimum_regcache.encoders.passes import Batch, FirstImages, count_images
+from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.algorithms import ALGORITHMS
-from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
 from optimum_regcache.search.processes import spread, world_size
 from optimum_regcache.search.progress import current
+from optimum_regcache.search.refine import MAKERS, RefinedRegisters, RefinementTrial, Start, judge_refinements
+from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
-from optimum_regcache.search.trials import TrialRunner
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class SearchResult:
         trials: every configuration tried on all selection images.
         block_forwards: images times blocks that the search computed.
         unfinished: whether it was interrupted, and what was best until then was taken.
+        refinements: how each of ``search.refinements`` did, best selection score first.
     """
 
     chosen: Setup
@@ -52,6 +53,7 @@ class SearchResult:
     trials: list[Trial]
     block_forwards: int = field(default=0, compare=False)
     unfinished: bool = False
+    refinements: list[RefinementTrial] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible: every configuration with its score."""
@@ -63,6 +65,7 @@ class SearchResult:
             "baseline": self.baseline,
             "confirmation": {"gain": self.gain, "standard_error": self.noise},
             "best": {k: {**asdict(t.setup), "score": t.mean} for k, t in kinds.items() if t is not None},
+            "refinements": [r.to_dict() for r in self.refinements],
             "trials": [{**asdict(t.setup), "score": t.mean} for t in self.trials],
         }
 
@@ -105,75 +108,6 @@ class Judges:
     final: FinalScorer | None = None
 
 
-Configuration = tuple[Setup, Callable[[], RegisterCache | None], DeletionConfig]
-
-
-class TrialScores:
-    """Scores of configurations with round to nearest, each computed once, on all selection images or on the first of them.
-
-    Args:
-        runner: models and calibration data.
-        selection: objective on the selection images.
-        journal: finished steps.
-    """
-
-    def __init__(self, runner: TrialRunner, selection: Objective, journal: Journal) -> None:
-        self.runner, self.selection, self.journal = runner, selection, journal
-        self._parts: dict[int, tuple[Objective, Sequence[Batch]]] = {}
-
-    def __call__(
-        self,
-        setup: Setup,
-        cache: Callable[[], RegisterCache | None],
-        deletion: DeletionConfig,
-        images: int | None = None,
-    ) -> Trial:
-        """The trial of a configuration; ``cache`` makes its registers if they are needed."""
-        return self.many([(setup, cache, deletion)], images)[0]
-
-    def many(
-        self,
-        configurations: Sequence[Configuration],
-        images: int | None = None,
-        finished: Callable[[Trial], object] = lambda trial: None,
-    ) -> list[Trial]:
-        """The trials of several configurations, in their order, shared by the processes of the run.
-
-        Args:
-            configurations: setups, each with what makes its registers, and its deletion.
-            images: selection images to score on, the first ones; all by default.
-            finished: called with every trial, in their order.
-        """
-        names = [setup.key if images is None else f"{setup.key} on {images} images" for setup, _, _ in configurations]
-        missing = {n: c for n, c in zip(names, configurations, strict=True) if self.journal.get(n) is None}
-
-        def score(name: str) -> list[float]:
-            _, cache, deletion = missing[name]
-            objective, calibration = self._part(images)
-            return self.runner.score(cache(), deletion, objective, calibration).tolist()
-
-        trials, waiting = [], list(missing)
-        for name, (setup, _, _) in zip(names, configurations, strict=True):
-            if self.journal.get(name) is None:  # one trial for each process, so that a kill loses no more than these
-                wave, waiting = waiting[: world_size()], waiting[world_size() :]
-                for step, values in zip(wave, spread(wave, score), strict=True):
-                    self.journal.put(step, values)
-            trials.append(Trial(setup, torch.tensor(self.journal.get(name), dtype=torch.float32)))
-            finished(trials[-1])
-        return trials
-
-    def _part(self, images: int | None) -> tuple[Objective, Sequence[Batch]]:
-        """The objective on the first images, and the same share of the calibration images."""
-        if images is None:
-            return self.selection, self.runner.calibration
-        if images not in self._parts:
-            everything = count_images(self.selection.batches)
-            calibration = count_images(self.runner.calibration)
-            few = max(4, math.ceil(calibration * images / everything))
-            self._parts[images] = self.selection.first(images), FirstImages(self.runner.calibration, few)
-        return self._parts[images]
-
-
 class RegisterSearch:
     """Searches with the quantizer of the trial runner.
 
@@ -198,11 +132,14 @@ class RegisterSearch:
         self.judges = judges
         self.trials: dict[str, Trial] = {}
         self._isolated: dict[tuple[int, int | None], RegisterCache] = {}
+        self._refined = RefinedRegisters(self.journal)
 
     def cache(self, setup: Setup) -> RegisterCache | None:
         """The registers of a configuration."""
         if setup.start_block is None:
             return None
+        if setup.refinement is not None:
+            return self._refined(setup, lambda: MAKERS[str(setup.refinement)](self._start(setup)))
         tokens, blocks = self.mined[setup.start_block], setup.blocks(self.num_blocks)
         if self.runner.config.registers.kv_mode == "isolated":
             key = (setup.start_block, setup.candidate)
@@ -222,6 +159,22 @@ class RegisterSearch:
         if not setup.count:
             return DeletionConfig()
         return replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
+
+    def _start(self, setup: Setup) -> Start:
+        """What the refinement of a setup starts from."""
+        cache, tokens = self.cache(replace(setup, refinement=None)), self.mined[int(setup.start_block or 0)]
+        assert cache is not None
+        return Start(
+            self.runner, self.judges.selection, cache, setup.num_copies, self.deletion(setup), tokens, self.config.seed,
+            False,
+        )  # fmt: skip
+
+    def _refine(self, ranked: Sequence[Trial]) -> list[Trial]:
+        """The refinements of the best setup that has a prefix, best first on the selection images."""
+        start = next((t.setup for t in ranked if t.setup.start_block is not None), None)
+        setups = [] if start is None else [replace(start, refinement=name) for name in self.config.refinements]
+        trials = [self.scores(s, lambda s=s: self.cache(s), self.deletion(s)) for s in setups]
+        return sorted((t for t in trials if not math.isnan(t.mean)), key=lambda t: -t.mean)
 
     def space(self) -> Space:
         """Everything that may be installed."""
@@ -246,6 +199,7 @@ class RegisterSearch:
             if not trials or world_size() > 1:
                 raise
             unfinished = True
+            self.config = replace(self.config, refinements=())  # they take minutes
             current().say("interrupted: the best so far is confirmed and kept; interrupt again to drop it")
         self.trials = {t.setup.key: t for t in trials}
         result = self._decide(trials[0], *(best(trials, kind) for kind in ("prefix", "delete", "both")))
@@ -258,8 +212,8 @@ class RegisterSearch:
     def _decide(self, base: Trial, prefix: Trial | None, delete: Trial | None, both: Trial | None) -> SearchResult:
         """Install the best setup only if it beats "nothing" on images that did not choose it (docs/method.md 9).
 
-        Up to three setups are tested there, so the number of standard errors is that of one test at the level divided by
-        their number (Bonferroni).
+        Up to three setups and the refinements are tested there, so the number of standard errors is that of one test at the
+        level divided by their number (Bonferroni).
         """
         c = self.config
         ranked = sorted((t for t in (prefix, delete, both) if t is not None), key=lambda t: -t.mean)
@@ -267,12 +221,13 @@ class RegisterSearch:
         if self.judges.final is not None and c.retune:
             ranked = [self._retuned(t) for t in ranked]
             ranked = sorted((t for t in ranked if t.setup != Setup()), key=lambda t: -t.mean)
+        refined = self._refine(ranked)
         self._ahead("confirm", [Setup(), *(t.setup for t in ranked)] if ranked else [], self.judges.confirmation)
         nothing = self._confirm(Setup()) if ranked else torch.zeros(0)
         loss = self.judges.ceiling - base.mean
         chosen, gain, noise = Setup(), 0.0, 0.0
         reason = "nothing to install: no configuration was tried"
-        sigmas = corrected_sigmas(c.noise_sigmas, len(ranked))
+        sigmas = corrected_sigmas(c.noise_sigmas, len(ranked) + len(refined))
         for trial in ranked:
             mean, error = mean_and_error(self._confirm(trial.setup) - nothing)
             needed = max(c.min_gain, sigmas * error)
@@ -284,7 +239,17 @@ class RegisterSearch:
                 gain, noise = mean, error
                 why = f"nothing to repair (naive loses {loss:.4f})" if loss < c.min_gain else "nothing helped enough"
                 reason = f"{why}; best candidate: {measured}"
-        return SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
+        result = SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
+        if not refined:
+            return result
+        rival = chosen if chosen != Setup() else replace(refined[0].setup, refinement=None)
+        records = judge_refinements(refined, rival, self._confirm, c.min_gain, sigmas)
+        won = next((r for r in records if r.chosen), None)
+        if won is not None:
+            chosen, gain, noise = won.setup, won.over_nothing, won.over_nothing_error
+            reason = f"gain {gain:+.4f} +- {noise:.4f} on held-out search images, needed {won.over_nothing_needed:.4f}"
+        reason = f"{reason}; over {rival.describe()!r}: {', '.join(r.describe() for r in records)}"
+        return replace(result, chosen=chosen, gain=gain, noise=noise, reason=reason, refinements=records)
 
     def _confirm(self, setup: Setup) -> torch.Tensor:
         return self._final_scores("confirm", setup, self.judges.confirmation)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from optimum_regcache.config.recipe import REFINEMENTS
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -20,6 +22,7 @@ class Setup:
         candidate: number of the mined token (strategy ``single_token``); None for the average.
         num_copies: tau.
         count: k~.
+        refinement: one of ``search.refinements`` that took this setup's registers as its start; None for the mined ones.
     """
 
     start_block: int | None = None
@@ -27,11 +30,15 @@ class Setup:
     candidate: int | None = None
     num_copies: float = 1.0
     count: int = 0
+    refinement: str | None = None
 
     @property
     def key(self) -> str:
         """Stable identity in the record."""
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if self.refinement is None:  # as before there were any
+            del values["refinement"]
+        return json.dumps(values, sort_keys=True)
 
     @property
     def kind(self) -> str:
@@ -55,6 +62,8 @@ class Setup:
             parts.append(f"prefix from block {self.start_block}{only}{token}, tau {self.num_copies:.3g}")
         if self.count:
             parts.append(f"delete {self.count}")
+        if self.refinement is not None:
+            parts.append(REFINEMENTS[self.refinement])
         return "; ".join(parts) or "nothing"
 
 
