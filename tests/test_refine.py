@@ -242,7 +242,7 @@ def test_a_killed_fit_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.
         return quantizer().fit(images(), W4A4, FIT, DATA, work_dir=tmp_path / name, progress=False)
 
     whole = fit("whole")
-    (path,) = (tmp_path / "whole").glob("*.safetensors")
+    (path,) = (tmp_path / "whole").glob("*.tuned.safetensors")
     put, score = Journal.put, TrialRunner.score
     waiting = ["registers ", whole.search.chosen.key, f"confirm {whole.search.chosen.key}"]
 
