@@ -156,7 +156,9 @@ def test_every_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="2 processes on this machine need as many GPUs; there are 1. Give torchrun a"):
+    with pytest.raises(
+        ValueError, match=r"2 processes on this machine need as many GPUs; there are 1\. Give torchrun a"
+    ):
         processes.start("cuda")
 
 
