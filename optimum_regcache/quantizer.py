@@ -197,8 +197,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             progress: show progress bars.
 
         Returns:
-            The quantized model, ready for `save_pretrained` and `push_to_hub`. Of several processes that torchrun started all
-            return it, and the main one saves it.
+            The quantized model, ready for `save_pretrained` and `push_to_hub`; all processes get it, the main one saves it.
 
         Raises:
             ValueError: data that is needed and missing, settings that do not fit or have no effect, a recipe beside settings
@@ -227,14 +226,12 @@ class RegCacheQuantizer(OptimumQuantizer):
         self.fit_result = run.fit or self.fit_result
         model = run.quantized.model
 
-        def write() -> None:
-            if output is not None:
-                with output:
-                    records = self._records(model, run.recipe, None)
-                    write_model(output.stage, model, self.processor, *records, file_prefix)
+        def write(output: Output) -> None:
+            with output:
+                write_model(output.stage, model, self.processor, *self._records(model, run.recipe, None), file_prefix)
 
         if save_dir is not None:
-            on_main(write)
+            on_main(lambda: write(output) if output is not None else None)
         return model
 
     def recommend(

@@ -188,5 +188,5 @@ def _portable(error: Exception | None) -> Exception | None:
         back = pickle.loads(pickle.dumps(error))
     except Exception:
         back = None
-    text = f"{type(error).__name__}: {error}"
-    return error if str(back) == str(error) else RuntimeError(text)
+    words = f"{type(error).__name__}: {error}"
+    return error if str(back) == str(error) else RuntimeError(words)
