@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ def test_an_interrupted_search_is_kept_and_goes_on(tmp_path: Path, monkeypatch: 
 
     def interrupted(self: TrialRunner, *args: Any) -> torch.Tensor:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:  # nothing to choose from yet
             raise KeyboardInterrupt
         return score(self, *args)
 
@@ -50,7 +51,34 @@ def test_an_interrupted_search_is_kept_and_goes_on(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out" / ".cache").exists()
     calls[:] = [1] * 10
     assert run(*options)[0] == 0
-    assert len(calls) - 10 == resumed + 2
+    assert len(calls) - 10 == resumed + 1
+
+
+def test_an_interrupted_search_saves_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    options = ("quantize", "--model", "planted-outlier", "--output", tmp_path / "out", *SEARCH)
+    score, calls = TrialRunner.score, []
+
+    def interrupted(self: TrialRunner, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(self, *args)
+
+    monkeypatch.setattr(TrialRunner, "score", interrupted)
+    code, out, line = run(*options)
+    assert code == 3
+    assert "unfinished, interrupted after" in " ".join(out.split())
+    assert line == (
+        "interrupted: the best so far is saved, marked unfinished. The same command with --overwrite goes on with the search."
+    )
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["fit"]["search"]["unfinished"] is True
+    assert "unfinished" in (tmp_path / "out" / "README.md").read_text()
+    assert list((tmp_path / "out" / WORK).glob("*.jsonl"))
+    assert run(*options, "--overwrite")[0] == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["fit"]["search"]["unfinished"] is False
+    assert not (tmp_path / "out" / ".cache").exists()
 
 
 @pytest.mark.parametrize("place", ["work", "save", "swap"])

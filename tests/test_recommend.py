@@ -17,7 +17,7 @@ import pytest
 from optimum.commands.optimum_cli import main
 from optimum.commands.register.register_regcache import QuantizeCommand, resolve_recipe
 
-from optimum_regcache import Recipe
+from optimum_regcache import Recipe, RegCacheConfig
 from optimum_regcache.commands import recommend
 from optimum_regcache.commands.recommend import Advice, ReportOptions, advice_note, advise, suggested_command
 from optimum_regcache.commands.report import Row
@@ -103,7 +103,8 @@ def test_alternatives_are_tried_after_a_search_or_when_asked_for(
         return advice().found
 
     monkeypatch.setattr(recommend, "find_alternatives", find)
-    anything: Any = SimpleNamespace(model=None, recipe=None, quantized=SimpleNamespace(model=None))
+    made = SimpleNamespace(model=None, config=RegCacheConfig())
+    anything: Any = SimpleNamespace(model=None, recipe=Recipe(), quantized=made)
     anything.fit = object() if searched else None
     found = advise(anything, anything, anything, options, False)
     assert bool(begun) == begins == (found is not None)
@@ -177,7 +178,9 @@ def advice(*tried: Alternative, save: bool = False) -> Advice:
 def test_the_note_says_what_was_found() -> None:
     unfit = Alternative("mse", SCHEMES[2], False, Recipe(), reason="no such layer")
     small = Alternative("percentile", SCHEMES[1], False, Recipe(), 0.991, 0.001, 0.002, 0.004)
-    assert advice_note(advice(), None, ROW).startswith("no alternative was tried: the result loses 0.0100 on held-out")
+    assert advice_note(advice(), None, ROW).startswith(
+        "no alternative was tried: the result loses only 0.0100 on held-out"
+    )
     note = advice_note(advice(small, unfit), None, ROW)
     assert note == (
         "alternatives, not clearly better on 24 held-out search images: percentile; the best one gains +0.0010, needed 0.0040; "

@@ -162,7 +162,7 @@ def test_a_fit_in_files_is_the_fit_in_memory(pictures: ImageInputs, tmp_path: Pa
     assert fits[0].search.to_dict() == fits[1].search.to_dict()
     del fits
     gc.collect()
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("regcache-tensors-*"))
 
 
 def test_each_image_is_processed_once_in_a_whole_quantize(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ def advise(
     """Try the alternatives to ``run``, unless nobody wants to know: where nothing was searched, they are asked for by name."""
     if not options.best and (run.fit is None or not options.recommend):
         return None
-    made, installed = run.quantized.model, run.cache is not None or run.quantized.config.deletion.active
+    config, made = run.quantized.config, run.quantized.model
+    installed = config.registers.mode != "none" or config.deletion.active
     least = SMALL_LOSS * run.recipe.search.min_gain if installed and not options.best else None
     found = find_alternatives(
         source.model, made, run.recipe, images, known=run.fit, least_loss=least, progress=progress

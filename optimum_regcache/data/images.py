@@ -310,6 +310,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
     """
     batch: Batch = {}
     for key in items[0]:
+        if key in ("labels", "label"):  # which some may lack
+            continue
         values = [torch.as_tensor(item[key]) for item in items]
         if key == "pixel_values" and "image_grid_thw" in items[0]:
             batch[key] = torch.cat(values)

@@ -124,9 +124,10 @@ def fit_registers(
 
     def read() -> tuple[ReferenceParts, Targets | None]:
         parts = images.split(plan.recipe.data, search.seed, folder)
+        found = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
         for part in ("calibration", "selection", "confirmation"):
             parts.batches(part, progress=progress)
-        return parts, objective_targets(search.objective, model, images.processor, parts.everything, images.template)
+        return parts, found
 
     parts, targets = together(read)
     journal = _open_journal(folder, model, plan.recipe, parts, targets)
