@@ -287,7 +287,10 @@ class ImageInputs(Sequence[Batch]):
                     f"Image {self.indices[position]} of the data holds values that are not finite (nan or inf). Leave it out, "
                     "or mend what computes its pixel_values.",
                 )
-            batch = collate(items) if self.data_collator is None else dict(self.data_collator(items))
+            if self.data_collator is None:  # labels go first: some images may lack them
+                batch = collate([{k: v for k, v in item.items() if k not in ("labels", "label")} for item in items])
+            else:
+                batch = dict(self.data_collator(items))
             yield {k: v for k, v in batch.items() if k not in ("labels", "label")}
 
     def fingerprint(self) -> str:
@@ -310,8 +313,6 @@ def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
     """
     batch: Batch = {}
     for key in items[0]:
-        if key in ("labels", "label"):  # which some may lack
-            continue
         values = [torch.as_tensor(item[key]) for item in items]
         if key == "pixel_values" and "image_grid_thw" in items[0]:
             batch[key] = torch.cat(values)
