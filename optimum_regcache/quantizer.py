@@ -159,6 +159,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         config = quantization_config or RegCacheConfig.from_preset("w8a8")
         plan = QuantizationPlan.of(Recipe(config, search or SearchConfig(), data or DataConfig()))
         self.fit_result = fit_registers(self.model, images, plan, work_dir=work_dir, progress=progress)
+        self.fit_result.parts.release()
         return self.fit_result
 
     def quantize(  # noqa: PLR0913 (the arguments of Optimum's quantizers, and ours)
@@ -224,6 +225,8 @@ class RegCacheQuantizer(OptimumQuantizer):
             output = on_main(lambda: self._output(save_dir, plan.recipe, file_prefix, overwrite, seen))
         run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
         self.fit_result = run.fit or self.fit_result
+        if self.fit_result is not None:
+            self.fit_result.parts.release()  # a result is kept, the images need not be
         model = run.quantized.model
 
         def write(output: Output) -> None:

@@ -20,7 +20,7 @@ from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import OBJECTIVES as NAMES
 from optimum_regcache.config.recipe import DataConfig
 from optimum_regcache.data.reference import planted
-from optimum_regcache.encoders.passes import FeatureEncoder, FirstImages, patch_tokens
+from optimum_regcache.encoders.passes import FeatureEncoder, ImageRange, patch_tokens
 from optimum_regcache.evaluation import OBJECTIVES, AccuracyObjective, Bank, NeighbourObjective, make_objective
 from optimum_regcache.evaluation.registry import bank_for
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
@@ -49,7 +49,7 @@ def batches_of(tiny: TinyModel) -> tuple[list[Any], list[Any]]:
     """(calibration, scored); the last scored batch is a smaller one."""
     images = {"pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes"}
     parts = [{k: v for k, v in tiny.inputs(seed=seed).items() if k in images} for seed in (1, 2, 3, 4)]
-    return parts[:2], [parts[2], *FirstImages([parts[3]], 1)]
+    return parts[:2], [parts[2], *ImageRange([parts[3]], 1)]
 
 
 def objective_of(kind: str, model: Any, calibration: list[Any], scored: list[Any]) -> Any:
@@ -93,7 +93,7 @@ def test_scores_with_and_without_the_record_are_the_same_bits(kind: str, name: s
     model, calibration, scored = build(name)
     runners = [TrialRunner(model, NONE, calibration, reuse=reuse) for reuse in (False, True)]
     objectives = [objective_of(kind, r.float_model, calibration, scored) for r in runners]
-    few = FirstImages(calibration, 4)
+    few = ImageRange(calibration, 4)
     for registers, deletion in (
         (None, DeletionConfig()),
         (random_cache((2, 3)), DeletionConfig()),
@@ -364,7 +364,7 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(
         ValueError, match=r"objective='similarity_kl' needs at least two other images to compare with, got 1"
     ):
-        make_objective("similarity_kl", model, FirstImages(scored, 2), bank=lone)
+        make_objective("similarity_kl", model, ImageRange(scored, 2), bank=lone)
     with pytest.raises(ValueError, match="Not a label for each of 4 images of the bank"):
         Bank.of(model, scored, labels=labels[:3])
 

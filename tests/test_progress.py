@@ -27,11 +27,13 @@ from optimum_regcache.search.trials import TrialRunner
 SEARCH = SearchConfig(always=True, num_copies=(1, 4), max_delete=2, blocks_before=1)
 
 
-def fit(work: Path | None = None, *, search: SearchConfig = SEARCH, progress: bool = False) -> FitResult:
+def fit(work: Path | None = None, *, keep_best: bool = False, progress: bool = False) -> FitResult:
     tower = TOWERS["clip"]
     images = [{"pixel_values": tower.inputs(seed=s)["pixel_values"][0]} for s in range(24)]
-    plan = QuantizationPlan.of(Recipe(RegCacheConfig.from_preset("w6a6"), search, DataConfig(24, batch_size=4)))
-    return fit_registers(tower.build(), ReferenceImages(images), plan, work_dir=work, progress=progress)
+    plan = QuantizationPlan.of(Recipe(RegCacheConfig.from_preset("w6a6"), SEARCH, DataConfig(24, batch_size=4)))
+    return fit_registers(
+        tower.build(), ReferenceImages(images), plan, work_dir=work, keep_best=keep_best, progress=progress
+    )
 
 
 def test_a_fit_without_a_terminal_writes_a_line_a_stage(
@@ -104,9 +106,9 @@ def test_an_interrupted_search_keeps_the_best_so_far(
         patch.setattr(TrialRunner, "score", interrupted)
         if after == 2:  # only "nothing": there is nothing to choose from
             with pytest.raises(KeyboardInterrupt):
-                fit(tmp_path)
+                fit(tmp_path, keep_best=True)
         else:
-            part = fit(tmp_path)
+            part = fit(tmp_path, keep_best=True)
             assert part.search.unfinished
             assert part.search.to_dict()["unfinished"] is True
             assert re.match(r"unfinished, interrupted after \d+ trials; ", part.search.reason)
@@ -114,6 +116,20 @@ def test_an_interrupted_search_keeps_the_best_so_far(
     resumed = fit(tmp_path)
     assert not resumed.search.unfinished
     assert resumed.search.to_dict() == whole.search.to_dict()
+
+
+def test_python_gets_the_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    score, calls = TrialRunner.score, list[int]()
+
+    def interrupted(self: TrialRunner, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return score(self, *args)
+
+    monkeypatch.setattr(TrialRunner, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit()
 
 
 def test_the_best_so_far_is_compared_on_equal_images() -> None:
@@ -131,9 +147,7 @@ def test_an_unfinished_result_has_the_exit_code_of_an_interruption() -> None:
     assert explain(Unfinished("the best so far is saved.")) == (INTERRUPTED, "interrupted: the best so far is saved.")
 
 
-def test_mined_tokens_are_kept_beside_the_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_mined_tokens_are_kept_beside_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fit(tmp_path)
     (path,) = tmp_path.glob("*.mining.safetensors")
     before = {b: t.states.clone() for b, t in first.mined.items()}
@@ -143,9 +157,10 @@ def test_mined_tokens_are_kept_beside_the_journal(
     assert again.to_dict() | {"seconds": 0} == first.to_dict() | {"seconds": 0}
     assert all(torch.equal(again.mined[b].states, rows) for b, rows in before.items())
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    repaired = fit(tmp_path)
-    assert all(torch.equal(repaired.mined[b].states, rows) for b, rows in before.items())
-    assert "is damaged; what it held is computed again" in caplog.text
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"mining\.safetensors is not what this fit wrote\. Delete it and"):
+            fit(tmp_path)
+        path.unlink(missing_ok=True)
 
 
 def test_packed_tokens_come_back_as_they_were() -> None:
@@ -164,5 +179,6 @@ def test_packed_tokens_come_back_as_they_were() -> None:
 
 def test_a_journal_in_memory_keeps_no_tensors() -> None:
     journal = Journal(None, "")
-    journal.put_tensors("mining", {"a": torch.ones(1)})
-    assert journal.tensors("mining") is None
+    made = [journal.kept("mining", "mining", lambda n=n: {"a": torch.full((1,), n)}) for n in (1.0, 2.0)]
+    assert [float(tensors["a"]) for tensors in made] == [1.0, 2.0]
+    assert len(journal) == 0

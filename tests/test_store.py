@@ -6,6 +6,7 @@ import gc
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ from PIL import Image
 from optimum_regcache import RegCacheConfig
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.data import reading
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import number_of_workers, read_batches, store_batches
 from optimum_regcache.encoders import store
-from optimum_regcache.encoders.passes import FirstImages, count_images
+from optimum_regcache.encoders.passes import ImageRange, count_images
 from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import CosineObjective
 from optimum_regcache.search.fit import fit_registers
@@ -57,7 +59,7 @@ def test_what_comes_out_is_what_went_in(budget: int, tmp_path: Path) -> None:
     assert space.used <= max(budget, 0)
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == batches.in_files == {0: 5, 4 * KIB: 2}.get(budget, 0)
-    first = FirstImages(batches, 3)
+    first = ImageRange(batches, 3)
     assert first.sizes == [2, 1]
     assert same(first[-1], {k: v[:1] for k, v in given[1].items()})
     del batches, first
@@ -108,6 +110,18 @@ def test_workers_read_the_same_images_in_the_same_order(pictures: ImageInputs) -
     assert [len(b["pixel_values"]) for b in alone] == [4, 4, 2]
     assert all(same(a, b) for a, b in zip(alone, others, strict=True))
     assert number_of_workers(pictures, None) == 0  # few images
+
+
+@pytest.mark.parametrize(("method", "daemon", "workers"), [("fork", False, 3), ("spawn", False, 0), ("fork", True, 0)])
+def test_workers_start_by_themselves_only_where_that_is_safe(
+    method: str, daemon: bool, workers: int, pictures: ImageInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MANY", 5)
+    monkeypatch.setattr(reading.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(reading.multiprocessing, "get_start_method", lambda: method)
+    monkeypatch.setattr(reading.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=daemon))
+    assert number_of_workers(pictures, None) == workers
+    assert number_of_workers(pictures, 2) == 2  # who asks for them gets them
 
 
 def test_an_error_in_a_worker_keeps_its_words(tmp_path: Path) -> None:
@@ -179,8 +193,11 @@ def test_each_image_is_processed_once_in_a_whole_quantize(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ImageInputs, "batches", watched)
     search = SearchConfig(always=True, num_copies=(1,), max_delete=1, sensitive_block=2, blocks_before=0)
-    RegCacheQuantizer(tower.build()).quantize(calibration_dataset=images, search=search, progress=False)
+    quantizer = RegCacheQuantizer(tower.build())
+    quantizer.quantize(calibration_dataset=images, search=search, progress=False)
     assert sorted(seen) == list(range(16))
+    assert quantizer.fit_result is not None
+    assert quantizer.fit_result.parts.space.used == 0  # the result is kept, the images are not
 
 
 def test_stored_batches_feed_the_store(pictures: ImageInputs, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from models import TOWERS
 
 from optimum_regcache import RegCacheConfig, RegisterCache
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.encoders.passes import FirstImages
+from optimum_regcache.encoders.passes import ImageRange
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.search import TrialRunner
@@ -30,7 +30,7 @@ def parts(family: str) -> tuple[Any, list[Any], list[Any]]:
     """(model, calibration, selection); the last selection batch is a smaller one."""
     tower = TOWERS[family]
     model = tower.build()
-    selection = [tower.inputs(seed=3), FirstImages([tower.inputs(seed=4)], 1)[0]]
+    selection = [tower.inputs(seed=3), ImageRange([tower.inputs(seed=4)], 1)[0]]
     return model, [tower.inputs(seed=1), tower.inputs(seed=2)], selection
 
 
@@ -61,7 +61,7 @@ def test_scores_with_and_without_the_record_are_the_same_bits(family: str, name:
         plain, reused = (r.score(registers, deletion, o) for r, o in zip(runners, objectives, strict=True))
         assert torch.equal(plain, reused)
         assert plain.isfinite().all()
-    few = FirstImages(calibration, 2)
+    few = ImageRange(calibration, 2)
     for registers, deletion in setups:  # on fewer images, each list with scales of its own
         plain, reused = (
             r.score(registers, deletion, o.first(2), few) for r, o in zip(runners, objectives, strict=True)

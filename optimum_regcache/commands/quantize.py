@@ -67,7 +67,7 @@ def quantize_job(
         return {}, ""
     with output, ExitStack() as rest:
         output.require_space(least_bytes(source.model))
-        run = run_plan(source.model, images, plan, work_dir=output.work, progress=progress)
+        run = run_plan(source.model, images, plan, work_dir=output.work, keep_best=True, progress=progress)
         rest.enter_context(alone())  # the other processes are done
         advice, fit = advise(source, images, run, options, progress), run.fit
         saved = (advice.swapped if advice is not None else None) or run

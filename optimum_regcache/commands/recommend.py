@@ -100,6 +100,8 @@ def advise(
     """Try the alternatives to ``run``, unless nobody wants to know: where nothing was searched, they are asked for by name."""
     if not options.best and (run.fit is None or not options.recommend):
         return None
+    if run.fit is not None and run.fit.search.unfinished:  # somebody is in a hurry
+        return None
     config, made = run.quantized.config, run.quantized.model
     installed = config.registers.mode != "none" or config.deletion.active
     least = SMALL_LOSS * run.recipe.search.min_gain if installed and not options.best else None

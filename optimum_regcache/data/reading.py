@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 from collections.abc import Iterator
@@ -42,12 +43,15 @@ class _Batches(Dataset[Any]):
 def number_of_workers(inputs: ImageInputs, workers: int | None) -> int:
     """Processes to start; 0 reads in this one.
 
-    By default none for few images, for ready ``pixel_values``, on two cores, and for data that cannot be sent to a process.
+    By default none for few images, for ready ``pixel_values``, on two cores, for data that cannot be sent to a process, in a
+    process that may have none, and where a process starts by running the user's script again (spawn).
     """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < 3 or len(inputs) < MANY or not inputs.decodes:
+        return 0
+    if multiprocessing.get_start_method() != "fork" or multiprocessing.current_process().daemon:
         return 0
     try:
         pickle.dumps((inputs.processor, inputs.data_collator))

@@ -42,62 +42,41 @@ def num_images(batch: Batch) -> int:
 
 def count_images(batches: Sequence[Batch]) -> int:
     """Images in all batches; stored ones are not opened for it."""
-    return sum(_sizes(batches))
+    return sum(batch_sizes(batches))
 
 
-def _sizes(batches: Sequence[Batch]) -> list[int]:
+def batch_sizes(batches: Sequence[Batch]) -> list[int]:
+    """Images of each batch."""
     known: list[int] | None = getattr(batches, "sizes", None)
     return [num_images(batch) for batch in batches] if known is None else known
 
 
-class FirstImages(LazySequence[Batch]):
-    """The first ``count`` images of ``batches``, in the same batches; the last of them is cut.
+class ImageRange(LazySequence[Batch]):
+    """Images ``first`` to ``end`` of ``batches``, in the same batches; those at the ends are cut.
 
     Attributes:
         sizes: images of each batch.
     """
 
-    def __init__(self, batches: Sequence[Batch], count: int) -> None:
+    def __init__(self, batches: Sequence[Batch], end: int | None = None, first: int = 0) -> None:
         self.batches = batches
         self.sizes: list[int] = []
-        for size in _sizes(batches):
-            if count <= 0:
-                break
-            self.sizes.append(min(size, count))
-            count -= size
+        self._parts: list[tuple[int, int, int]] = []  # position, first image, end
+        begin = 0
+        for position, size in enumerate(batch_sizes(batches)):
+            low, high = max(first - begin, 0), size if end is None else min(end - begin, size)
+            if low < high:
+                self.sizes.append(high - low)
+                self._parts.append((position, low, high))
+            begin += size
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def item(self, position: int) -> Batch:
-        batch, size = self.batches[position], self.sizes[position]
-        return batch if num_images(batch) == size else _cut(batch, size)
-
-
-class LaterImages(LazySequence[Batch]):
-    """``batches`` without their first ``skipped`` images; a batch that holds some of these is cut.
-
-    Attributes:
-        sizes: images of each batch.
-    """
-
-    def __init__(self, batches: Sequence[Batch], skipped: int) -> None:
-        self.batches = batches
-        self.sizes: list[int] = []
-        self._parts: list[tuple[int, int]] = []  # (position, first image)
-        for position, size in enumerate(_sizes(batches)):
-            if skipped < size:
-                self.sizes.append(size - skipped)
-                self._parts.append((position, skipped))
-            skipped = max(0, skipped - size)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def item(self, position: int) -> Batch:
-        index, first = self._parts[position]
+        index, first, end = self._parts[position]
         batch = self.batches[index]
-        return _cut(batch, num_images(batch), first) if first else batch
+        return batch if end - first == num_images(batch) else _cut(batch, end, first)
 
 
 def _cut(batch: Batch, end: int, first: int = 0) -> Batch:

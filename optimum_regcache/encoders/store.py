@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -29,11 +30,9 @@ def available_memory() -> int:
     """Bytes that may be taken without swapping; in a container at most what its limit leaves."""
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError):  # no such group, or none that can be read
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         free = free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        pass  # no such group, or none that can be read
     return free
 
 
@@ -149,7 +148,7 @@ class StoredBatches(LazySequence[dict[str, torch.Tensor]]):
         self.space = space
         self.sizes: list[int] = []
         self._items: list[dict[str, torch.Tensor] | Path] = []
-        self._taken = [0, 0]
+        self._taken: list[int] = []
         weakref.finalize(self, _free, space, self._items, self._taken)
 
     def append(self, batch: Mapping[str, torch.Tensor], images: int) -> None:
@@ -157,7 +156,7 @@ class StoredBatches(LazySequence[dict[str, torch.Tensor]]):
         size = self.space.take(batch)
         self.sizes.append(images)
         self._items.append(self.space.write(batch) if size is None else dict(batch))
-        self._taken[0] += size or 0
+        self._taken.append(size or 0)
 
     @property
     def in_files(self) -> int:
@@ -173,7 +172,7 @@ class StoredBatches(LazySequence[dict[str, torch.Tensor]]):
 
 
 def _free(space: TensorSpace, items: list[Any], taken: list[int]) -> None:
-    space.used -= taken[0]
+    space.used -= sum(taken)
     for item in items:
         if isinstance(item, Path):
             space.written -= item.stat().st_size if item.exists() else 0

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, FirstImages, num_images, patch_tokens
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, batch_sizes, patch_tokens
 from optimum_regcache.evaluation.objective import Given, Objective
 
 
@@ -37,10 +37,10 @@ class PatchCosineObjective(Objective):
 
     def first(self, images: int) -> PatchCosineObjective:
         part = copy.copy(self)
-        part.batches = FirstImages(self.batches, images)
+        part.batches = ImageRange(self.batches, images)
         part.reference = []
-        for batch, (tokens, lengths) in zip(part.batches, self.reference, strict=False):
-            kept = lengths[: num_images(batch)]
+        for images, (tokens, lengths) in zip(batch_sizes(part.batches), self.reference, strict=False):
+            kept = lengths[:images]
             part.reference.append((tokens[: sum(kept)], kept))
         return part
 

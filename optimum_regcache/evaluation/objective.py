@@ -17,7 +17,7 @@ from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
-    FirstImages,
+    ImageRange,
     count_images,
     encode,
     image_features,
@@ -141,7 +141,7 @@ class CosineObjective(Objective):
 
     def first(self, images: int) -> CosineObjective:
         part = copy.copy(self)
-        part.batches, part.reference = FirstImages(self.batches, images), self.reference[:images]
+        part.batches, part.reference = ImageRange(self.batches, images), self.reference[:images]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
@@ -186,7 +186,7 @@ class AccuracyObjective(Objective):
         return cls(given.batches, given.labels, given.text_features)
 
     def first(self, images: int) -> AccuracyObjective:
-        return AccuracyObjective(FirstImages(self.batches, images), self.labels[:images], self.text_features)
+        return AccuracyObjective(ImageRange(self.batches, images), self.labels[:images], self.text_features)
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         return self.predictions(model).eq(self.labels).float()

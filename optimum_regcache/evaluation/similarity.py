@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, FirstImages, count_images, encode, move
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, count_images, encode, move
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import Bank, Given, Objective, require_labels
 
@@ -50,7 +50,7 @@ class SimilarityObjective(Objective):
 
     def first(self, images: int) -> SimilarityObjective:
         part = copy.copy(self)
-        part.batches, part.reference = FirstImages(self.batches, images), self.reference[:images]
+        part.batches, part.reference = ImageRange(self.batches, images), self.reference[:images]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
@@ -105,7 +105,7 @@ class NeighbourObjective(Objective):
 
     def first(self, images: int) -> NeighbourObjective:
         part = copy.copy(self)
-        part.batches, part.labels = FirstImages(self.batches, images), self.labels[:images]
+        part.batches, part.labels = ImageRange(self.batches, images), self.labels[:images]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
@@ -151,7 +151,7 @@ class LogitObjective(Objective):
 
     def first(self, images: int) -> LogitObjective:
         part = copy.copy(self)
-        part.batches, part.reference = FirstImages(self.batches, images), self.reference[:images]
+        part.batches, part.reference = ImageRange(self.batches, images), self.reference[:images]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.evaluation.objective import Objective
-from optimum_regcache.evaluation.registry import OBJECTIVES, bank_for, make_objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.methods import without_methods
 from optimum_regcache.search.fit import FitResult
+from optimum_regcache.search.objectives import bank_of, objective_on
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
 from optimum_regcache.search.search import corrected_sigmas
@@ -168,7 +168,7 @@ def find_alternatives(
     """
     config, search = recipe.quantization, recipe.search
     objective = _confirmation(model, recipe, images)
-    made, ceiling = objective.scores(quantized).nan_to_num(nan=-1.0), float(objective.scores(model).mean())
+    made, ceiling = objective.scores(quantized).nan_to_num(nan=-1.0), objective.ceiling(model)
     found = Recommendation(objective.name, len(made), ceiling, float(made.mean()), search.min_gain)
     if found.ceiling - found.score < (search.min_gain if least_loss is None else least_loss):
         return found
@@ -241,9 +241,4 @@ def _confirmation(model: PreTrainedModel, recipe: Recipe, images: ReferenceImage
     parts = images.split(recipe.data, recipe.search.seed)
     kind = recipe.search.objective
     targets = objective_targets(kind, model, images.processor, parts.everything, images.template) or Targets(False)
-    bank = None
-    if OBJECTIVES[kind].needs_bank:
-        calibration, selection = parts.batches("calibration"), parts.batches("selection")
-        bank = bank_for(kind, model, calibration, selection, targets.labels(parts.calibration, parts.selection))
-    labels, batches = targets.labels(parts.confirmation), parts.batches("confirmation")
-    return make_objective(kind, model, batches, labels, targets.text_features, bank and replace(bank, own=None))
+    return objective_on("confirmation", kind, model, parts, targets, bank_of(kind, model, parts, targets))

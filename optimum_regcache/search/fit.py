@@ -23,7 +23,6 @@ from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, encode, num_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
-from optimum_regcache.evaluation.registry import bank_for, make_objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods import ResolvedConfig, quantize_with
@@ -31,8 +30,9 @@ from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.estimate import QUANTIZED, expected_work
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
+from optimum_regcache.search.objectives import bank_of, objective_on
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
-from optimum_regcache.search.processes import from_main, gathered, is_main, together, world_size
+from optimum_regcache.search.processes import from_main, gathered, is_main, on_main, together, world_size
 from optimum_regcache.search.progress import current, duration, watching
 from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.search import Candidates, FinalScorer, Judges, RegisterSearch, SearchResult
@@ -102,6 +102,7 @@ def fit_registers(
     plan: QuantizationPlan,
     *,
     work_dir: str | Path | None = None,
+    keep_best: bool = False,
     progress: bool = True,
 ) -> FitResult:
     """Run sensitivity, mining and search; processes that torchrun started share the work (`optimum_regcache.search.processes`).
@@ -111,6 +112,7 @@ def fit_registers(
         images: reference images.
         plan: what to search for and how.
         work_dir: directory for the journal of finished steps; call again with the same one to resume.
+        keep_best: an interruption (Ctrl-C) of the search ends it with the best so far, marked unfinished.
         progress: show progress bars.
 
     Raises:
@@ -133,9 +135,9 @@ def fit_registers(
     journal = _open_journal(folder, model, plan.recipe, parts, targets)
     try:
         with watching("fit", progress):
-            fit = together(lambda: _Fit(model, parts, plan, journal, targets, progress))
+            fit = together(lambda: _Fit(model, parts, plan, journal, targets))
             fit.judges = replace(fit.judges, ceiling=from_main(fit.judges.ceiling))
-            return fit.run()
+            return fit.run(keep_best)
     finally:
         journal.close()
 
@@ -150,18 +152,16 @@ class _Fit:
         plan: QuantizationPlan,
         journal: Journal,
         targets: Targets | None,
-        progress: bool,
     ) -> None:
-        self.model, self.parts, self.plan, self.journal, self.progress = model, parts, plan, journal, progress
+        self.model, self.parts, self.plan, self.journal = model, parts, plan, journal
         self.search, self.resolved = plan.recipe.search, plan.resolved
         calibration, self.selection = parts.batches("calibration"), parts.batches("selection")
         self.runner = TrialRunner(model, search_config(self.resolved.config), calibration, space=parts.space)
-        self.scoring = _Scoring(self.runner, self.search.objective, targets)
         self.depth = len(find_tower(self.runner.float_model).blocks)
         self.seconds: dict[str, float] = {}
         self._expect()
         with self._stage("features"):
-            self.judges = self.scoring.judges(parts)
+            self.judges = _judges(self.search.objective, self.runner.float_model, parts, targets or Targets(False))
         self.scores = TrialScores(self.runner, self.judges.selection, journal)
 
     @contextmanager
@@ -184,7 +184,7 @@ class _Fit:
         rate = (time.perf_counter() - begun) / (num_images(batch) * depth)
         job.say(f"about {duration(QUANTIZED * job.total * rate)} at most, less if naive quantization loses nothing")
 
-    def run(self) -> FitResult:
+    def run(self, keep_best: bool) -> FitResult:
         """Cheap first: where round to nearest loses nothing, nothing is searched."""
         given = self.search.sensitive_block or 0
         require(
@@ -200,10 +200,10 @@ class _Fit:
         with self._stage("sensitivity"):
             scan, sensitive = self._sensitive_block()
         with self._stage("mining"):
-            mined = from_main(together(lambda: self._mine(sensitive)))
+            mined = from_main(on_main(lambda: self._mine(sensitive))) or {}
         with self._stage("search"):
             engine = self._engine(mined, sensitive)
-            result = engine.run()
+            result = engine.run(keep_best)
         return self._result(scan, sensitive, mined, result, engine)
 
     def _sensitive_block(self) -> tuple[SensitivityReport | None, int]:
@@ -220,20 +220,20 @@ class _Fit:
     def _mine(self, sensitive: int) -> dict[int, MinedTokens]:
         search, averaged = self.search, self.search.strategy == "averaged_tokens"
         first = max(0, sensitive - search.blocks_before) if averaged else sensitive
-        known = self.journal.tensors("mining")
-        if known is not None:
-            return MinedTokens.unpack(known)
-        mined = mine_tokens(
-            self.runner.float_model,
-            chain(self.runner.calibration, self.selection),
-            list(range(first, sensitive + 1)),
-            top=search.top_tokens if averaged else search.num_candidates,
-            score_site=search.score_site,
-            seed=search.seed,
-            progress=False,
-        )
-        self.journal.put_tensors("mining", MinedTokens.pack(mined))
-        return mined
+
+        def mine() -> dict[str, torch.Tensor]:
+            mined = mine_tokens(
+                self.runner.float_model,
+                chain(self.runner.calibration, self.selection),
+                list(range(first, sensitive + 1)),
+                top=search.top_tokens if averaged else search.num_candidates,
+                score_site=search.score_site,
+                seed=search.seed,
+                progress=False,
+            )
+            return MinedTokens.pack(mined)
+
+        return MinedTokens.unpack(self.journal.kept("mining", "mining", mine))
 
     def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
         judges, calibration = self.judges, self.runner.calibration
@@ -263,36 +263,15 @@ class _Fit:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Scoring:
-    """Makes objectives of the kind that the search maximises.
-
-    Attributes:
-        runner: holds the float model that they compare with.
-        kind: `SearchConfig.objective`.
-        targets: how labels become classes of the model; None where nothing looks at labels.
-    """
-
-    runner: TrialRunner
-    kind: str
-    targets: Targets | None
-
-    def judges(self, parts: ReferenceParts) -> Judges:
-        """For the selection part and the confirmation part."""
-        kind, model, targets = self.kind, self.runner.float_model, self.targets or Targets(False)
-        selection, confirmation = parts.batches("selection"), parts.batches("confirmation")
-        known = targets.labels(parts.calibration, parts.selection)
-        bank = bank_for(kind, model, self.runner.calibration, selection, known)
-        selecting, confirming = (
-            make_objective(kind, model, batches, targets.labels(part), targets.text_features, beside)
-            for part, batches, beside in (
-                (parts.selection, selection, bank),
-                (parts.confirmation, confirmation, bank and replace(bank, own=None)),
-            )
-        )
-        images = len(parts.selection) + len(parts.confirmation)
-        current().advance(images * len(find_tower(model).blocks))
-        return Judges(selecting, confirming, selecting.ceiling(model))
+def _judges(kind: str, float_model: nn.Module, parts: ReferenceParts, targets: Targets) -> Judges:
+    """Objectives of the kind that the search maximises, on the selection and on the confirmation part."""
+    bank = bank_of(kind, float_model, parts, targets)
+    selecting, confirming = (
+        objective_on(name, kind, float_model, parts, targets, bank) for name in ("selection", "confirmation")
+    )
+    images = len(parts.selection) + len(parts.confirmation)
+    current().advance(images * len(find_tower(float_model).blocks))
+    return Judges(selecting, confirming, selecting.ceiling(float_model))
 
 
 def search_config(config: RegCacheConfig) -> RegCacheConfig:

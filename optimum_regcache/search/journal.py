@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from transformers.utils import logging
 
+from optimum_regcache.config.files import write_bytes
 from optimum_regcache.search import processes
 
 logger = logging.get_logger(__name__)
@@ -105,32 +106,29 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def put_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Add the tensors of a step; they and their line are on disk when this returns."""
-        if self.path is None:
-            return
-        path, beside = self._file(name), self._file(f"{name}.new")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        self.put(f"{name} tensors", [float(zlib.crc32(path.read_bytes()))])
+    def kept(self, name: str, file: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of a step, made once: a safetensors file beside the journal, its checksum and size a step of the journal.
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a finished step; None where there are none, or they are not as they were written."""
-        known = self.get(f"{name} tensors")
-        if self.path is None or known is None or not self._file(name).is_file():
-            return None
-        content = self._file(name).read_bytes()
-        if [float(zlib.crc32(content))] != known:
-            logger.warning(f"{self._file(name)} is damaged; what it held is computed again.")
-            return None
-        return load(content)
+        Args:
+            name: of the step.
+            file: part of the file's name.
+            make: the tensors, on the CPU.
 
-    def _file(self, name: str) -> Path:
-        """Beside the journal; ends like its other files, which go with it."""
-        path = cast("Path", self.path)
-        return path.with_name(f"{path.name}.{name}.safetensors")
+        Raises:
+            ValueError: a file that is not what was written, or is gone.
+        """
+        known, path = self.get(name), self.path and self.path.with_name(f"{self.path.name}.{file}.safetensors")
+        if path is None:
+            return make()
+        if known is None:
+            data = save({key: tensor.contiguous() for key, tensor in make().items()})
+            write_bytes(path, data, sync=True)
+            self.put(name, _checksum(data))
+            return load(data)
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        if _checksum(data) != known:
+            raise ValueError(f"{path} is not what this fit wrote. Delete it and {self.path} to start this fit again.")
+        return load(data)
 
     def close(self) -> None:
         """Let other processes write."""
@@ -145,3 +143,7 @@ def _parse(line: bytes) -> tuple[str, list[float]] | None:
         return None
     name, values = json.loads(text)
     return name, values
+
+
+def _checksum(data: bytes) -> list[float]:
+    return [float(zlib.crc32(data)), float(len(data))]

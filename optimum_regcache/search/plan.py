@@ -36,7 +36,9 @@ class ReferenceImages:
     processor: Any = None
     collator: Collator | None = None
     template: str = DEFAULT_TEMPLATE
-    _parts: dict[tuple[DataConfig, int], ReferenceParts] = field(default_factory=dict, init=False, repr=False)
+    _parts: dict[tuple[DataConfig, int], ReferenceParts] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_template(self.template)
@@ -80,6 +82,10 @@ class ReferenceParts:
         if part not in self._stored:
             self._stored[part] = store_batches(getattr(self, part), self.data, self.space, progress=progress)
         return self._stored[part]
+
+    def release(self) -> None:
+        """Forget what was read; it is read again when it is asked for."""
+        self._stored.clear()
 
 
 def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.config.files import write_bytes
 from optimum_regcache.config.recipe import REFINEMENTS
-from optimum_regcache.encoders.passes import LaterImages, count_images
+from optimum_regcache.encoders.passes import ImageRange, count_images
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.block_copies import tune_copies
@@ -39,7 +36,6 @@ class Start:
         deletion: what is deleted with them.
         tokens: that the registers were made of.
         seed: of everything random.
-        progress: show progress bars.
     """
 
     runner: TrialRunner
@@ -49,7 +45,6 @@ class Start:
     deletion: DeletionConfig
     tokens: MinedTokens
     seed: int
-    progress: bool
 
 
 def clusters(start: Start) -> RegisterCache:
@@ -63,18 +58,17 @@ def clusters(start: Start) -> RegisterCache:
 
 def block_copies(start: Start) -> RegisterCache:
     """tau of each block by itself, or no register there (`tune_copies`), by the selection images."""
-    return tune_copies(start.runner, start.cache, start.deletion, start.selection, progress=start.progress)[0]
+    return tune_copies(start.runner, start.cache, start.deletion, start.selection, progress=False)[0]
 
 
 def tuned(start: Start) -> RegisterCache:
     """Gradients (`tune_registers`) from the later three quarters of the selection images; the first quarter ends it."""
     held_out = max(1, count_images(start.selection.batches) // 4)
-    train = LaterImages(start.selection.batches, held_out)
+    train = ImageRange(start.selection.batches, first=held_out)
     settings = replace(TUNING, seed=start.seed)
     return tune_registers(
-        start.runner, start.cache, start.deletion, train, start.selection.first(held_out), settings,
-        progress=start.progress,
-    )[0]  # fmt: skip
+        start.runner, start.cache, start.deletion, train, start.selection.first(held_out), settings, progress=False
+    )[0]
 
 
 MAKERS: dict[str, Callable[[Start], RegisterCache]] = {
@@ -158,7 +152,7 @@ def judge_refinements(
 
 
 class RefinedRegisters:
-    """Registers of refinements, each made once: a file beside the journal, its checksum and size a step of the journal.
+    """Registers of refinements, each made once and kept beside the journal.
 
     Args:
         journal: of the fit; without a file everything stays in memory.
@@ -175,45 +169,24 @@ class RefinedRegisters:
             ValueError: a file that is not what was written, or is gone.
         """
         if setup not in self._made:
-            self._made[setup] = self._kept(setup, make)
+            name, file = f"registers {setup.key}", str(setup.refinement)
+            self._made[setup] = from_tensors(self.journal.kept(name, file, lambda: to_tensors(make())))
         return self._made[setup]
 
-    def _kept(self, setup: Setup, make: Callable[[], RegisterCache]) -> RegisterCache:
-        name, journal = f"registers {setup.key}", self.journal
-        path = journal.path and journal.path.with_name(f"{journal.path.name}.{setup.refinement}.safetensors")
-        known = journal.get(name)
-        if path is None or known is None:
-            data = to_bytes(make())
-            if path is not None:
-                write_bytes(path, data, sync=True)
-            journal.put(name, _checksum(data))
-            return from_bytes(data)
-        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
-        if _checksum(data) != known:
-            raise ValueError(
-                f"{path} is not what this fit wrote. Delete it and {journal.path} to start this fit again."
-            )
-        return from_bytes(data)
 
-
-def to_bytes(cache: RegisterCache) -> bytes:
-    """Rows and tau of each block, as a safetensors file."""
+def to_tensors(cache: RegisterCache) -> dict[str, torch.Tensor]:
+    """Rows and tau of each block by name, for a file."""
     tensors = {"blocks": torch.tensor(len(cache.layers))}
     for block in cache.blocks:
         keys, values = cache.rows(block)
-        tensors[f"{block}.key"] = keys.detach().cpu().clone().contiguous()
-        tensors[f"{block}.value"] = values.detach().cpu().clone().contiguous()
+        tensors[f"{block}.key"] = keys.detach().cpu().clone()
+        tensors[f"{block}.value"] = values.detach().cpu().clone()
         tensors[f"{block}.copies"] = torch.tensor(cache.copies(block), dtype=torch.float64)
-    return safetensors.torch.save(tensors)
+    return tensors
 
 
-def from_bytes(data: bytes) -> RegisterCache:
-    """What :func:`to_bytes` wrote."""
-    tensors = safetensors.torch.load(data)
+def from_tensors(tensors: dict[str, torch.Tensor]) -> RegisterCache:
+    """From what :func:`to_tensors` made."""
     blocks = sorted(int(name.partition(".")[0]) for name in tensors if name.endswith(".key"))
     keys, values = ({b: tensors[f"{b}.{kind}"] for b in blocks} for kind in ("key", "value"))
     return RegisterCache(keys, values, int(tensors["blocks"]), {b: float(tensors[f"{b}.copies"]) for b in blocks})
-
-
-def _checksum(data: bytes) -> list[float]:
-    return [float(zlib.crc32(data)), float(len(data))]

@@ -56,6 +56,7 @@ def run_plan(
     *,
     known: FitResult | None = None,
     work_dir: str | Path | None = None,
+    keep_best: bool = False,
     progress: bool = True,
 ) -> QuantizationRun:
     """Quantize a copy of ``model`` as ``plan`` says.
@@ -70,6 +71,7 @@ def run_plan(
         known: an earlier fit of this model. It answers a search of the same config and settings, and gives its registers to a
             config that describes them.
         work_dir: directory for the record of finished trials.
+        keep_best: see `fit_registers`.
         progress: show progress bars.
 
     Raises:
@@ -77,7 +79,7 @@ def run_plan(
     """
     if torch.is_inference_mode_enabled():  # tensors made there could never be used with autograd
         with torch.inference_mode(False), torch.no_grad():
-            return run_plan(model, images, plan, known=known, work_dir=work_dir, progress=progress)
+            return run_plan(model, images, plan, known=known, work_dir=work_dir, keep_best=keep_best, progress=progress)
     require_float(model)
     recipe, resolved = plan.recipe, plan.resolved
     progress = progress and is_main()
@@ -94,7 +96,7 @@ def run_plan(
                     "registers.mode='search' needs images: pass calibration_dataset, call fit() first, or set "
                     "registers.mode='none' for plain quantization."
                 )
-            fit = fit_registers(model, images, plan, work_dir=work_dir, progress=progress)
+            fit = fit_registers(model, images, plan, work_dir=work_dir, keep_best=keep_best, progress=progress)
         resolved, cache = fit.resolved, fit.cache
         parts = fit.parts if fit is not known else parts  # what the fit has read is there already
     elif mode == "fixed":

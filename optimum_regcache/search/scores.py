@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.encoders.passes import Batch, FirstImages, count_images
+from optimum_regcache.encoders.passes import Batch, ImageRange, count_images
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.journal import Journal
@@ -81,5 +81,5 @@ class TrialScores:
             everything = count_images(self.selection.batches)
             calibration = count_images(self.runner.calibration)
             few = max(4, math.ceil(calibration * images / everything))
-            self._parts[images] = self.selection.first(images), FirstImages(self.runner.calibration, few)
+            self._parts[images] = self.selection.first(images), ImageRange(self.runner.calibration, few)
         return self._parts[images]

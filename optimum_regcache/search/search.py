@@ -139,14 +139,19 @@ class RegisterSearch:
         if setup.start_block is None:
             return None
         if setup.refinement is not None:
-            return self._refined(setup, lambda: MAKERS[str(setup.refinement)](self._start(setup)))
-        tokens, blocks = self.mined[setup.start_block], setup.blocks(self.num_blocks)
+            name = setup.refinement
+            return self._refined(setup, lambda: MAKERS[name](self._start(setup, int(setup.start_block or 0))))
+        return self._mined(setup, setup.start_block)
+
+    def _mined(self, setup: Setup, start: int) -> RegisterCache:
+        """The registers of a setup without its refinement, from the tokens mined at block ``start``."""
+        tokens, blocks = self.mined[start], setup.blocks(self.num_blocks)
         if self.runner.config.registers.kv_mode == "isolated":
-            key = (setup.start_block, setup.candidate)
+            key = (start, setup.candidate)
             if key not in self._isolated:
                 state = tokens.states.mean(0) if setup.candidate is None else tokens.states[setup.candidate]
-                every = tuple(range(setup.start_block, self.num_blocks))
-                self._isolated[key] = isolated_cache(self.runner.float_model, state, setup.start_block, every)
+                every = tuple(range(start, self.num_blocks))
+                self._isolated[key] = isolated_cache(self.runner.float_model, state, start, every)
             return self._isolated[key].restricted(blocks, setup.num_copies)
         if setup.candidate is None:
             cache = tokens.average(blocks, self.num_blocks)
@@ -160,13 +165,11 @@ class RegisterSearch:
             return DeletionConfig()
         return replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
 
-    def _start(self, setup: Setup) -> Start:
-        """What the refinement of a setup starts from."""
-        cache, tokens = self.cache(replace(setup, refinement=None)), self.mined[int(setup.start_block or 0)]
-        assert cache is not None
+    def _start(self, setup: Setup, start: int) -> Start:
+        """What the refinement of a setup with a prefix from block ``start`` begins with."""
         return Start(
-            self.runner, self.judges.selection, cache, setup.num_copies, self.deletion(setup), tokens, self.config.seed,
-            False,
+            self.runner, self.judges.selection, self._mined(setup, start), setup.num_copies, self.deletion(setup),
+            self.mined[start], self.config.seed,
         )  # fmt: skip
 
     def _refine(self, ranked: Sequence[Trial]) -> list[Trial]:
@@ -185,9 +188,13 @@ class RegisterSearch:
         scoped = tuple((block, number, scope) for block, number in starts for scope in c.scopes)
         return Space(scoped, c.num_copies, self.max_delete)
 
-    def run(self) -> SearchResult:
+    def run(self, keep_best: bool = False) -> SearchResult:
         """Try configurations as ``search.algorithm`` says, and decide. Interrupt and call again with the same journal: the
-        result is the same."""
+        result is the same.
+
+        Args:
+            keep_best: an interruption (Ctrl-C) ends the search with the best so far instead of raising KeyboardInterrupt.
+        """
         before = self.runner.block_forwards
         available = count_images(self.judges.selection.batches)
         algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
@@ -196,7 +203,7 @@ class RegisterSearch:
             trials = algorithm.run(evaluate)
         except KeyboardInterrupt:
             trials = so_far(evaluate.seen)
-            if not trials or world_size() > 1:
+            if not (keep_best and trials) or world_size() > 1:
                 raise
             unfinished = True
             self.config = replace(self.config, refinements=())  # they take minutes

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, image_features, leading_tokens, num_images
+from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features, leading_tokens
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import CosineObjective, Objective
 from optimum_regcache.registers import RegisterCache
@@ -206,7 +206,7 @@ class _Tuning:
             runner.reset()
             train = CosineObjective(runner.float_model, train)
         self.batches = train.batches
-        sizes = [num_images(batch) for batch in self.batches]
+        sizes = batch_sizes(self.batches)
         self.references = [part.clone() for part in torch.split(train.reference, sizes)]  # no inference tensors
         self.rows = TrainedRows(cache, next(runner.quantized.parameters()).device)
 
