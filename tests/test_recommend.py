@@ -105,9 +105,14 @@ def test_alternatives_are_tried_after_a_search_or_when_asked_for(
     monkeypatch.setattr(recommend, "find_alternatives", find)
     made = SimpleNamespace(model=None, config=RegCacheConfig())
     anything: Any = SimpleNamespace(model=None, recipe=Recipe(), quantized=made)
-    anything.fit = object() if searched else None
+    search = SimpleNamespace(unfinished=False)
+    anything.fit = SimpleNamespace(search=search) if searched else None
     found = advise(anything, anything, anything, options, False)
     assert bool(begun) == begins == (found is not None)
+    search.unfinished = True  # somebody pressed Ctrl-C
+    begun.clear()
+    found = advise(anything, anything, anything, options, False)
+    assert bool(begun) == (begins and not searched) == (found is not None)
 
 
 def command(options: str, scheme: int = 0, registers: bool = False) -> tuple[str, Recipe, Recipe]:
