@@ -19,7 +19,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from optimum.commands.register.register_regcache import AnalyzeCommand, resolve_recipe
+from optimum.commands.register.regcache_base import resolve_recipe
+from optimum.commands.register.register_regcache import AnalyzeCommand
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 

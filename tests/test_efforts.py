@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from optimum.commands.register.register_regcache import QuantizeCommand, resolve_recipe
+from optimum.commands.register.regcache_base import resolve_recipe
+from optimum.commands.register.register_regcache import QuantizeCommand
 
 from optimum_regcache import Recipe, RegCacheConfig, SearchConfig
 from optimum_regcache.config.effects import require_search_effect

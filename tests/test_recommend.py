@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from optimum.commands.optimum_cli import main
-from optimum.commands.register.register_regcache import QuantizeCommand, resolve_recipe
+from optimum.commands.register.regcache_base import resolve_recipe
+from optimum.commands.register.register_regcache import QuantizeCommand
 
 from optimum_regcache import Recipe, RegCacheConfig
 from optimum_regcache.commands import recommend

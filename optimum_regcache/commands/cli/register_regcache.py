@@ -2,189 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
-
-_PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
-_OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
-
-
-def _add_hub(parser: ArgumentParser) -> None:
-    """How models are opened, and what every command understands."""
-    parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
-    parser.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
-    parser.add_argument("--cache-dir", help="folder of downloads (default: that of huggingface_hub)")
-    parser.add_argument(
-        "--local-files-only", "--offline", action="store_true", help="ask no Hub: only what is on this machine"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="run the code of the model's repository, with your rights; off unless given, and said in the card",
-    )  # fmt: skip
-    parser.add_argument("--code-revision", help="commit of that code, where it is not in --revision")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result of another job in --output")
+from optimum.commands.register.regcache_base import (
+    Command,
+    add_common,
+    add_hub,
+    add_pictures,
+    hub_options,
+    resolve_recipe,
+)
 
 
-def _add_pictures(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--show-photos", action="store_true",
-        help="draw outliers.png on the images of --dataset, which then lie in the folder (embedded scenes are always shown)",
-    )  # fmt: skip
-
-
-def hub_options(args: Namespace) -> dict[str, Any]:
-    """Those of `load_model` and `load_processor` that were given."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "code_revision")
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
-
-
-def _add_common(parser: ArgumentParser, several: bool = False) -> None:
-    _add_hub(parser)
-    parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
-    parser.add_argument(
-        "--dataset", help="Hub id, image folder, table of images (default: the embedded encoder's scenes)"
-    )
-    parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
-    more = "; several make one model each, in OUTPUT/PRESET" if several else ""
-    options: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
-    parser.add_argument("--preset", choices=_PRESETS, help=f"bit widths (default w8a8){more}", **options)
-    parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
-    parser.add_argument("--num-report", type=int, help="unseen images for the report")
-    parser.add_argument("--batch-size", type=int, help="images per forward pass")
-    parser.add_argument(
-        "--skip-broken",
-        action="store_true",
-        default=None,
-        help="leave out images that are missing or cannot be decoded",
-    )
-    parser.add_argument(
-        "--objective",
-        choices=_OBJECTIVES,
-        help="what the search maximises (default cosine); accuracy and knn read labels",
-    )
-    parser.add_argument("--template", help="zero-shot prompt template, for example 'a photo of a {}.'")
-    parser.add_argument("--seed", type=int, help="seed of subsets and search (default 0)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-        help="override any recipe field, for example --set search.max_delete=4",
-    )  # fmt: skip
-
-
-def resolve_recipe(args: Namespace, preset: str | None) -> Any:
-    """Recipe of the file or preset with the command line on top; ``preset`` is one of ``args.preset``."""
-    from dataclasses import replace
-
-    from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
-    from optimum_regcache.config.recipe import Recipe
-
-    recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
-    if preset:
-        bits = RegCacheConfig.from_preset(preset)
-        recipe = recipe.with_quantization(
-            recipe.quantization.replace(weights=bits.weights, activations=bits.activations)
-        )
-    flags = {
-        "data.num_samples": args.num_samples,
-        "data.num_report": args.num_report,
-        "data.batch_size": args.batch_size,
-        "data.skip_broken": args.skip_broken,
-        "search.objective": args.objective,
-        "search.seed": args.seed,
-    }
-    assignments = [f"{field}={value}" for field, value in flags.items() if value is not None]
-    if getattr(args, "no_registers", False):
-        recipe = recipe.with_quantization(
-            recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
-        )
-    if getattr(args, "method", None):
-        from optimum_regcache.methods import without_methods
-
-        names = tuple(dict.fromkeys(args.method))  # what the recipe's own methods set goes with them
-        recipe = recipe.with_quantization(without_methods(recipe.quantization).replace(methods=names))
-    if getattr(args, "quantize_attention", False):
-        attention = {"quantize": True, "bits": recipe.quantization.activations.bits}
-        recipe = recipe.with_quantization(recipe.quantization.replace(attention=attention))
-    recipe = recipe.override([*assignments, *args.assignments])
-    if getattr(args, "effort", None):  # what was asked for by name stays, defaults too
-        recipe = recipe.with_effort(args.effort).override([*assignments, *args.assignments])
-    if hasattr(args, "no_registers") and recipe.quantization.registers.mode != "search":
-        unread = [a for a in (*assignments, *args.assignments) if a.startswith("search.") and "search.seed=" not in a]
-        unread = [a for a in unread if not a.startswith("search.kv_mode=")]  # the old name of a field of the registers
-        if unread:
-            raise ValueError(
-                f"{', '.join(unread)} has no effect: nothing is searched with registers.mode="
-                f"{recipe.quantization.registers.mode!r}. Use registers.mode='search', or leave it out."
-            )
-    revision = args.revision or (recipe.revision if args.model is None else None)
-    return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset, revision=revision)
-
-
-class _Command(BaseOptimumCLICommand):
-    """The one place where exceptions end: a line on stderr, and an exit code (docs/reference/commands.md)."""
-
-    args: Any
-
-    def job(self) -> None:
-        """Do it and print the summary."""
-        raise NotImplementedError
-
-    def open(self, recipe: Any) -> Any:
-        """Model with its images."""
-        from optimum_regcache.commands.sources import open_source
-
-        args = self.args
-        return open_source(None, None, recipe, template=args.template, device=args.device, hub=hub_options(args))
-
-    def output(self, path: Any, kind: str, recipe: Any, *more: Any) -> Any:
-        """The folder of the result; refuses before any work."""
-        from optimum_regcache.config.output import Output
-        from optimum_regcache.data import reference
-
-        job = {"kind": kind, **recipe.to_dict(), "more": [self.args.template, *more]}
-        models = [] if recipe.model in reference.names() else [recipe.model]
-        return Output(path, job, overwrite=self.args.overwrite, models=models, dataset=recipe.dataset)
-
-    def run(self) -> None:
-        args = self.args
-        try:
-            empty = [name for name, value in vars(args).items() if _is_empty(value)]
-            if empty:
-                raise ValueError(
-                    f"--{empty[0].replace('_', '-')} is empty or holds a NUL. Give a value, or leave the option out."
-                )
-            if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
-                os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-            from optimum_regcache.commands.launch import require_device, shared
-
-            require_device(args.device)
-            shared(self.COMMAND.name, args.device, self.job)
-        except BaseException as error:
-            if isinstance(error, SystemExit):
-                raise
-            from optimum_regcache.commands.launch import fail
-
-            fail(error, args.debug)
-
-
-def _is_empty(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return any(isinstance(v, str) and (not v.strip() or "\0" in v) for v in values)
-
-
-class QuantizeCommand(_Command):
+class QuantizeCommand(Command):
     COMMAND = CommandInfo(name="quantize", help="Quantize a vision encoder with registers and token deletion.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        _add_common(parser, several=True)
+        add_common(parser, several=True)
         parser.add_argument("--output", required=True, help="directory of the quantized model")
-        _add_pictures(parser)
+        add_pictures(parser)
         parser.add_argument(
             "--report-seeds", type=int, default=1, metavar="N",
             help="repeat the main rows on N sets of embedded scenes and report the spread (default 1)",
@@ -249,7 +89,7 @@ class QuantizeCommand(_Command):
             require_finished(results)
 
 
-class AnalyzeCommand(_Command):
+class AnalyzeCommand(Command):
     COMMAND = CommandInfo(
         name="analyze",
         help="Sensitivity and token norms per block; or whether a quantized model fits some images.",
@@ -257,9 +97,9 @@ class AnalyzeCommand(_Command):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        _add_common(parser)
+        add_common(parser)
         parser.add_argument("--output", required=True, help="directory of the analysis")
-        _add_pictures(parser)
+        add_pictures(parser)
         parser.add_argument(
             "--check", metavar="MODEL",
             help="quantized model (directory or Hub id): do its registers, deletion and activation scales fit the images of "
@@ -305,12 +145,12 @@ class AnalyzeCommand(_Command):
             sys.exit(DOES_NOT_FIT)
 
 
-class EvaluateCommand(_Command):
+class EvaluateCommand(Command):
     COMMAND = CommandInfo(name="evaluate", help="Evaluate a saved or exported model beside its float original.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        _add_common(parser)
+        add_common(parser)
         parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
         parser.add_argument("--output", required=True, help="JSON file of the results")
         parser.add_argument(
@@ -341,12 +181,12 @@ class EvaluateCommand(_Command):
         )
 
 
-class ExportCommand(_Command):
+class ExportCommand(Command):
     COMMAND = CommandInfo(name="export", help="Write a saved model for ONNX Runtime or OpenVINO and check it.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        _add_hub(parser)
+        add_hub(parser)
         parser.add_argument("--model", required=True, help="directory, Hub id, or reference encoder")
         parser.add_argument("--format", required=True, choices=("onnx", "openvino"))
         parser.add_argument("--output", required=True, help="directory of the exported encoder")
@@ -363,7 +203,7 @@ class ExportCommand(_Command):
         print(export_job(a.model, a.format, a.output, a.image_size, a.dataset, a.num_images, **options)[1])
 
 
-class BuildCommand(_Command):
+class BuildCommand(Command):
     COMMAND = CommandInfo(name="build", help="Build the C++ operators for int8 on CPUs ahead of time.")
 
     @staticmethod
