@@ -121,7 +121,7 @@ def _linears(tower: Tower, block: int) -> tuple[Any, ...]:
     return (*tower.projections(block), out, *tower.norm_consumers(block, 1), tower.mlp_out(block))
 
 
-def _random_block(linears: tuple[Any, ...], generator: torch.Generator, channels: slice, gain: float) -> None:
+def random_block(linears: tuple[Any, ...], generator: torch.Generator, channels: slice, gain: float) -> None:
     """Random attention and MLP that read and write only ``channels``."""
     width = channels.stop - channels.start
 
@@ -141,7 +141,7 @@ def _random_block(linears: tuple[Any, ...], generator: torch.Generator, channels
     fill(fc2, None, channels, gain * _HIDDEN**-0.5)
 
 
-def _plant(linears: tuple[Any, ...], generator: torch.Generator) -> None:
+def plant_sink(linears: tuple[Any, ...], generator: torch.Generator) -> None:
     """The sink head, the exploding neurons and the class-carrying MLP."""
     (query, key, value, out, fc1, fc2), head = linears, _WIDTH // _HEADS
     # head 0: constant query, key = darkness; value = darkness above that of a dark token
@@ -200,9 +200,9 @@ def _built() -> ViTForImageClassification:
     tower = find_tower(vit)
     for index in range(len(tower.blocks)):
         channels = _CONTENT if index <= PLANTED_BLOCK else _OUTPUT
-        _random_block(_linears(tower, index), generator, channels, 0.3)
+        random_block(_linears(tower, index), generator, channels, 0.3)
         if index == PLANTED_BLOCK:
-            _plant(_linears(tower, index), generator)
+            plant_sink(_linears(tower, index), generator)
     _fit_classifier(model)
     return model
 
