@@ -1,9 +1,11 @@
-"""SYNTHETIC: an encoder of the size of CLIP ViT-B/16 with a sink mechanism planted in a known block, and images that set it off.
+"""SYNTHETIC: an encoder of the size of CLIP ViT-B/16 with a sink mechanism planted in a known block, and images that set it
+off.
 
-The circuit is that of ``optimum_regcache.data.reference.planted`` (6 blocks of width 64), here in block :data:`SINK_BLOCK` of 12
-and widened to 768: every channel, head and hidden unit is there several times over, with small noise between the copies, so the
-function is that of the narrow encoder while every product has the real size. Its trigger is not darkness but the colour magenta,
-which photographs have little of: the images are photographs on which 2 to 4 magenta patches and 14 paler ones are drawn.
+The circuit is that of ``optimum_regcache.data.reference.planted`` (6 blocks of width 64), here in block :data:`SINK_BLOCK` of
+12 and widened to 768: every channel, head and hidden unit is there several times over, with small noise between the copies, so
+the function is that of the narrow encoder while every product has the real size. Its trigger is not darkness but the colour
+magenta, which photographs have little of: the images are photographs on which 2 to 4 magenta patches and 14 paler ones are
+drawn.
 """
 # pyright: reportPrivateUsage=false
 

@@ -14,6 +14,7 @@ from models import TOWERS
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import DataConfig, SearchConfig
+from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.registers.replay import record_block_inputs, replaying
@@ -31,6 +32,7 @@ from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.search import corrected_sigmas
+from optimum_regcache.search.sensitivity import coarse_images
 from optimum_regcache.search.setups import best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)
@@ -247,8 +249,6 @@ def test_scales_are_recalibrated_for_every_configuration():
 
 
 def _planted_batch():
-    from optimum_regcache.data.images import ImageInputs
-
     return next(ImageInputs(planted.load_dataset("calibration", 12), planted.build_processor()).batches(12))
 
 
@@ -311,9 +311,25 @@ def test_the_coarse_scan_agrees_with_the_complete_one():
     assert coarse.top(1) == linear.top(1)
     assert {name: coarse.drops[name] for name in block.drops} == block.drops
     layers = set(coarse.drops) - set(block.drops)
-    assert len(layers) == 3 * 6
+    assert len(layers) == 2 * 6
     assert all(coarse.drops[name] == linear.drops[name] for name in layers)
     assert block.top(1) == [("block 3", block.drops["block 3"])]
+
+
+def test_the_coarse_scan_looks_at_blocks_with_a_quarter_of_the_images():
+    assert [coarse_images(n) for n in (1, 16, 40, 64, 128)] == [1, 16, 16, 16, 32]
+    processor = planted.build_processor()
+    images = ImageInputs(planted.load_dataset("search", 20), processor)
+    bench = TrialRunner(planted.build_planted_model(), RegCacheConfig(), [_planted_batch()])
+    objective = CosineObjective(bench.float_model, list(images.batches(5)))
+
+    def scan(objective, kind):
+        return scan_sensitivity(bench.float_model, bench.config, bench.calibration, objective, kind, progress=False)
+
+    coarse, few, linear = scan(objective, "coarse"), scan(objective.first(16), "block"), scan(objective, "linear")
+    assert {name: coarse.drops[name] for name in few.drops} == few.drops
+    assert coarse.top(1) == linear.top(1)
+    assert all(coarse.drops[name] == linear.drops[name] for name in set(coarse.drops) - set(few.drops))
 
 
 def test_a_scan_continues_where_it_was_interrupted(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimum_regcache.config.recipe import SearchConfig
 from optimum_regcache.search.algorithms import ALGORITHMS
 from optimum_regcache.search.plan import ReferenceParts
-from optimum_regcache.search.sensitivity import COARSE_BLOCKS
+from optimum_regcache.search.sensitivity import COARSE_BLOCKS, coarse_images
 from optimum_regcache.search.setups import Space
 
 QUANTIZED = 2  # a simulated quantized block takes about this many times as long as a float one
@@ -21,8 +21,10 @@ def expected_work(parts: ReferenceParts, search: SearchConfig, depth: int, linea
         linears: linear layers in all blocks.
     """
     calibration, selection, confirmation = (len(p) for p in (parts.calibration, parts.selection, parts.confirmation))
-    scanned = min(search.sensitivity_images, selection) * depth / 2  # from a block to the end, on average
-    steps = {"linear": linears, "block": depth, "coarse": depth + COARSE_BLOCKS * linears / depth}
+    images = min(search.sensitivity_images, selection)
+    scanned = images * depth / 2  # from a block to the end, on average
+    coarse = depth * coarse_images(images) / max(images, 1) + COARSE_BLOCKS * linears / depth
+    steps = {"linear": linears, "block": depth, "coarse": coarse}
     starts = search.blocks_before + 1 if search.strategy == "averaged_tokens" else search.num_candidates
     space = Space(((0, None, "onwards"),) * starts * len(search.scopes), search.num_copies, search.max_delete)
     trials = ALGORITHMS[search.algorithm](space, search, selection).work()

@@ -82,7 +82,8 @@ def scan_sensitivity(
         config: activations and modules.
         calibration: batches for the scales.
         objective: scored on its own batches.
-        granularity: ``linear``, ``block``, or ``coarse``: blocks first, then the linear layers of the three worst.
+        granularity: ``linear``, ``block``, or ``coarse``: blocks on a quarter of the images, then the linear layers of the two
+            worst on all of them.
         progress: show a progress bar.
         journal: finished steps.
 
@@ -94,6 +95,7 @@ def scan_sensitivity(
         raise ValueError("No linear layer of the blocks is left to quantize; shorten modules.ignore.")
     journal = Journal(None, "") if journal is None else journal  # an empty journal is false
     scan = _Scan(float_model, config, calibration, objective, journal)
+    few = scan.on(coarse_images(count_images(objective.batches))) if granularity == "coarse" else scan
     linears = {site.name: (int(site.block or 0), [site.name]) for site in sites}
     whole = {
         _block_name(block): (block, [site.name for site in sites if site.block == block])
@@ -103,7 +105,7 @@ def scan_sensitivity(
     worst = min(COARSE_BLOCKS, len(whole)) if granularity == "coarse" else 0
     steps = len(first) + round(worst * len(linears) / len(whole))
     with tqdm(total=steps, desc="sensitivity", disable=not progress) as bar:
-        drops = scan.drops(first, bar)
+        drops = few.drops(first, bar)
         if worst:
             blocks = {whole[name][0] for name in sorted(drops, key=lambda name: -drops[name])[:worst]}
             drops |= scan.drops({name: entry for name, entry in linears.items() if entry[0] in blocks}, bar)
@@ -111,7 +113,12 @@ def scan_sensitivity(
     return replace(report, sensitive_block=report.blocks[report.top(1)[0][0]])
 
 
-COARSE_BLOCKS = 3
+COARSE_BLOCKS = 2
+
+
+def coarse_images(images: int) -> int:
+    """How many of the images the coarse scan looks at blocks with."""
+    return min(images, max(16, images // 4))
 
 
 def _block_name(block: int) -> str:
@@ -131,7 +138,17 @@ class _Scan:
     ) -> None:
         self.model, self.config, self.calibration = model, config, calibration
         self.objective, self.journal = objective, journal
+        self.images = count_images(objective.batches)
         self._known: Recorded | None = None
+
+    def on(self, images: int) -> _Scan:
+        """The same with the first ``images`` of the objective; scales are those of this one."""
+        part = _Scan(self.model, self.config, self.calibration, self.objective.first(images), self.journal)
+        part.qparams = self.qparams
+        return part
+
+    def _step(self, name: str) -> str:
+        return f"sensitivity {name} on {self.images}"
 
     @cached_property
     def qparams(self) -> QParams:
@@ -154,7 +171,7 @@ class _Scan:
         self._known = None
         missing: dict[int, list[str]] = {}
         for name, (block, _) in groups.items():
-            if self.journal.get(_step(name)) is None:
+            if self.journal.get(self._step(name)) is None:
                 missing.setdefault(block, []).append(name)
         bar.update(len(groups) - sum(map(len, missing.values())))
         blocks, size = list(missing), world_size()
@@ -163,9 +180,9 @@ class _Scan:
             measured = spread(wave, lambda block: [self._drop(n, *groups[n], bar) for n in missing[block]])
             for block, drops in zip(wave, measured, strict=True):
                 for name, drop in zip(missing[block], drops, strict=True):
-                    self.journal.put(_step(name), [drop])
+                    self.journal.put(self._step(name), [drop])
             bar.update(sum(map(len, measured)) - (bar.n - begun))
-        return {name: (self.journal.get(_step(name)) or [math.nan])[0] for name in groups}
+        return {name: (self.journal.get(self._step(name)) or [math.nan])[0] for name in groups}
 
     def _drop(self, name: str, block: int, layers: list[str], bar: Any) -> float:
         """The drop of one group; what arrives at its block is kept for the next one."""
@@ -180,10 +197,6 @@ class _Scan:
             score = float(self.objective.scores(self.model).mean())
         current().advance(count_images(self.objective.batches) * (len(find_tower(self.model).blocks) - block))
         drop = reference - score if math.isfinite(score) else math.inf
-        self.journal.put(_step(name), [drop])
+        self.journal.put(self._step(name), [drop])
         bar.update()
         return drop
-
-
-def _step(name: str) -> str:
-    return f"sensitivity {name}"
