@@ -150,7 +150,6 @@ class Bench:
                 "cosine": float(cosine.mean()),
                 "gain": _paired(scores - plain["scores"]),
                 "confirmed_gain": _paired(confirm - plain["confirm"]),
-                "max_norm": float(norms.max_block_input.max()),
                 "max_fc2": float(norms.max_any_fc2_input.max()),
                 "seconds": round(seconds, 2),
                 "simulated": result.config.simulated_reason,
@@ -248,15 +247,15 @@ def markdown(results: dict[str, Any]) -> str:
             f"{head['metric']}{' (%)' if percent else ''} on {head['images']} unseen images, float {show(head['float'])}; "
             f"setup: {head['setup']}. Largest token norm {head['float_max_norm']:.0f}, fc2 input {head['float_max_fc2']:.0f}.",
             "",
-            "| method | none | prefix | delete | both | both - none | retention | installs | max norm | fc2 | seconds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "| method | none | prefix | delete | both | both - none | retention | installs | fc2 input | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for key, cell in results["cells"].items():
             if not key.startswith(f"{run}/"):
                 continue
             method = key.rsplit("/", 1)[1]
             if "refused" in cell:
-                lines.append(f"| {method} | refused: {cell['refused']} |" + " |" * 9)
+                lines.append(f"| {method} | refused: {cell['refused']} |" + " |" * 8)
                 continue
             v = cell["variants"]
             final = v[cell["installed"]]
@@ -267,7 +266,7 @@ def markdown(results: dict[str, Any]) -> str:
             digits = 1 if percent else 4
             lines.append(
                 f"| {method}{mark} | {values} | {scale * gain['mean']:+.{digits}f} +- {scale * gain['error']:.{digits}f} | "
-                f"{100 * final['metric'] / head['float']:.1f} % | {cell['installed']} | {final['max_norm']:.0f} | "
+                f"{100 * final['metric'] / head['float']:.1f} % | {cell['installed']} | "
                 f"{final['max_fc2']:.0f} | {final['seconds']:.1f} |"
             )
         lines.append("")
