@@ -121,6 +121,6 @@ def test_no_number_never_wins_a_round() -> None:
 
 
 def test_few_counts_grow() -> None:
-    assert Space((), (), 10).few_counts == (1, 2, 3, 5, 8, 10)
+    assert Space((), (), 10).few_counts == (1, 2, 4, 8, 10)
     assert Space((), (), 1).few_counts == (1,)
     assert Space((), (), 0).few_counts == ()

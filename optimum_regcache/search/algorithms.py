@@ -89,16 +89,17 @@ class Coordinate(Algorithm):
 
 
 class Halving(Algorithm):
-    """Successive halving: all configurations on a few images, the better ones on more, the best on all, then its neighbours.
+    """Successive halving: a third of all configurations on a few images, the better ones on more, the best on all, then its
+    neighbours.
 
     Scores are paired, image by image. A configuration stays while it is within ``search.noise_sigmas`` standard errors of the
     leader, at least an eighth and at most a third of a round; the best of each kind stays in any case. It ends where the lead
     over "nothing installed" cannot reach ``search.min_gain`` any more. tau is a logit bias, ln(tau), so around the winner it
-    is no longer bound to the grid.
+    is no longer bound to the grid; a neighbour that is clearly behind on the images of the round before is not tried on all.
     """
 
     FIRST, FACTOR = 8, 4  # images of the first round, and how their number grows
-    STEPS = 6  # neighbours of the winner
+    STEPS = 8  # neighbours of the winner, most of them on the images of the round before only
 
     def _rounds(self) -> list[int]:
         found = [self.images]
@@ -107,11 +108,11 @@ class Halving(Algorithm):
         return found
 
     def _first(self) -> list[Setup]:
-        alone = [Setup(), *self.space.prefixes()]
+        alone = [Setup(), *self.space.prefixes(self.space.few_copies)]
         return [*alone, *(replace(setup, count=k) for setup in alone for k in self.space.few_counts)]
 
     def work(self) -> float:
-        setups, total = len(self._first()), float(self.STEPS)
+        setups, total = len(self._first()), self.STEPS / 2
         for images in self._rounds():
             total += setups * images / self.images
             setups = max(4, math.ceil(setups / 5))
@@ -154,23 +155,38 @@ class Halving(Algorithm):
         return [t.setup for t in trials if t.setup in kept]
 
     def _neighbours(self, trials: list[Trial], evaluate: Evaluate) -> list[Trial]:
-        """``trials`` and those on the way uphill from the best of them, first in k~, then in ln(tau)."""
-        leader, step = best(trials), math.log(2) / 2
+        """``trials`` and those on the way uphill from the best of them: k~ by one, tau by its double, then by its root."""
+        leader = best(trials)
         if leader is None or leader.setup == Setup():
             return trials
-        tried = {t.setup for t in trials}
+        tried, widths = {t.setup for t in trials}, [math.log(2), math.log(2) / 2]
         for _ in range(self.STEPS):
-            s = leader.setup
-            near = [replace(s, count=k) for k in (s.count - 1, s.count + 1) if 0 <= k <= self.space.max_count]
-            if s.start_block is not None:
-                near += [replace(s, num_copies=s.num_copies * math.exp(d)) for d in (step, -step)]
-            fresh = next((n for n in near if n not in tried and n.kind != "nothing"), None)
+            near = [n for width in widths for n in self._near(leader.setup, width)]
+            fresh = next((n for n in near if n not in tried), None)
             if fresh is None:
                 break
-            trials = [*trials, evaluate(fresh)]
             tried.add(fresh)
+            if self._clearly_behind(fresh, leader.setup, evaluate):
+                continue
+            trials = [*trials, evaluate(fresh)]
             leader = best([leader, trials[-1]]) or leader
         return trials
+
+    def _near(self, setup: Setup, width: float) -> list[Setup]:
+        """Those one step of k~, or ``width`` of ln(tau), away."""
+        counts = (setup.count - 1, setup.count + 1)
+        found = [replace(setup, count=k) for k in counts if 0 <= k <= self.space.max_count]
+        if setup.start_block is not None:
+            found += [replace(setup, num_copies=setup.num_copies * math.exp(d)) for d in (width, -width)]
+        return [n for n in found if n.kind != "nothing"]
+
+    def _clearly_behind(self, setup: Setup, leader: Setup, evaluate: Evaluate) -> bool:
+        """By the images of the round before the last, if there was one."""
+        if len(rounds := self._rounds()) == 1:
+            return False
+        ahead, trial = evaluate.many([leader, setup], rounds[-2])
+        behind, error = ahead.lead(trial)
+        return not behind <= self.config.noise_sigmas * error  # nan is behind
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"halving": Halving, "coordinate": Coordinate, "exhaustive": Exhaustive}

@@ -110,9 +110,10 @@ class Space:
     copies: tuple[float, ...]
     max_count: int
 
-    def prefixes(self) -> list[Setup]:
-        """Every prefix without deletion."""
-        return [Setup(block, scope, number, tau) for block, number, scope in self.starts for tau in self.copies]
+    def prefixes(self, copies: tuple[float, ...] | None = None) -> list[Setup]:
+        """Every prefix without deletion; with ``copies`` in place of every tau."""
+        copies = self.copies if copies is None else copies
+        return [Setup(block, scope, number, tau) for block, number, scope in self.starts for tau in copies]
 
     @property
     def counts(self) -> range:
@@ -121,10 +122,12 @@ class Space:
 
     @property
     def few_counts(self) -> tuple[int, ...]:
-        """k~ from 1 in steps that grow, about half of its size."""
-        found = {1, self.max_count} if self.max_count else set()
-        step = 1.0
-        while step < self.max_count:
-            found.add(round(step))
-            step *= 1.5
-        return tuple(sorted(found))
+        """1, 2, 4, ... and the largest k~."""
+        found = {1 << power for power in range(self.max_count.bit_length())}
+        return tuple(sorted(found | {self.max_count} if self.max_count else ()))
+
+    @property
+    def few_copies(self) -> tuple[float, ...]:
+        """Every second tau from the ends on."""
+        last = len(self.copies) - 1
+        return tuple(c for i, c in enumerate(self.copies) if i % 2 == 0 or i == last)
