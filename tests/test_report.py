@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, TOWERS
+from models import MODELS, TOWERS, random_cache
 
 from optimum_regcache import RegCacheConfig
 from optimum_regcache.commands import compare as comparing
@@ -23,7 +23,9 @@ from optimum_regcache.commands.report import (
     retention,
 )
 from optimum_regcache.commands.sources import open_source
+from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
@@ -85,6 +87,24 @@ def test_rows_are_compared_with_naive_image_by_image() -> None:
     assert worse.recovered_loss is not None
     assert worse.recovered_loss < 0
     assert not any(math.isnan(v) for v in worse.to_dict().values() if isinstance(v, float))
+
+
+def test_rows_that_start_at_a_known_block_are_those_of_whole_passes(monkeypatch: Any) -> None:
+    model = TOWERS["clip"].build()
+    cache, deletion = random_cache((2, 3)), DeletionConfig(block=2, count=2)
+    first, second = batches(), batches()
+    rows = []
+    for reuse in (True, False):
+        runner = TrialRunner(model, RegCacheConfig(), first, reuse=reuse)
+        reporter = Reporter(runner, second, None, None, 2)
+        plain_rows(reporter)
+        rows.append([reporter.row("both", cache, deletion, ""), reporter.row("delete", None, deletion, "")])
+    assert rows[0] == rows[1]
+    assert rows[0][0] != rows[0][1]
+    monkeypatch.setattr("optimum_regcache.commands.report.NORM_FLOPS", 1.0)  # 32 images at least: all 16
+    assert count_images(Reporter(runner, second, None, None, 2).norm_batches) == 16
+    many = [TOWERS["clip"].inputs(seed=seed, batch=30) for seed in (1, 2)]
+    assert count_images(Reporter(runner, many, None, None, 2).norm_batches) == 32
 
 
 @pytest.fixture(scope="module")

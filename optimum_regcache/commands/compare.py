@@ -19,6 +19,7 @@ from optimum_regcache.config import DeletionConfig, RegCacheConfig
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import store_batches
+from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.methods import quantize_with
 from optimum_regcache.registers import RegisterCache
@@ -118,7 +119,11 @@ def compare(
         name, config = result.other.name, swapped.quantized.config
     notes.append(f"the {name} row is the saved checkpoint, opened again from disk")
     notes.append("retention: metric / that of float; recovered: (metric - naive) / (float - naive)")
-    notes.append("norms and FLOPs: patch tokens and blocks, float model with the same registers, deletion and rewrites")
+    few, every = count_images(reporter.norm_batches), count_images(reporter.batches)
+    on = f", on the first {few} of the {every} images" if few < every else ""
+    notes.append(
+        f"norms and FLOPs: patch tokens and blocks, float model with the same registers, deletion and rewrites{on}"
+    )
     notes.append(f"quantized: {config.protocol}")
     if config.simulated_reason:
         notes.append(f"simulated, not run in integers: {config.simulated_reason}")

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,13 +18,14 @@ from rich.table import Table
 from torch import nn
 
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.passes import Batch, ImageRange, count_images
 from optimum_regcache.evaluation.norms import TokenNorms, block_flops, measure_token_norms
-from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
+from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both, score_reference
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
+NORM_FLOPS = 5e12  # of the float model: about 140 images of CLIP ViT-B/16
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,30 @@ class Reporter:
         self.norms: dict[str, TokenNorms] = {}
         self._scores: dict[str, torch.Tensor] = {}
 
+    @cached_property
+    def norm_batches(self) -> Sequence[Batch]:
+        """The images that token norms are taken on: the first ones, as many as take `NORM_FLOPS`."""
+        one = ImageRange(self.batches, 1)
+        flops = block_flops(self.runner.float_model, measure_token_norms(self.runner.float_model, one).tokens)
+        count = count_images(self.batches)
+        images = count if flops is None else min(count, max(32, int(NORM_FLOPS / flops)))
+        return self.batches if images == count else ImageRange(self.batches, images)
+
+    @cached_property
+    def _plain_norms(self) -> TokenNorms:
+        """Norms with nothing installed."""
+        self.runner.reset()
+        return measure_token_norms(self.runner.float_model, self.norm_batches)
+
     def scores(self, model: nn.Module) -> torch.Tensor:
         """The metric of each image, float32 [n]."""
         return (self.accuracy or self.cosine).scores(model)
 
-    def _row(self, name: str, model: nn.Module, installed: str, float_twin: nn.Module | None = None) -> Row:
-        twin = float_twin or self.runner.float_model
-        cosine, accuracy = score_both(model, self.cosine, self.accuracy)
+    def _row(self, name: str, model: nn.Module, installed: str, norms: TokenNorms, twin: nn.Module) -> Row:
+        score = score_reference if name == "float" else score_both
+        cosine, accuracy = score(model, self.cosine, self.accuracy)
         scores = self._scores[name] = cosine if accuracy is None else accuracy
-        norms = self.norms[name] = measure_token_norms(twin, self.batches)
+        self.norms[name] = norms
         metric = float(scores.mean())
         naive, best = (float(self._scores[n].mean()) if n in self._scores else None for n in ("naive", "float"))
         return Row(
@@ -119,14 +136,19 @@ class Reporter:
 
     def float_row(self) -> Row:
         """The float model; must be asked for first, the figures of the others refer to it."""
-        self.runner.reset()
-        return self._row("float", self.runner.float_model, "-")
+        norms = self._plain_norms
+        return self._row("float", self.runner.float_model, "-", norms, self.runner.float_model)
 
     def row(self, name: str, cache: RegisterCache | None, deletion: DeletionConfig, installed: str) -> Row:
         """Install, recalibrate, measure. The row ``naive`` comes before those that are compared with it."""
-        self.runner.install(cache, deletion)
-        row = self._row(name, self.runner.quantized, installed)
-        self.runner.reset()
+        runner, norms = self.runner, self._plain_norms
+        runner.install(cache, deletion)
+        if runner.first_change(cache, deletion) is not None:
+            known = runner.float_inputs(cache, deletion, self.norm_batches)
+            norms = measure_token_norms(runner.float_model, self.norm_batches, known, known and norms)
+        with runner.starting(cache, deletion, self.batches):
+            row = self._row(name, runner.quantized, installed, norms, runner.float_model)
+        runner.reset()
         return row
 
     def dynamic_row(self, name: str) -> Row:
@@ -136,12 +158,12 @@ class Reporter:
         activations = replace(config.activations, mode="dynamic", granularity="per_token", observer="minmax")
         runner = TrialRunner(self.runner.float_model, config.replace(activations=activations), [])
         runner.install(None, DeletionConfig())
-        return self._row(name, runner.quantized, NOTHING)
+        return self._row(name, runner.quantized, NOTHING, self._plain_norms, runner.float_model)
 
     def model_row(self, name: str, model: nn.Module, float_twin: nn.Module, installed: str) -> Row:
         """Measure a finished model (for example one opened from disk); norms come from ``float_twin``, the float model with
         the same registers, deletion and rewrites."""
-        return self._row(name, model, installed, float_twin)
+        return self._row(name, model, installed, measure_token_norms(float_twin, self.norm_batches), float_twin)
 
 
 def retention(metric: float, best: float | None) -> float | None:

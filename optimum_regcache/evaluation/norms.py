@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from optimum_regcache.encoders.passes import Batch, leading_tokens, visit_tokens
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.registers.replay import Recorded, replaying
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,17 @@ class TokenNorms:
         return {name: [round(float(v), 5) for v in getattr(self, name)] for name in self.__dataclass_fields__}
 
 
-def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorms:
-    """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out."""
+def measure_token_norms(
+    model: nn.Module, batches: Iterable[Batch], known: Recorded | None = None, before: TokenNorms | None = None
+) -> TokenNorms:
+    """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out.
+
+    Args:
+        model: model or tower.
+        batches: images.
+        known: inputs of a block for these batches. Earlier blocks are skipped then, and are those of ``before``.
+        before: norms on these batches, of the model before that block.
+    """
     tower = find_tower(model)
     lead, depth = leading_tokens(tower), len(tower.blocks)
     collected: dict[tuple[str, int], list[torch.Tensor]] = {}
@@ -54,12 +65,15 @@ def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorm
         valid[:, :lead] = False
         collected.setdefault((site, block), []).append(norms[valid].cpu())
 
-    visit_tokens(model, batches, record)
+    first = 0 if known is None or before is None else known.block
+    with nullcontext() if known is None else replaying(model, known.block, known.states):
+        visit_tokens(model, batches, record)
 
     def reduce(site: str, how: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([how(torch.cat(collected[(site, i)])) for i in range(depth)])
+        found = [how(torch.cat(collected[(site, i)])) for i in range(first, depth)]
+        return torch.stack([torch.zeros(()).to(found[0])] * first + found)
 
-    return TokenNorms(
+    found = TokenNorms(
         reduce("block", torch.max),
         reduce("block", torch.median),
         reduce("block", torch.mean),
@@ -68,6 +82,10 @@ def measure_token_norms(model: nn.Module, batches: Iterable[Batch]) -> TokenNorm
         any_max,
         tokens / images,
     )
+    if before is None:
+        return found
+    names = TokenNorms.__dataclass_fields__
+    return TokenNorms(*(torch.cat((getattr(before, n)[:first], getattr(found, n)[first:])) for n in names))
 
 
 def block_flops(model: nn.Module, tokens: torch.Tensor) -> float | None:

@@ -223,21 +223,37 @@ def score_both(
     if accuracy is None:
         return cosine.scores(model), None
     if accuracy.text_features is not None:
-        features = F.normalize(encode(model, cosine.batches), dim=-1)
-        predictions = _classes(features @ accuracy.text_features.T)
-    else:
-        tower, outputs = find_tower(model), list[Any]()
-        handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
-        parts, classes = [], []
-        try:
-            for batch in cosine.batches:
-                outputs.clear()
-                classes.append(_classes(model(**move(batch, model)).logits.float().cpu()))
-                parts.append(pooled_features(tower, outputs[0]).cpu())
-        finally:
-            handle.remove()
-        features, predictions = F.normalize(torch.cat(parts), dim=-1), torch.cat(classes)
+        return _score_features(F.normalize(encode(model, cosine.batches), dim=-1), cosine, accuracy)
+    tower, outputs = find_tower(model), list[Any]()
+    handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    parts, classes = [], []
+    try:
+        for batch in cosine.batches:
+            outputs.clear()
+            classes.append(_classes(model(**move(batch, model)).logits.float().cpu()))
+            parts.append(pooled_features(tower, outputs[0]).cpu())
+    finally:
+        handle.remove()
+    features, predictions = F.normalize(torch.cat(parts), dim=-1), torch.cat(classes)
     return (features * cosine.reference).sum(-1), predictions.eq(accuracy.labels).float()
+
+
+def score_reference(
+    float_model: nn.Module, cosine: CosineObjective, accuracy: AccuracyObjective | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`score_both` of the model that is the reference, whose features are known."""
+    if accuracy is None or accuracy.text_features is not None:
+        return _score_features(cosine.reference, cosine, accuracy)
+    return score_both(float_model, cosine, accuracy)
+
+
+def _score_features(
+    features: torch.Tensor, cosine: CosineObjective, accuracy: AccuracyObjective | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hits = None
+    if accuracy is not None and accuracy.text_features is not None:
+        hits = _classes(features @ accuracy.text_features.T).eq(accuracy.labels).float()
+    return (features * cosine.reference).sum(-1), hits
 
 
 def check_template(template: str) -> None:

@@ -99,7 +99,7 @@ class TrialRunner:
         self._last_start = max(0, min(states_read(self.float_model, tower)) - 1)  # states before a replay do not exist
         self.block_forwards = 0
         self._plain: dict[int, QParams] = {}  # scales with nothing installed, by calibration list
-        self._float: dict[int, BlockInputs] = {}  # by calibration list
+        self._float: dict[int, BlockInputs] = {}  # by list of batches
         self._quantized: dict[tuple[int, int], BlockInputs] = {}  # by calibration list and scored list
 
     def _count(self, batches: Sequence[Batch], first: int) -> None:
@@ -169,18 +169,35 @@ class TrialRunner:
         """Install, recalibrate and score; float32 [n]. Arguments as for `install`."""
         calibration = self.calibration if calibration is None else calibration
         self.install(cache, deletion, calibration)
-        with self._from(self.first_change(cache, deletion), objective, calibration):
+        with self.starting(cache, deletion, objective.batches, calibration):
             scores = objective.scores(self.quantized)
         self.reset()
         return scores
 
-    def _from(
-        self, first: int | None, objective: Objective, calibration: Sequence[Batch]
+    def starting(
+        self,
+        cache: RegisterCache | None,
+        deletion: DeletionConfig,
+        batches: Sequence[Batch],
+        calibration: Sequence[Batch] | None = None,
     ) -> AbstractContextManager[None]:
-        """Inside it the quantized model starts at block ``first``."""
-        known = self._known(first, objective.batches, calibration)
-        self._count(objective.batches, 0 if known is None else known.block)
+        """Inside it the quantized model, run over ``batches`` once, starts at the first block that what is installed changes;
+        arguments as for `install`."""
+        calibration = self.calibration if calibration is None else calibration
+        known = self._known(self.first_change(cache, deletion), batches, calibration)
+        self._count(batches, 0 if known is None else known.block)
         return nullcontext() if known is None else replaying(self.quantized, known.block, known.states)
+
+    def float_inputs(
+        self, cache: RegisterCache | None, deletion: DeletionConfig, batches: Sequence[Batch]
+    ) -> Recorded | None:
+        """As `quantized_inputs`, of the float model; None also where the configuration changes nothing."""
+        first = self.first_change(cache, deletion)
+        if not self.reuse or not first:
+            return None
+        if id(batches) not in self._float:
+            self._float[id(batches)] = BlockInputs(self.float_model, batches, self.space)
+        return Recorded(first, self._inputs(self._float[id(batches)], first))
 
     def quantized_inputs(
         self, cache: RegisterCache | None, deletion: DeletionConfig, batches: Sequence[Batch]

@@ -1,0 +1,165 @@
+"""A whole ``quantize`` as a user starts it: seconds, longest silence, memory, and whether it finds what was planted.
+
+    python benchmarks/bench_fit.py --photos FOLDER_OR_PARQUET                    # CLIP ViT-B/16 size, SYNTHETIC sink
+    python benchmarks/bench_fit.py --photos PHOTOS --model DIR                   # any other model on the same photographs
+    python benchmarks/bench_fit.py --photos PHOTOS --before ad64e87 --limit 1800 # an earlier revision first, up to 1,800 s
+
+Without ``--model`` the encoder is that of ``planted_clip.py`` and its patches are drawn on the photographs; the block, tau and
+``k~`` that were found stand beside the planted ones. The command runs in a process of its own, without a terminal. A silence is
+the time between two lines of it. Memory is what the process and its children cannot give back (anonymous), sampled four times
+a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import psutil
+
+from planted_clip import SIDE, SINK_BLOCK, planted_clip, trigger_patches, with_triggers
+
+ROOT = Path(__file__).resolve().parent.parent
+# optimum-cli with the command of a checkout in place of the installed one
+COMMAND = """
+import importlib, sys
+checkout = sys.argv.pop(1)
+sys.path.insert(0, checkout)
+importlib.import_module("optimum.commands.register").__path__ = [checkout + "/optimum_regcache/commands/cli"]
+from optimum.commands.optimum_cli import main
+main()
+"""
+
+
+@dataclass
+class Run:
+    """How one command went."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    silence: float = 0.0
+    memory: float = 0.0  # MiB
+    finished: bool = True
+
+
+def _watch(process: subprocess.Popen[str], run: Run, stop: threading.Event) -> None:
+    """Memory and CPU time of a process and its children until ``stop``."""
+    while not stop.wait(0.25):
+        try:
+            root = psutil.Process(process.pid)
+            family = [root, *root.children(recursive=True)]
+            run.memory = max(run.memory, sum(p.memory_full_info().uss for p in family) / 2**20)
+            times = [p.cpu_times() for p in family]
+            run.cpu_seconds = max(run.cpu_seconds, sum(t.user + t.system for t in times))
+        except psutil.Error:
+            continue
+
+
+def run_command(command: list[str], limit: float) -> Run:
+    """Run it and pass its lines on."""
+    run, stop = Run(), threading.Event()
+    begun = last = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    threads = [
+        threading.Thread(target=_watch, args=(process, run, stop), daemon=True),
+        threading.Timer(limit, process.kill),
+    ]
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    for line in cast("IO[str]", process.stdout):
+        now = time.perf_counter()
+        run.silence, last = max(run.silence, now - last), now
+        print(f"{now - begun:7.1f} {line[:150].rstrip()}", file=sys.stderr, flush=True)
+    code = process.wait()
+    stop.set()
+    run.seconds = time.perf_counter() - begun
+    run.silence = max(run.silence, time.perf_counter() - last)
+    run.finished = code == 0
+    return run
+
+
+def _photographs(path: str) -> Any:
+    from datasets import load_dataset
+
+    kind = "imagefolder" if Path(path).is_dir() else "parquet"
+    where = {"data_dir": path} if kind == "imagefolder" else {"data_files": path}
+    return load_dataset(kind, split="train", **where)["image"]
+
+
+def _prepare(folder: Path, photos: str) -> tuple[str, str]:
+    """The synthetic encoder and its images, written once."""
+    from transformers import CLIPImageProcessor
+
+    model, images = folder / "planted-clip-b16", folder / "images"
+    if not model.exists():
+        planted_clip().save_pretrained(model)
+        size = {"height": SIDE, "width": SIDE}
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size).save_pretrained(model)
+    if not images.exists():
+        with_triggers(iter(_photographs(photos)), images)
+    return str(model), str(images)
+
+
+def found(output: Path) -> dict[str, Any]:
+    """What the search says, and what was planted."""
+    results = json.loads((output / "results.json").read_text())
+    fit = results.get("fit", results)
+    counts = [len(trigger_patches(i)[0]) for i in range(600)]
+    return {
+        "planted": {"block": SINK_BLOCK, "tokens": f"{min(counts)} to {max(counts)}"},
+        "sensitive_block": fit.get("sensitive_block"),
+        "chosen": fit.get("search", {}).get("chosen", {}).get("text"),
+        "rows": {row["name"]: row.get("cosine") for row in results.get("rows", [])},
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", required=True, help="folder or parquet file of photographs")
+    parser.add_argument("--model", help="in place of the synthetic encoder")
+    parser.add_argument("--preset", default="w8a8")
+    parser.add_argument("--before", metavar="REVISION", help="run this revision of the project first")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which a run is stopped")
+    parser.add_argument("--folder", type=Path, help="for encoder, images and results (default: a temporary one)")
+    parser.add_argument("options", nargs="*", help="passed on to quantize; after --")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        model, images = (arguments.model, arguments.photos) if arguments.model else _prepare(folder, arguments.photos)
+        print("| code | seconds | CPU seconds | longest silence, s | memory, MiB |\n|---|---|---|---|---|", flush=True)
+        for revision in [*([arguments.before] if arguments.before else []), None]:
+            checkout = ROOT if revision is None else folder / "checkout"
+            if revision is not None:
+                git = ["git", "-C", str(ROOT)]
+                subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(checkout), revision], check=True)
+            output = folder / f"result-{revision or 'now'}"
+            command = [sys.executable, "-c", COMMAND, str(checkout), "regcache", "quantize"]
+            command += ["--model", model, "--dataset", images, "--preset", arguments.preset, "--output", str(output)]
+            try:
+                run = run_command(command + arguments.options, arguments.limit)
+            finally:
+                if revision is not None:
+                    subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(checkout)], check=True)
+            end = "" if run.finished else " (stopped)"
+            print(
+                f"| {revision or 'this'} | {run.seconds:.0f}{end} | {run.cpu_seconds:.0f} | {run.silence:.1f} | "
+                f"{run.memory:.0f} |",
+                flush=True,
+            )
+            if run.finished and not arguments.model:
+                print(json.dumps(found(output), indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
