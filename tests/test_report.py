@@ -17,6 +17,7 @@ from optimum_regcache.commands.report import (
     Reporter,
     Row,
     clearly_below,
+    expected_work,
     markdown_table,
     recovered_loss,
     render_table,
@@ -28,6 +29,7 @@ from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
+from optimum_regcache.search import progress
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import run_plan
 from optimum_regcache.search.trials import TrialRunner
@@ -105,6 +107,20 @@ def test_rows_that_start_at_a_known_block_are_those_of_whole_passes(monkeypatch:
     assert count_images(Reporter(runner, second, None, None, 2).norm_batches) == 16
     many = [TOWERS["clip"].inputs(seed=seed, batch=30) for seed in (1, 2)]
     assert count_images(Reporter(runner, many, None, None, 2).norm_batches) == 32
+
+
+def test_rows_tell_how_far_the_report_is(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    runner = TrialRunner(TOWERS["clip"].build(), RegCacheConfig(), batches())
+    with progress.watching("quantize", True) as watched, watched.stage("report"):
+        watched.expect(report=expected_work(16, runner.depth))
+        reporter = Reporter(runner, batches(), None, None, 2)
+        plain_rows(reporter)
+        reporter.row("both", random_cache((2, 3)), DeletionConfig(block=2, count=2), "")
+        reporter.model_row("RegCache", runner.quantized, runner.float_model, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("quantize: report ...; ") for line in lines)
+    assert 0.5 < watched.done / expected_work(16, runner.depth) < 1.5
 
 
 @pytest.fixture(scope="module")

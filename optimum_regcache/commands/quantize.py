@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_regcache.commands.card import write_model_card
 from optimum_regcache.commands.compare import compare, installs, pictures
 from optimum_regcache.commands.recommend import ReportOptions, advise
-from optimum_regcache.commands.report import environment, render_table
+from optimum_regcache.commands.report import environment, expected_work, render_table
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Hub, Source
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
@@ -27,6 +27,7 @@ from optimum_regcache.quantizer import write_model
 from optimum_regcache.search.fit import fit_registers
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.processes import alone
+from optimum_regcache.search.progress import watching
 from optimum_regcache.search.run import repeatable, run_plan
 
 
@@ -65,22 +66,26 @@ def quantize_job(
         if plan.resolved.config.registers.mode == "search":
             fit_registers(source.model, images, plan, progress=False)
         return {}, ""
-    with output, ExitStack() as rest:
+    with output, watching("quantize", progress) as job, ExitStack() as rest:
         output.require_space(least_bytes(source.model))
+        job.expect(report=expected_work(len(source.report_images), len(find_tower(source.model).blocks)))
         run = run_plan(source.model, images, plan, work_dir=output.work, keep_best=True, progress=progress)
         rest.enter_context(alone())  # the other processes are done
-        advice, fit = advise(source, images, run, options, progress), run.fit
+        with job.stage("alternatives"):
+            advice, fit = advise(source, images, run, options, progress), run.fit
         saved = (advice.swapped if advice is not None else None) or run
         config = saved.quantized.config
         given = None if source.dataset_name.endswith(EMBEDDED_IMAGES) else source.dataset_name
         recipe = replace(saved.recipe, model=source.name, dataset=given, revision=(hub or {}).get("revision"))
         recipe = repeatable(recipe, fit)
-        write_model(output.stage, saved.quantized.model, source.processor, recipe)
-        opened: Any = load_model(output.stage, dtype=next(source.model.parameters()).dtype)
-        require_same_tensors(saved.quantized.model, opened)
-        found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress, advice)
-        if fit is not None:
-            found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
+        with job.stage("save"):
+            write_model(output.stage, saved.quantized.model, source.processor, recipe)
+            opened: Any = load_model(output.stage, dtype=next(source.model.parameters()).dtype)
+            require_same_tensors(saved.quantized.model, opened)
+        with job.stage("report"):
+            found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress, advice)
+            if fit is not None:
+                found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
         results: dict[str, Any] = {
             "model": source.name,
             "dataset": source.dataset_name,

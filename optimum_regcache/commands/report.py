@@ -22,6 +22,8 @@ from optimum_regcache.encoders.passes import Batch, ImageRange, count_images
 from optimum_regcache.evaluation.norms import TokenNorms, block_flops, measure_token_norms
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both, score_reference
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.registers.replay import Recorded
+from optimum_regcache.search.progress import current
 from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
@@ -70,6 +72,11 @@ class Row:
         return asdict(self)
 
 
+def expected_work(images: int, depth: int) -> float:
+    """Block-forwards of a report: features, eight rows, and norms of a part of the images."""
+    return 10.0 * images * depth
+
+
 class Reporter:
     """Measures variants on report images that no search or calibration saw.
 
@@ -89,10 +96,19 @@ class Reporter:
         sensitive_block: int,
     ) -> None:
         self.runner, self.batches, self.block = runner, batches, sensitive_block
+        self._ran(batches)
         self.cosine = CosineObjective(runner.float_model, batches)
         self.accuracy = None if labels is None else AccuracyObjective(batches, labels, text_features)
         self.norms: dict[str, TokenNorms] = {}
         self._scores: dict[str, torch.Tensor] = {}
+
+    def _ran(self, batches: Sequence[Batch], first: int = 0) -> None:
+        """Tell the progress that a model goes over ``batches`` from block ``first`` on."""
+        current().advance(count_images(batches) * (self.runner.depth - first))
+
+    def _measure(self, model: nn.Module, known: Recorded | None = None, before: TokenNorms | None = None) -> TokenNorms:
+        self._ran(self.norm_batches, 0 if known is None else known.block)
+        return measure_token_norms(model, self.norm_batches, known, before)
 
     @cached_property
     def norm_batches(self) -> Sequence[Batch]:
@@ -107,7 +123,7 @@ class Reporter:
     def _plain_norms(self) -> TokenNorms:
         """Norms with nothing installed."""
         self.runner.reset()
-        return measure_token_norms(self.runner.float_model, self.norm_batches)
+        return self._measure(self.runner.float_model)
 
     def scores(self, model: nn.Module) -> torch.Tensor:
         """The metric of each image, float32 [n]."""
@@ -145,7 +161,7 @@ class Reporter:
         runner.install(cache, deletion)
         if runner.first_change(cache, deletion) is not None:
             known = runner.float_inputs(cache, deletion, self.norm_batches)
-            norms = measure_token_norms(runner.float_model, self.norm_batches, known, known and norms)
+            norms = self._measure(runner.float_model, known, known and norms)
         with runner.starting(cache, deletion, self.batches):
             row = self._row(name, runner.quantized, installed, norms, runner.float_model)
         runner.reset()
@@ -158,12 +174,14 @@ class Reporter:
         activations = replace(config.activations, mode="dynamic", granularity="per_token", observer="minmax")
         runner = TrialRunner(self.runner.float_model, config.replace(activations=activations), [])
         runner.install(None, DeletionConfig())
+        self._ran(self.batches)
         return self._row(name, runner.quantized, NOTHING, self._plain_norms, runner.float_model)
 
     def model_row(self, name: str, model: nn.Module, float_twin: nn.Module, installed: str) -> Row:
         """Measure a finished model (for example one opened from disk); norms come from ``float_twin``, the float model with
         the same registers, deletion and rewrites."""
-        return self._row(name, model, installed, measure_token_norms(float_twin, self.norm_batches), float_twin)
+        self._ran(self.batches)
+        return self._row(name, model, installed, self._measure(float_twin), float_twin)
 
 
 def retention(metric: float, best: float | None) -> float | None:

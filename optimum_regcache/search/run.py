@@ -26,6 +26,7 @@ from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts, space_of
 from optimum_regcache.search.processes import is_main
+from optimum_regcache.search.progress import current
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def run_plan(
             f"{resolved.image_users} need calibration images: pass calibration_dataset, or use the preset 'w8a8-dynamic'."
         )
     calibration = parts.batches("calibration") if parts is not None else list[Batch]()
-    quantized = quantize_with(model, resolved, cache, calibration, progress)
+    with current().stage("quantize"):
+        quantized = quantize_with(model, resolved, cache, calibration, progress)
     recipe = replace(recipe, quantization=quantized.config, notes="")
     space = parts.space if parts is not None else space_of(recipe.data, folder)
     return QuantizationRun(recipe, quantized, cache, fit, calibration, space)
