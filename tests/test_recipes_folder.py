@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from models import BLOCKS, MODELS, PIXELS
@@ -25,6 +26,7 @@ from optimum_regcache.config import (
     RewritesConfig,
     WeightsConfig,
 )
+from optimum_regcache.config.expect import ExpectConfig
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.data import reference
 from optimum_regcache.layers.linear import quant_linears
@@ -41,7 +43,13 @@ ARCHITECTURES = {
     "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "clip_dual",
     "google/siglip-base-patch16-224": "siglip_dual",
     "google/siglip2-base-patch16-224": "siglip_dual",
+    "openai/clip-vit-base-patch32": "clip_dual",
+    "openai/clip-vit-large-patch14-336": "clip_dual",
+    "google/siglip-so400m-patch14-384": "siglip_dual",
     "facebook/dinov2-base": "dinov2",
+    "facebook/dinov2-large": "dinov2",
+    "facebook/dinov2-with-registers-base": "dinov2_registers",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": "dinov3",
     "dinov2-small-imgfocus": "dinov2",
 }
 SMALL = (
@@ -120,10 +128,11 @@ def test_it_follows_the_paper_and_says_what_was_measured(name: str) -> None:
     if "/" not in MODEL_OF[name]:  # a model without a repository on the Hub
         assert "docs/results/accuracy.md" in recipe.notes
     else:
-        assert recipe.notes.startswith("Not measured by this project: the weights need the Hub. Target in the paper")
+        assert recipe.notes.startswith("Not measured by this project: the weights need the Hub. ")
+        assert recipe.expect is None or (recipe.expect.source, recipe.expect.metric) == ("published", "accuracy")
     zero_shot = ARCHITECTURES.get(str(recipe.model), "").endswith("_dual")
     assert search.objective == ("accuracy" if zero_shot else "cosine")
-    assert search.scopes == (("onwards", "single") if "dinov2" in name else ("onwards",))
+    assert search.scopes == (("onwards", "single") if "dino" in name else ("onwards",))
 
 
 @pytest.mark.parametrize("name", [name for name, model in MODEL_OF.items() if model in ARCHITECTURES])
@@ -184,6 +193,7 @@ def test_the_readme_lists_every_field() -> None:
         "quantization.attention": AttentionConfig,
         "quantization.rewrites": RewritesConfig,
     }
+    parts["expect"] = ExpectConfig
     known = {f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)}
     assert {name for name, _ in rows} == known | {
         "model",
@@ -194,5 +204,8 @@ def test_the_readme_lists_every_field() -> None:
         "quantization.methods",
     }
     for name, default in rows:
-        if name != "preset":
+        part, _, field = name.partition(".")
+        if part == "expect":  # a section that is not there
+            assert yaml.safe_load(default.strip("`")) == getattr(ExpectConfig(), field), f"{name}: default"
+        elif name != "preset":
             assert Recipe().override([f"{name}={default.strip('`')}"]) == Recipe(), f"{name}: default is not {default}"

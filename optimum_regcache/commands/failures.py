@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 USER_ERROR, INTERRUPTED, MACHINE, UNEXPECTED = 2, 3, 4, 1
+MISSED = 6  # no failure: `run` is done and written, and the result misses what the recipe expects
 DOES_NOT_FIT = 5  # no failure: `analyze --check` is done and written, and its verdict is that
 
 

@@ -17,6 +17,7 @@ from optimum_regcache.commands.compare import compare, installs, pictures
 from optimum_regcache.commands.recommend import ReportOptions, advise
 from optimum_regcache.commands.report import environment, expected_work, render_table
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Hub, Source
+from optimum_regcache.config.expect import compare_expected
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import LOCAL, Recipe
@@ -86,6 +87,8 @@ def quantize_job(
             found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress, advice)
             if fit is not None:
                 found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
+        checks = [] if recipe.expect is None else compare_expected(recipe.expect, *found.rows[:2], found.rows[-1])
+        found.notes += [f"expected by the recipe: {check.describe()}" for check in checks]
         results: dict[str, Any] = {
             "model": source.name,
             "dataset": source.dataset_name,
@@ -101,6 +104,7 @@ def quantize_job(
             "rows": [row.to_dict() for row in found.rows],
             "below_naive": [row.name for row in found.rows if row.below_naive],
             "seeds": found.seeds,
+            "expected": [check.to_dict() for check in checks],
             "labelled": found.labelled,
             "fit": fit.to_dict() if fit else None,
             "recommendation": advice.to_dict(found.other) if advice else None,

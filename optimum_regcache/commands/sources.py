@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
+from optimum_regcache.config.recipe_files import packaged_recipes
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs, reference_and_report, subsample
 from optimum_regcache.data.loading import FORMATS, drop_broken, load_splits
@@ -136,6 +137,8 @@ def open_source(
     seed, data = recipe.search.seed, recipe.data
     if recipe.revision is not None and name == recipe.model:
         hub.setdefault("revision", recipe.revision)
+    if dataset is None and name not in reference.names() and not Path(name).exists():
+        dataset = recipe_images(name)
     if dataset is None and name not in reference.names():
         raise ValueError(
             f"--dataset is needed for {name.removeprefix(LOCAL)}: {FORMATS}. Only the "
@@ -165,6 +168,16 @@ def open_source(
         name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,
         template if template is not None else (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "", dropped,
     )  # fmt: skip
+
+
+def recipe_images(model: str) -> str | None:
+    """The images that a packaged recipe for this model of the Hub names, with a warning; None if there is no such recipe."""
+    for name, path in packaged_recipes().items():
+        recipe = Recipe.load(path)
+        if recipe.model == model and recipe.dataset is not None:
+            logger.warning(f"No --dataset: taking {recipe.dataset}, which the recipe {name} names for {model}.")
+            return recipe.dataset
+    return None
 
 
 def split_images(

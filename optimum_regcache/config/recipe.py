@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from optimum_regcache.config import PRESETS, RegCacheConfig
+from optimum_regcache.config.expect import ExpectConfig
 from optimum_regcache.config.files import write_text
 from optimum_regcache.config.migrate import migrate_field, migrate_recipe
+from optimum_regcache.config.recipe_files import recipe_file
 from optimum_regcache.config.validation import build_part, check_types, is_mapping, plain, require
 from optimum_regcache.config.yaml_text import MAX_BYTES, read_yaml
 
@@ -190,6 +192,7 @@ class Recipe:
             holds no path: ``local:NAME`` stands for a folder or file of the machine that it was made on.
         revision: of ``model`` on the Hub.
         notes: free text: what was measured with this recipe, or that it was not measured yet.
+        expect: what a result should reach; ``optimum-cli regcache run`` says whether it does.
     """
 
     quantization: RegCacheConfig = field(default_factory=lambda: RegCacheConfig())
@@ -199,6 +202,7 @@ class Recipe:
     dataset: str | None = None
     revision: str | None = None
     notes: str = ""
+    expect: ExpectConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "dataset", "revision"):
@@ -246,23 +250,24 @@ class Recipe:
             dataset=values.get("dataset"),
             revision=values.get("revision"),
             notes=values.get("notes", ""),
+            expect=None if values.get("expect") is None else build_part(ExpectConfig, values["expect"], "expect"),
         )
 
     @classmethod
-    def load(cls, source: str | Path) -> Recipe:
-        """A preset name or a YAML file.
+    def load(cls, source: str | Path, token: str | None = None) -> Recipe:
+        """A preset name, a YAML file, the name of a packaged recipe, or a repository of the Hub that holds ``recipe.yaml``.
+
+        Args:
+            source: for example ``w8a8``, ``my.yaml``, ``clip-vit-base-patch16-w8a8``, ``user/name`` or ``user/name@revision``.
+            token: of the Hub.
 
         Raises:
-            FileNotFoundError: neither a preset nor an existing file.
+            FileNotFoundError: none of these.
             ValueError: not a recipe.
         """
         if str(source) in PRESETS:
             return cls(quantization=RegCacheConfig.from_preset(str(source)))
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"No recipe {str(source)!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file."
-            )
+        path = recipe_file(source, token)
         with path.open("rb") as file:
             data = read_yaml(file.read(MAX_BYTES + 1), str(path))
         require(isinstance(data, dict), f"{path} is not a recipe: expected a mapping with keys such as 'quantization'.")
@@ -321,6 +326,7 @@ class Recipe:
             "notes": self.notes,
             "quantization": self.quantization.to_dict(),
             **parts,
+            "expect": None if self.expect is None else asdict(self.expect),
         }
 
     def portable(self, known: Collection[str] = ()) -> Recipe:

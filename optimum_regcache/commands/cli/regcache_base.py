@@ -42,13 +42,17 @@ def hub_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
-def add_common(parser: ArgumentParser, several: bool = False) -> None:
+def add_common(parser: ArgumentParser, several: bool = False, recipe: str = "--recipe") -> None:
     add_hub(parser)
     parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
     parser.add_argument(
         "--dataset", help="Hub id, image folder, table of images (default: the embedded encoder's scenes)"
     )
-    parser.add_argument("--recipe", help="YAML recipe or preset name; the options below override it")
+    parser.add_argument(
+        recipe,
+        help="YAML file, name of a packaged recipe, preset, or Hub repository with a recipe.yaml (user/name or "
+        "user/name@revision); the options below override it",
+    )
     more = "; several make one model each, in OUTPUT/PRESET" if several else ""
     options: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
     parser.add_argument("--preset", choices=_PRESETS, help=f"bit widths (default w8a8){more}", **options)
@@ -82,7 +86,7 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
     from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.config.recipe import Recipe
 
-    recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
+    recipe = Recipe.load(args.recipe, args.token) if args.recipe else Recipe()
     if preset:
         bits = RegCacheConfig.from_preset(preset)
         recipe = recipe.with_quantization(
@@ -145,7 +149,8 @@ class Command(BaseOptimumCLICommand):
         from optimum_regcache.config.output import Output
         from optimum_regcache.data import reference
 
-        job = {"kind": kind, **recipe.to_dict(), "more": [self.args.template, *more]}
+        described = {name: value for name, value in recipe.to_dict().items() if name != "expect"}
+        job = {"kind": kind, **described, "more": [self.args.template, *more]}
         models = [] if recipe.model in reference.names() else [recipe.model]
         return Output(path, job, overwrite=self.args.overwrite, models=models, dataset=recipe.dataset)
 

@@ -24,6 +24,11 @@ class QuantizeCommand(Command):
     def parse_args(parser: ArgumentParser) -> None:
         add_common(parser, several=True)
         parser.add_argument("--output", required=True, help="directory of the quantized model")
+        QuantizeCommand.add_options(parser)
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Those of the work itself."""
         add_pictures(parser)
         parser.add_argument(
             "--report-seeds", type=int, default=1, metavar="N",
@@ -59,6 +64,10 @@ class QuantizeCommand(Command):
         )
 
     def job(self) -> None:
+        self.quantize()
+
+    def quantize(self) -> list[dict[str, Any]]:
+        """Make what is asked for; the results of each preset, none in a process that only helps."""
         from dataclasses import replace
         from functools import partial
         from pathlib import Path
@@ -77,6 +86,7 @@ class QuantizeCommand(Command):
             recipe = resolve_recipe(args, preset)
             folder = path / preset if len(presets) > 1 else path
             jobs.append((preset, recipe, on_main(partial(self.output, folder, "quantize", recipe, *more))))
+        made: list[dict[str, Any]] = []
         for preset, recipe, output in jobs:
             if output is None:  # not the main process
                 quantize_job(self.open(recipe), recipe, None)
@@ -87,6 +97,30 @@ class QuantizeCommand(Command):
             results, table = quantize_job(self.open(recipe), recipe, output, options=wanted, hub=hub_options(args))
             print(f"{table}\nsaved to {output.path} in {results['seconds']:.0f} s", flush=True)
             require_finished(results)
+            made.append(results)
+        return made
+
+
+class RunCommand(QuantizeCommand):
+    COMMAND = CommandInfo(name="run", help="Quantize as a recipe says, and compare with what it expects.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        add_common(parser, several=True, recipe="recipe")
+        parser.add_argument("--output", help="directory of the quantized model (default: the name of the recipe, here)")
+        QuantizeCommand.add_options(parser)
+
+    def job(self) -> None:
+        from pathlib import Path
+
+        from optimum_regcache.commands.failures import MISSED
+
+        self.args.output = self.args.output or Path(self.args.recipe).resolve().stem.partition("@")[0]
+        checks = [check for results in self.quantize() for check in results["expected"]]
+        if not checks:
+            print("the recipe expects nothing: it has no section 'expect'")
+        if any(check["passed"] is False for check in checks):
+            sys.exit(MISSED)
 
 
 class AnalyzeCommand(Command):
@@ -229,6 +263,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="regcache", help="RegCache: quantize vision encoders with prefixed registers.")
     SUBCOMMANDS = (
         CommandInfo("quantize", help=QuantizeCommand.COMMAND.help, subcommand_class=QuantizeCommand),
+        CommandInfo("run", help=RunCommand.COMMAND.help, subcommand_class=RunCommand),
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),

@@ -1,0 +1,47 @@
+"""Where recipes are: files, those that come with the package, and repositories of the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from optimum_regcache.config import PRESETS
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    package = Path(__file__).resolve().parents[1]  # beside it in a checkout, in it where it is installed
+    found = next((f for f in (package / "recipes", package.parent / "recipes") if any(f.glob("*.yaml"))), None)
+    return {} if found is None else {path.stem: path for path in sorted(found.glob("*.yaml"))}
+
+
+def recipe_file(source: str | Path, token: str | None = None) -> Path:
+    """The file of a recipe; see `Recipe.load`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    name, path = str(source), Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    packaged = packaged_recipes()
+    if name in packaged:
+        return packaged[name]
+    reason = ""
+    if not path.exists() and _REPOSITORY.fullmatch(name) and not name.endswith((".yaml", ".yml")):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        repository, _, revision = name.partition("@")
+        try:
+            return Path(hf_hub_download(repository, "recipe.yaml", revision=revision or None, token=token))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = f" The Hub says: {error}"
+    raise FileNotFoundError(
+        f"No recipe {name!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file, none of the packaged ones "
+        f"({', '.join(packaged)}), and no repository of the Hub with a recipe.yaml.{reason}"
+    )
