@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from optimum_regcache.commands.report import environment, retention
-from optimum_regcache.commands.sources import Hub, open_model, open_source, saved_recipe, targets_of
+from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe, targets_of
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
@@ -109,10 +109,11 @@ def evaluate_job(
         raise ValueError(
             f"{model_dir} is exported: it can be judged beside its float original only. Give --float-model."
         )
+    dataset = saved.dataset if subject.dataset is None else subject.dataset
     source = open_source(
         original or model_dir,
-        saved.dataset if subject.dataset is None else subject.dataset,
-        recipe,
+        dataset,
+        divided_alike(recipe, saved, dataset),
         template=subject.template,
         device=device,
         opened=opened or (model, processor),

@@ -62,6 +62,9 @@ def add_common(parser: ArgumentParser, several: bool = False) -> None:
         help="leave out images that are missing or cannot be decoded",
     )
     parser.add_argument(
+        "--streaming", action="store_true", default=None, help="read only the images that are used, instead of all"
+    )
+    parser.add_argument(
         "--objective",
         choices=_OBJECTIVES,
         help="what the search maximises (default cosine); accuracy and knn read labels",
@@ -93,6 +96,7 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         "data.num_report": args.num_report,
         "data.batch_size": args.batch_size,
         "data.skip_broken": args.skip_broken,
+        "data.streaming": args.streaming,
         "search.objective": args.objective,
         "search.seed": args.seed,
     }
