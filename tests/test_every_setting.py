@@ -124,6 +124,7 @@ TABLE: dict[str, list[Case]] = {
     ],
     "registers.num_copies": [changes(3.0, FIXED), unread(3.0), unread(8.0, SEARCH)],
     "registers.kv_mode": [changes("isolated", FIXED), changes("isolated", SEARCH), unread("isolated")],
+    "registers.refinement": [refused("tuned", "would mine others", FIXED), unread("tuned"), unread("tuned", SEARCH)],
     "deletion.block": [changes(0, DELETION), unread(1), unread(1, SEARCH)],
     "deletion.count": [changes(2, DELETION), refused(2, "found by the search", with_(SEARCH, deletion__block=1))],
     "deletion.score": [changes("l2", DELETION), unread("l2")],
