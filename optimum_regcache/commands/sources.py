@@ -164,7 +164,9 @@ def open_source(
         scenes = (ref or reference.load(name)).dataset
         search_images, report_images = scenes("search", data.num_samples, seed), scenes("report", data.num_report, seed)
         dataset = f"{name}{EMBEDDED_IMAGES}"
-    network = network.to(device)
+    network = (
+        network.to(device) if isinstance(network, torch.nn.Module) else network
+    )  # an exported one stays on the CPU
     return Source(
         name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,
         template if template is not None else (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "", dropped,
