@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from optimum_regcache.config.recipe import OBJECTIVES as NAMES
 from optimum_regcache.config.recipe import DataConfig
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.passes import FeatureEncoder, ImageRange, patch_tokens
-from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation import OBJECTIVES, AccuracyObjective, Bank, NeighbourObjective, make_objective
 from optimum_regcache.evaluation.registry import bank_for
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
@@ -167,30 +165,6 @@ def test_patch_cosine_is_the_mean_over_positions(name: str) -> None:
             np.mean([x @ y for x, y in zip(p, q, strict=True)][tiny.lead :]) for p, q in zip(a, b, strict=True)
         ]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["clip", "siglip2"])
-def test_patch_cosine_keeps_within_the_memory_budget(name: str, tmp_path: Path) -> None:
-    """The float tokens go to files with the images, and change no bit there."""
-    tiny = TOWERS[name]
-    _, scored = batches_of(tiny)
-    found = []
-    for budget in (0, 2**30):
-        space = TensorSpace(budget, tmp_path)
-        batches = StoredBatches(space)
-        for batch in scored:
-            batches.append(batch, len(batch["pixel_values"]))
-        images = space.used + space.written
-        objective = make_objective("patch_cosine", tiny.build(), batches)
-        assert (space.used == 0, space.written == 0) == (budget == 0, budget > 0)
-        assert space.used + space.written > images
-        found.append((objective.scores(perturbed(tiny)), objective.first(3).scores(perturbed(tiny))))
-        space.close()
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-    torch.testing.assert_close(
-        found[0][0], make_objective("patch_cosine", tiny.build(), scored).scores(perturbed(tiny))
-    )
 
 
 def test_padding_takes_no_part() -> None:
