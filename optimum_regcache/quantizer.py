@@ -139,8 +139,8 @@ class RegCacheQuantizer(OptimumQuantizer):
         """Find the sensitive block, the register, its place, tau and k~ (docs/method.md 2 to 9).
 
         Args:
-            dataset: reference images: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``. They are divided
-                into calibration, selection and confirmation parts that share no image.
+            dataset: reference images: a `datasets.Dataset`, or a sequence of ``{"pixel_values": ...}``; also a streamed split,
+                if ``data`` is given. They are divided into calibration, selection and confirmation parts that share none.
             quantization_config: bits and granularity to search for; default W8A8.
             search: search settings.
             data: amounts; ``num_samples`` limits how much of ``dataset`` is used.
@@ -155,9 +155,9 @@ class RegCacheQuantizer(OptimumQuantizer):
         Raises:
             ValueError: settings that do not fit the model or the data.
         """
-        images = ReferenceImages(dataset, self.processor, data_collator, template)
         config = quantization_config or RegCacheConfig.from_preset("w8a8")
         plan = QuantizationPlan.of(Recipe(config, search or SearchConfig(), data or DataConfig()))
+        images = ReferenceImages(dataset, self.processor, data_collator, template, plan.recipe if data else None)
         self.fit_result = fit_registers(self.model, images, plan, work_dir=work_dir, progress=progress)
         self.fit_result.parts.release()
         return self.fit_result
@@ -188,7 +188,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             quantization_config: default: that of the fit, else W8A8.
             calibration_dataset: `datasets.Dataset` of images or sequence of ``{"pixel_values": ...}``, at least 4; needed
                 unless activations are dynamic and no registers are searched. All of them are used, or as many as ``recipe``
-                or the fit says.
+                or the fit says, which a streamed split needs.
             batch_size: images per forward pass; default: that of the fit, else of `DataConfig`.
             data_collator: builds a batch from items.
             search: search settings when a search is run.
@@ -207,7 +207,8 @@ class RegCacheQuantizer(OptimumQuantizer):
         """
         images = None
         if calibration_dataset is not None:
-            images = ReferenceImages(calibration_dataset, self.processor, data_collator, template)
+            stated = recipe or ((fit := self.fit_result) and Recipe(search=fit.settings, data=fit.data))
+            images = ReferenceImages(calibration_dataset, self.processor, data_collator, template, stated)
         if recipe is None:
             plan = self._plan(quantization_config, search, images, batch_size)
         else:
@@ -268,14 +269,13 @@ class RegCacheQuantizer(OptimumQuantizer):
             raise TypeError(
                 f"recommend() takes the model that quantize() returned; this {type(model).__name__} is float."
             )
-        images = ReferenceImages(calibration_dataset, self.processor, data_collator, template)
+        images = ReferenceImages(calibration_dataset, self.processor, data_collator, template, recipe)
         fit = self.fit_result
         if fit is not None and fit.config.registers != config.registers:
             fit = None
-        if recipe is None and fit is not None:
-            recipe = Recipe(search=fit.settings, data=fit.data)
-        elif recipe is None:
-            recipe = Recipe(data=DataConfig(num_samples=max(len(images.inputs), 4)))
+        if recipe is None:
+            count = max(len(images.inputs), 4)
+            recipe = Recipe(search=fit.settings, data=fit.data) if fit else Recipe(data=DataConfig(num_samples=count))
         return find_alternatives(
             self.model, model, recipe.with_quantization(config), images, known=fit, progress=progress
         )

@@ -4,7 +4,7 @@ The table has a row for every field of every config part and every parameter of 
 the first test. What counts as result: tensors and outputs of the model, what the methods measured, everything the search
 recorded. The config itself does not count.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -123,6 +124,7 @@ TABLE: dict[str, list[Case]] = {
     ],
     "registers.num_copies": [changes(3.0, FIXED), unread(3.0), unread(8.0, SEARCH)],
     "registers.kv_mode": [changes("isolated", FIXED), changes("isolated", SEARCH), unread("isolated")],
+    "registers.refinement": [refused("tuned", "would mine others", FIXED), unread("tuned"), unread("tuned", SEARCH)],
     "deletion.block": [changes(0, DELETION), unread(1), unread(1, SEARCH)],
     "deletion.count": [changes(2, DELETION), refused(2, "found by the search", with_(SEARCH, deletion__block=1))],
     "deletion.score": [changes("l2", DELETION), unread("l2")],
@@ -174,6 +176,7 @@ TABLE: dict[str, list[Case]] = {
     "data.confirm_fraction": [changes(0.7, SEARCH)],
     "data.batch_size": [changes(1, with_(NONE, activations__observer="moving_average"))],
     "data.skip_broken": [changes(True)],
+    "data.streaming": [changes(True)],
     "data.memory_budget": [changes(0.0, SEARCH)],
     "data.workers": [changes(2, SEARCH)],
     "data.num_report": [changes(3, {"data.num_samples": 4, "data.num_report": 2})],
@@ -309,7 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("name", "method", "case"), rows())
 def test_a_changed_setting_changes_the_result_or_is_refused(
-    name: str, method: str | None, case: Case, folder: Path
+    name: str, method: str | None, case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case.refused is not None:
         with pytest.raises(ValueError, match=case.refused) as error:
@@ -322,6 +325,16 @@ def test_a_changed_setting_changes_the_result_or_is_refused(
     if name == "data.num_report":
         counts = [len(open_source("planted-outlier", None, recipe).report_images) for recipe in (before, after)]
         assert counts == [2, 3]
+        return
+    if name == "data.streaming":
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        planted.load_dataset("calibration", 24).to_parquet(folder / "images.parquet")
+        found = [open_source("planted-outlier", str(folder / "images.parquet"), recipe) for recipe in (before, after)]
+        assert [image.tobytes() for image in found[0].search_images["image"]] != [
+            image.tobytes() for image in found[1].search_images["image"]
+        ]
+        with pytest.raises(ValueError, match=r"data\.streaming has no effect on embedded images"):
+            open_source("planted-outlier", None, after)
         return
     if name == "data.skip_broken":
         images = [*planted.load_dataset("calibration", 7)["image"], None]

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from optimum.commands.optimum_cli import main
 
+from optimum_regcache.commands.sources import with_known_images
 from optimum_regcache.config import recipe_files
 from optimum_regcache.config.expect import ExpectConfig, compare_expected
 from optimum_regcache.config.recipe import Recipe
@@ -134,3 +135,16 @@ def test_run_says_whether_the_result_is_what_was_expected(
     out = capsys.readouterr().out
     assert ("reached" if code == 0 else "MISSED") in out
     assert (tmp_path / "mine" / "results.json").exists()
+
+
+def test_a_model_of_the_hub_gets_the_images_of_its_recipe(tmp_path: Path) -> None:
+    recipe = with_known_images(Recipe(model="openai/clip-vit-base-patch16"))
+    assert (recipe.dataset, recipe.data.streaming) == ("ILSVRC/imagenet-1k", True)
+    for other in (
+        Recipe(model="somebody/model"),
+        Recipe(model=str(tmp_path)),
+        Recipe(model="planted-outlier"),
+        Recipe(),
+        Recipe(model="openai/clip-vit-base-patch16", dataset="mine"),
+    ):
+        assert with_known_images(other) == other

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import DINOV2_BACKBONE, MODELS, TOWERS, quantized
 
+from optimum_regcache import Recipe
+from optimum_regcache.commands.evaluate import Subject, evaluate_job
+from optimum_regcache.data.reference import planted
 from optimum_regcache.export import ExportedEncoder, export_onnx, export_openvino
 
 
@@ -85,3 +89,25 @@ def test_missing_packages_are_named(package: str, extra: str, tmp_path, monkeypa
     }[package]
     with pytest.raises(ImportError, match=rf'{package} is needed .*pip install "optimum-regcache\[{extra}\]"'):
         call()
+
+
+@pytest.mark.parametrize("classifies", [True, False])
+def test_an_export_alone_is_evaluated_as_far_as_its_folder_goes(
+    classifies: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images = planted.build_planted_model(), planted.load_dataset("report", 24)
+    folder = export_onnx(
+        model if classifies else model.base_model, tmp_path / "out", processor=planted.build_processor()
+    )
+    images.to_parquet(tmp_path / "images.parquet")
+    subject = Subject(str(folder), dataset=str(tmp_path / "images.parquet"))
+    recipe = Recipe().override(["data.num_samples=4", "data.num_report=8", "data.batch_size=8"])
+    if not classifies:
+        with pytest.raises(ValueError, match=r"is exported and predicts no classes: .* Give --float-model\."):
+            evaluate_job(subject, recipe, tmp_path / "results.json")
+        return
+    results, _ = evaluate_job(subject, recipe, tmp_path / "results.json")
+    assert results["accuracy"] == 1.0
+    assert results["float_model"] is None
+    assert "feature_cosine" not in results
+    assert "No comparison with a float original: none is recorded. Give it with --float-model." in caplog.text

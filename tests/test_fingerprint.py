@@ -144,11 +144,43 @@ def test_every_form_of_a_checkpoint_is_checked(intact: Path, tmp_path: Path, for
     names = [
         TOWER_PREFIX + name for name in ("encoder.layers.2.mlp.fc1.bias", "encoder.layers.1.self_attn.q_proj.weight")
     ]
-    for name in names[: 1 if form == "state dict" else 2]:  # there transformers stops at integers before we do
+    for name in names:
         if form == "pickle":
             copy(intact, folder)
         with pytest.raises(ValueError, match=rf"incomplete: .*{re.escape(name)}"):
             open_without(name)
+
+
+@pytest.mark.parametrize("kind", ["weight", "weight_scale", "input_scale", "bias"])
+def test_a_state_dict_lacks_nothing(intact: Path, kind: str) -> None:
+    """Neither integers, at which transformers would fail, nor numbers that it would draw."""
+    state = {n: t for n, t in load_file(intact / "model.safetensors").items() if not n.endswith(f"fc2.{kind}")}
+    message = (
+        rf"The state_dict is incomplete: .*layers\.0\.mlp\.fc2\.{kind}, .* missing\. Give all tensors of state_dict\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.CLIPVisionModel.from_pretrained(None, config=hf.AutoConfig.from_pretrained(intact), state_dict=state)
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (
+            lambda t: t.half() if t.is_floating_point() else t,
+            r"The state_dict was converted: .* precision of torch\.float16",
+        ),
+        (
+            lambda t: t.bfloat16() if t.is_floating_point() else t,
+            r"converted: .* precision of torch\.bfloat16",
+        ),
+        (lambda t: t.long() if t.dtype == torch.int32 else t, r"or belongs to another config: .*torch\.int64, not"),
+    ],
+    ids=["half", "bfloat16", "int64"],
+)
+def test_a_state_dict_of_other_dtypes_is_refused(intact: Path, convert: Any, message: str) -> None:
+    state = {n: convert(t) for n, t in load_file(intact / "model.safetensors").items()}
+    with pytest.raises(ValueError, match=message):
+        hf.CLIPVisionModel.from_pretrained(None, config=hf.AutoConfig.from_pretrained(intact), state_dict=state)
 
 
 @pytest.mark.parametrize(

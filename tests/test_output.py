@@ -126,6 +126,40 @@ def test_a_swap_killed_after_its_last_rename_is_finished(tmp_path: Path, monkeyp
     assert (tmp_path / "results.json").read_text() == "2.0"
 
 
+def test_a_power_cut_finds_everything_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, their names and the plan before the first rename; the renames before the plan is forgotten."""
+    write(tmp_path, 1.0)
+    on_disk: set[int] = set()
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+    moved: list[Path] = []
+
+    def note_sync(number: int) -> None:
+        fsync(number)
+        on_disk.add(os.fstat(number).st_ino)
+
+    def note_replace(source: Any, target: Any) -> None:
+        if not moved and not str(source).endswith(".tmp"):
+            stage = tmp_path / WORK / "new"
+            assert {
+                p.stat().st_ino for p in (stage, *stage.iterdir(), stage.parent / "swap.json", stage.parent)
+            } <= on_disk
+            on_disk.clear()
+        moved.extend([Path(source)] if not str(source).endswith(".tmp") else [])
+        replace(source, target)
+
+    def note_unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "swap.json":
+            assert {tmp_path.stat().st_ino, (tmp_path / WORK / "old").stat().st_ino} <= on_disk
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(Path, "unlink", note_unlink)
+    write(tmp_path, 2.0)
+    assert len(moved) == 8
+    assert (tmp_path / "results.json").read_text() == "2.0"
+
+
 def test_what_cannot_be_read_back_is_not_swapped_in(tmp_path: Path) -> None:
     write(tmp_path)
     before = content(tmp_path)

@@ -218,6 +218,16 @@ def test_saved_opened_and_made_again_from_its_recipe_it_is_the_same_model(tmp_pa
     assert all(torch.equal(t, wanted[k]) for k, t in taken.state_dict().items())
     with pytest.raises(ValueError, match=r"search\.refinements=\['tuned'\] may have made the registers of this recipe"):
         quantizer().quantize(calibration_dataset=images(), recipe=fixed, progress=False)
+    # so is the config alone, which says what made them; mined ones may be asked for
+    config: Any = opened.config.quantization_config
+    assert config.registers.refinement == "tuned"
+    with pytest.raises(ValueError, match=r"registers\.refinement='tuned' made the registers of this config"):
+        quantizer().quantize(calibration_dataset=images(), quantization_config=config, progress=False)
+    registers = replace(config.registers, refinement=None)
+    mined = quantizer().quantize(
+        calibration_dataset=images(), quantization_config=config.replace(registers=registers), progress=False
+    )
+    assert not same(get_registers(mined), fit.cache)
     # in another quantizer they are not what the fit was for: the recipe stays fixed, and is refused
     other = fit.config.replace(methods=["mse"])
     resolved = QuantizationPlan.of(replace(fixed, quantization=other)).resolved.config
@@ -235,6 +245,7 @@ def test_where_none_was_chosen_the_recipe_holds_none(tmp_path: Path) -> None:
     assert [r.chosen for r in one.fit_result.search.refinements] == [False]
     saved = Recipe.load(tmp_path / "a" / "recipe.yaml")
     assert saved.search.refinements == ()
+    assert saved.quantization.registers.refinement is None
     assert saved.quantization.registers.mode == "fixed"
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from optimum_regcache.commands.evaluate import Subject, refuse_itself
 from optimum_regcache.commands.report import environment
-from optimum_regcache.commands.sources import open_model, open_source, saved_recipe
+from optimum_regcache.commands.sources import divided_alike, open_model, open_source, saved_recipe
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
@@ -68,6 +68,7 @@ def check_job(subject: Subject, recipe: Recipe, output: Output) -> tuple[dict[st
     saved = saved_recipe(subject.model, subject.hub)
     dataset = saved.dataset if subject.dataset is None else subject.dataset
     own = dataset is None and saved.model in reference.names()  # an embedded encoder brings its scenes
+    recipe = divided_alike(recipe, saved, dataset)
     few = replace(recipe.data, num_samples=4)  # those of a search are not read
     source = open_source(
         saved.model if own else subject.model, dataset, replace(recipe, model=None, dataset=None, data=few),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from optimum_regcache.commands.report import environment, retention
-from optimum_regcache.commands.sources import Hub, open_model, open_source, saved_recipe, targets_of
+from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe, targets_of
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
@@ -39,7 +39,7 @@ class Subject:
 
     Attributes:
         model: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features are
-            those of the float original.
+            those of the float original, without which a classifier alone can be evaluated.
         original: the float original; default: the one in the recipe beside the model, if it can be opened.
         dataset: images; default: those of the recipe.
         template: zero-shot prompt.
@@ -100,19 +100,21 @@ def evaluate_job(
         raise ValueError(f"--fused is for models that run in PyTorch; {model_dir} is exported.")
     if exported:
         model: Any = ExportedEncoder.from_pretrained(model_dir)
-        processor: Any = None
+        processor: Any = model.processor
     else:
         network, processor = open_model(model_dir, subject.hub)
         model = cast("Any", network).to(device)
     original, opened, saved = _float_original(subject, model)
-    if original is None and exported:
+    if original is None and exported and not model.classifies:
         raise ValueError(
-            f"{model_dir} is exported: it can be judged beside its float original only. Give --float-model."
+            f"{model_dir} is exported and predicts no classes: its features can be judged beside those of the float original "
+            "only. Give --float-model."
         )
+    dataset = saved.dataset if subject.dataset is None else subject.dataset
     source = open_source(
         original or model_dir,
-        saved.dataset if subject.dataset is None else subject.dataset,
-        recipe,
+        dataset,
+        divided_alike(recipe, saved, dataset),
         template=subject.template,
         device=device,
         opened=opened or (model, processor),
@@ -180,7 +182,9 @@ def _float_original(subject: Subject, model: Any) -> tuple[str | None, tuple[Any
                 f"--float-model {subject.original} is quantized; give the float original, or leave it out."
             )
         return subject.original, opened, saved
-    if subject.model in reference.names() or (saved.model is None and not getattr(model, "is_quantized", False)):
+    if subject.model in reference.names() or (
+        saved.model is None and not (isinstance(model, ExportedEncoder) or getattr(model, "is_quantized", False))
+    ):
         return None, None, saved  # it is a float model itself
     name = "" if saved.model is None else recorded_name(saved.model)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers.utils import logging
 
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.config.recipe_files import packaged_recipes
+from optimum_regcache.config.validation import require
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs, reference_and_report, subsample
 from optimum_regcache.data.loading import FORMATS, drop_broken, load_splits
+from optimum_regcache.data.streaming import stream_images
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
 from optimum_regcache.evaluation.targets import Targets, accuracy_targets
 from optimum_regcache.hub.loading import load_model, load_processor
@@ -137,8 +139,6 @@ def open_source(
     seed, data = recipe.search.seed, recipe.data
     if recipe.revision is not None and name == recipe.model:
         hub.setdefault("revision", recipe.revision)
-    if dataset is None and name not in reference.names() and not Path(name).exists():
-        dataset = recipe_images(name)
     if dataset is None and name not in reference.names():
         raise ValueError(
             f"--dataset is needed for {name.removeprefix(LOCAL)}: {FORMATS}. Only the "
@@ -154,30 +154,38 @@ def open_source(
     network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
     if dataset is not None:
-        search_images, report_images = split_images(dataset, data.num_samples, data.num_report, seed, hub.get("token"))
+        divide = stream_images if data.streaming else split_images
+        search_images, report_images = divide(dataset, data.num_samples, data.num_report, seed, hub.get("token"))
         dataset = recorded_name(dataset)
         if data.skip_broken:  # after the split, so that it depends on nothing but the data set
             search_images, dropped["search"] = drop_broken(search_images, f"{dataset} (search)")
             report_images, dropped["report"] = drop_broken(report_images, f"{dataset} (report)")
     else:
+        require(not data.streaming, "data.streaming has no effect on embedded images. Leave it out, or give --dataset.")
         scenes = (ref or reference.load(name)).dataset
         search_images, report_images = scenes("search", data.num_samples, seed), scenes("report", data.num_report, seed)
         dataset = f"{name}{EMBEDDED_IMAGES}"
-    network = network.to(device)
+    network = (
+        network.to(device) if isinstance(network, torch.nn.Module) else network
+    )  # an exported one stays on the CPU
     return Source(
         name if ref else recorded_name(name), dataset, network, processor, search_images, report_images,
         template if template is not None else (ref.template if ref else DEFAULT_TEMPLATE), ref.note if ref else "", dropped,
     )  # fmt: skip
 
 
-def recipe_images(model: str) -> str | None:
-    """The images that a packaged recipe for this model of the Hub names, with a warning; None if there is no such recipe."""
+def with_known_images(recipe: Recipe) -> Recipe:
+    """``recipe`` with the images that a packaged recipe names for its model of the Hub, and a warning, if it names none itself
+    and there is such a recipe."""
+    if recipe.dataset is not None or recipe.model is None or is_here(recipe.model):
+        return recipe
     for name, path in packaged_recipes().items():
-        recipe = Recipe.load(path)
-        if recipe.model == model and recipe.dataset is not None:
-            logger.warning(f"No --dataset: taking {recipe.dataset}, which the recipe {name} names for {model}.")
-            return recipe.dataset
-    return None
+        known = Recipe.load(path)
+        if known.model == recipe.model and known.dataset is not None:
+            logger.warning(f"No --dataset: taking {known.dataset}, which the recipe {name} names for {known.model}.")
+            streaming = recipe.data.streaming or known.data.streaming
+            return replace(recipe, dataset=known.dataset, data=replace(recipe.data, streaming=streaming))
+    return recipe
 
 
 def split_images(
@@ -188,6 +196,23 @@ def split_images(
     if num_samples > len(search):
         logger.warning(f"{dataset} has {len(search)} images for the search and {len(report)} for reports.")
     return subsample(search, num_samples, seed), subsample(report, num_report, seed)
+
+
+def divided_alike(recipe: Recipe, saved: Recipe, dataset: str | None) -> Recipe:
+    """``recipe``, streaming ``dataset`` if the recipe ``saved`` beside a model did: a single split is divided otherwise, and
+    the report would meet images of the search.
+
+    Raises:
+        ValueError: ``recipe`` streams the data set of ``saved``, which did not.
+    """
+    if dataset is None or saved.dataset is None or recorded_name(dataset) != recorded_name(saved.dataset):
+        return recipe
+    require(
+        saved.data.streaming or not recipe.data.streaming,
+        f"data.streaming: the model was made without it on {saved.dataset.removeprefix(LOCAL)}, so a streamed report could "
+        "hold images of the search. Leave it out.",
+    )
+    return replace(recipe, data=replace(recipe.data, streaming=saved.data.streaming))
 
 
 def targets_of(source: Source, inputs: ImageInputs) -> Targets:

@@ -120,7 +120,7 @@ def _unread(config: RegCacheConfig) -> Iterator[tuple[str, tuple[str, ...], str]
         names = tuple(f.name for f in fields(config.attention) if f.name != "quantize")
         yield "attention", names, "the attention products stay float. Use attention.quantize=true"
     if registers.mode != "fixed":
-        names = ("num_registers", "num_copies")
+        names = ("num_registers", "num_copies", "refinement")
         found = "the search finds it" if registers.mode == "search" else "there are no registers"
         yield "registers", names, f"{found}. Use registers.mode='fixed'"
     if registers.mode == "none":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, sync: bool = False) -> None:
     """Write ``text`` as :func:`write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), sync=sync)
 
 
 def write_bytes(path: str | Path, data: bytes, *, sync: bool = False) -> None:
@@ -33,15 +33,37 @@ def write_bytes(path: str | Path, data: bytes, *, sync: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if sync:
+            sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
-def write_json(path: str | Path, data: Any) -> None:
+def write_json(path: str | Path, data: Any, *, sync: bool = False) -> None:
     """Write JSON atomically; a number that is not finite becomes null."""
-    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n", sync=sync)
+
+
+def sync_file(path: Path) -> None:
+    """Return when the content of a file is on disk.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on disk, where the system can do that."""
+    with suppress(OSError):  # Windows opens no folder, and some network file systems sync none
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def finite(data: Any) -> Any:

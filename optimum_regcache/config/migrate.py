@@ -13,6 +13,7 @@ FIELDS = {
     "quantization.modules.sixteen_bit": "quantization.modules.mixed_precision",
     "search.kv_mode": "quantization.registers.kv_mode",
 }
+ADDED = {"registers.refinement"}  # what earlier checkpoints lack and mean by the default
 METHODS = {"sixteen_bit": "mixed_precision"}
 STRATEGIES = {"v2": "single_token", "v4": "averaged_tokens"}
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_regcache.config.migrate import migrate_method, migrate_part
+from optimum_regcache.config.migrate import ADDED, migrate_method, migrate_part
 from optimum_regcache.config.parts import (
     ActivationsConfig,
     AttentionConfig,
@@ -219,7 +219,8 @@ class RegCacheConfig(QuantizationConfigMixin):
             if stored is None:
                 missing.append(name)
             elif is_mapping(stored):
-                missing += [f"{name}.{field}" for field in complete[name] if field not in stored]
+                lacks = {f"{name}.{field}" for field in complete[name] if field not in stored}
+                missing += sorted(lacks - ADDED)
         require(
             not missing,
             f"The stored quantization_config lacks {', '.join(missing)}. A default would make it another model: write what the "

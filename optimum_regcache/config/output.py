@@ -1,7 +1,8 @@
 """One transaction for everything a job writes: written beside, read back, swapped in; nothing of an earlier result remains.
 
 What lies in a folder of ours is listed in ``regcache.json``: names, sizes, and a digest of each part of the job. While a job
-runs, its journal and the files to come are in a folder that huggingface_hub leaves out of uploads; it is gone afterwards.
+runs, its journal and the files to come are in a folder that huggingface_hub leaves out of uploads; it is gone afterwards. What
+is swapped in is on disk first, so that a power cut leaves one result or the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 
-from optimum_regcache.config.files import write_json
+from optimum_regcache.config.files import sync_file, sync_folder, write_json
 from optimum_regcache.config.model import QUANT_METHOD
 from optimum_regcache.config.validation import is_mapping, require
 
@@ -210,12 +211,19 @@ class Output:
         )
         new = sorted({*names, MANIFEST}, key=lambda n: n == _CONFIG)
         old = sorted((n for n in {*earlier, *new} if (self.path / n).is_file()), key=lambda n: n != _CONFIG)
-        write_json(self._plan, {"old": old, "new": new})
+        for name in new:
+            sync_file(self.stage / name)
+        _sync_folders(self.stage, new)
+        write_json(
+            self._plan, {"old": old, "new": new}, sync=True
+        )  # from here on a power cut is made good by `_recover`
         try:
             for name in old:
                 _move(self.path / name, self._aside / name)
             for name in new:
                 _move(self.stage / name, self.path / name)
+            for folder, names in ((self._aside, old), (self.path, new)):
+                _sync_folders(folder, names)
         finally:
             self._recover()
 
@@ -230,6 +238,7 @@ class Output:
                 for name in reversed(plan["old"]):
                     if (self._aside / name).exists():
                         _move(self._aside / name, self.path / name)
+                _sync_folders(self.path, {*plan["old"], *plan["new"]})
             self._plan.unlink()
         shutil.rmtree(self._aside, ignore_errors=True)
         shutil.rmtree(self.stage, ignore_errors=True)
@@ -304,6 +313,14 @@ def _state(path: Path) -> list[Any]:
     """Size of a file, and a digest if it is small: whether somebody changed it since."""
     size = path.stat().st_size
     return [size, hashlib.sha256(path.read_bytes()).hexdigest()[:16] if size <= 1 << 20 else None]
+
+
+def _sync_folders(folder: Path, names: Iterable[str]) -> None:
+    """Of the files ``names`` in ``folder``."""
+    for place in sorted(
+        {folder, *(parent for n in names for parent in (folder / n).parents if folder in parent.parents)}
+    ):
+        sync_folder(place)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -121,6 +121,7 @@ class RegistersConfig:
             One number, or a list with one for each of ``blocks``; a list of equal numbers becomes that number.
         kv_mode: ``in_context`` (K, V averaged over the images the tokens came from) or ``isolated`` (token run alone), for
             registers that are searched or mined for the given blocks.
+        refinement: which of ``search.refinements`` made them, null for mined ones; only the search can make such again.
     """
 
     mode: str = "search"
@@ -128,6 +129,7 @@ class RegistersConfig:
     num_registers: int = 1
     num_copies: float | tuple[float, ...] = 1.0
     kv_mode: str = "in_context"
+    refinement: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "registers")
@@ -154,6 +156,10 @@ class RegistersConfig:
         require(
             self.mode == "fixed" or not self.blocks,
             f"registers.blocks={list(self.blocks)} contradicts registers.mode={self.mode!r}. Use mode='fixed'.",
+        )
+        require(
+            self.refinement is None or bool(self.refinement.strip()),
+            "registers.refinement must not be empty; leave it out, or write null.",
         )
 
 

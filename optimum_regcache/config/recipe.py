@@ -148,6 +148,8 @@ class DataConfig:
             none. Changes no result.
         skip_broken: leave out images that are missing or cannot be decoded, with a warning and a count in the results, instead
             of stopping at the first. The search and the report keep their images, less the broken ones.
+        streaming: of the command line's data set read as many images as are used, in place of downloading all of it
+            (`optimum_regcache.data.streaming`). Other images than without.
     """
 
     num_samples: int = 256
@@ -158,6 +160,7 @@ class DataConfig:
     memory_budget: float | None = None
     workers: int | None = None
     skip_broken: bool = False
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "data")

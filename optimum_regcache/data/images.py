@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # what the vision models take; other columns of a data set stay behind
 MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw")
 
+REPORT_SPLITS = ("validation", "valid", "val", "test")
+
 
 def choose_split(splits: dict[str, Dataset], split: str | None, name: str) -> Dataset:
     """The named split; by default ``train`` if there is one, else the first.
@@ -47,7 +49,7 @@ def reference_and_report(splits: dict[str, Dataset], name: str) -> tuple[Dataset
         ValueError: fewer than 8 images.
     """
     images = choose_split(splits, None, name)
-    for split in ("validation", "valid", "val", "test"):
+    for split in REPORT_SPLITS:
         if split in splits and splits[split] is not images:
             return images, splits[split]
     count = len(images)
@@ -125,8 +127,9 @@ def as_rows(source: Any) -> Any:
         return list(source)
     if isinstance(source, (IterableDataset, IterableDatasetDict)):
         raise TypeError(
-            "A streamed data set has no fixed rows, which search and calibration need. Pass some of them: "
-            "Dataset.from_list(list(data.take(256)), features=data.features), of one split."
+            "A streamed data set has no fixed rows, which search and calibration need. Pass one split of it, and how many to "
+            "take: fit(..., data=DataConfig(num_samples=256)) or quantize(..., recipe=Recipe(data=...)); or some of the rows: "
+            "Dataset.from_list(list(data.take(256)), features=data.features)."
         )
     if isinstance(source, (str, Path)):
         raise TypeError(f"Got the name {str(source)!r} in place of images. Open it: load_images({str(source)!r}).")

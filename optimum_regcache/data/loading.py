@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,43 +54,48 @@ def load_splits(name: str | Path, *, config_name: str | None = None, token: str 
         FileNotFoundError: a path that does not exist.
         ValueError: no image column, no rows, or files of another kind.
     """
-    from datasets import load_dataset
-
-    name = str(name)
-    require(bool(name.strip()), f"The name of the data set is empty. Give {FORMATS}.")
-    path = Path(name).expanduser()
-    folder = None
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
-        splits = _load_local(path)
-    elif (
-        name.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS or path.suffix.lower() in _image_suffixes()
-    ):
-        raise FileNotFoundError(f"No such data set file or directory: {name}")
-    else:
-        loaded: Any = load_dataset(name, config_name, token=token)
-        splits = {str(k): v for k, v in loaded.items()}
-    splits = {split: with_image_column(rows, folder) for split, rows in splits.items() if len(rows)}
+    loaded, folder = open_splits(str(name), config_name=config_name, token=token)
+    splits = {split: with_image_column(rows, folder) for split, rows in loaded.items() if len(rows)}
     require(bool(splits), f"{name} holds no rows.")
     image_column(next(iter(splits.values())))
-    return _with_class_labels(splits)
+    return with_class_labels(splits)
 
 
-def _load_local(path: Path) -> dict[str, Dataset]:
-    from datasets import Dataset, load_dataset, load_from_disk
+def local_path(name: str) -> Path | None:
+    """The file or directory that ``name`` is; None for a Hub id.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no name.
+    """
+    require(bool(name.strip()), f"The name of the data set is empty. Give {FORMATS}.")
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    known = path.suffix.lower() in _BUILDERS or path.suffix.lower() in _image_suffixes()
+    if name.startswith((".", "/", "~")) or known:
+        raise FileNotFoundError(f"No such data set file or directory: {name}")
+    return None
+
+
+def open_splits(name: str, **options: Any) -> tuple[dict[str, Any], Path | None]:
+    """(splits as they are stored, what paths in them are relative to); ``options`` of `datasets.load_dataset`."""
+    from datasets import load_dataset
+
+    path = local_path(name)
+    if path is None:
+        loaded: Any = load_dataset(name, options.pop("config_name", None), **options)
+        return {str(k): v for k, v in loaded.items()}, None
+    return _load_local(path, options.get("streaming", False)), path if path.is_dir() else path.parent
+
+
+@contextmanager
+def named_errors(path: Path, builder: str, files: list[Path]) -> Iterator[None]:
+    """Say which file could not be read, whatever `datasets` made of it."""
     from datasets.exceptions import DatasetsError
 
-    is_saved = [(path / name).is_file() for name in ("dataset_dict.json", "state.json")]
-    builder, files = ("load_from_disk", []) if any(is_saved) else _builder(path)
-    options: dict[str, Any] = {"delimiter": "\t"} if files and Path(files[0]).suffix == ".tsv" else {}
     try:
-        if any(is_saved):
-            loaded: Any = load_from_disk(str(path))
-        elif builder == "imagefolder" and path.is_dir():
-            loaded = load_dataset("imagefolder", data_dir=str(path))
-        else:
-            named = {"train": [str(files[0])]} if len(files) == 1 else _named_splits(files)
-            loaded = load_dataset(builder, data_files=named, **options)
+        yield
     except (DatasetsError, ValueError, OSError, tarfile.TarError) as error:
         reason: BaseException = error
         while reason.__cause__ is not None:
@@ -99,7 +105,24 @@ def _load_local(path: Path) -> dict[str, Dataset]:
             f"{culprit} could not be read ({builder}): {reason or type(reason).__name__} It must hold images, in one of "
             f"these forms: {FORMATS}."
         ) from error
-    return {"train": loaded} if isinstance(loaded, Dataset) else {str(k): v for k, v in loaded.items()}
+
+
+def _load_local(path: Path, streaming: bool) -> dict[str, Any]:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    is_saved = [(path / name).is_file() for name in ("dataset_dict.json", "state.json")]
+    builder, files = ("load_from_disk", []) if any(is_saved) else _builder(path)
+    options: dict[str, Any] = {"delimiter": "\t"} if files and Path(files[0]).suffix == ".tsv" else {}
+    with named_errors(path, builder, files):
+        if any(is_saved):
+            loaded: Any = load_from_disk(str(path))
+        elif builder == "imagefolder" and path.is_dir():
+            loaded = load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+        else:
+            named = {"train": [str(files[0])]} if len(files) == 1 else _named_splits(files)
+            loaded = load_dataset(builder, data_files=named, streaming=streaming, **options)
+    splits = {"train": loaded} if isinstance(loaded, Dataset) else {str(k): v for k, v in loaded.items()}
+    return {k: v.to_iterable_dataset() for k, v in splits.items()} if any(is_saved) and streaming else splits
 
 
 def _builder(path: Path) -> tuple[str, list[Path]]:
@@ -204,7 +227,7 @@ def _is_picture(value: Any) -> bool:
     return True
 
 
-def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+def with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """Class names as text become one `ClassLabel` for all splits, in alphabetical order as in a folder of images."""
     from datasets import ClassLabel
 

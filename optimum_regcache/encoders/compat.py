@@ -126,6 +126,12 @@ def never_loaded(model: PreTrainedModel) -> set[str]:
     return {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
 
 
+def leave_uninitialized(module: nn.Module) -> None:
+    """Keep `from_pretrained` from drawing tensors of ``module`` that it finds nowhere: it fails at integers."""
+    for target in cast("list[Any]", list(module.modules())):
+        target._is_hf_initialized = True
+
+
 def leave_out(model: PreTrainedModel, names: list[str]) -> None:
     """Tell `from_pretrained` that the checkpoint tensors called ``names`` belong to a part that ``model`` does not have."""
     target: Any = model

@@ -152,5 +152,6 @@ def reads_patches(model: nn.Module, tower: Tower) -> bool:
 
 
 def has_classifier(model: nn.Module) -> bool:
-    """Whether the model itself predicts classes."""
-    return type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher"))
+    """Whether the model itself predicts classes; an exported encoder says so (``classifies``)."""
+    names = ("ForImageClassification", "ForImageClassificationWithTeacher")
+    return bool(getattr(model, "classifies", False)) or type(model).__name__.endswith(names)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, batch_sizes, patch_tokens
+from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import Given, Objective
 
 
@@ -21,7 +22,8 @@ class PatchCosineObjective(Objective):
     dense task reads. CLS, trained registers and padding are left out.
 
     Args:
-        float_model: the reference; its tokens are computed once and kept, about as much memory as the images take.
+        float_model: the reference; its tokens are computed once and kept where the images are, within the same budget if these
+            are `StoredBatches`; they take about as much.
         batches: the images.
     """
 
@@ -29,7 +31,12 @@ class PatchCosineObjective(Objective):
 
     def __init__(self, float_model: nn.Module, batches: Sequence[Batch]) -> None:
         self.batches = batches
-        self.reference = [_unit_tokens(float_model, batch) for batch in batches]
+        self.reference = StoredBatches(batches.space if isinstance(batches, StoredBatches) else TensorSpace())
+        self.lengths: list[list[int]] = []
+        for batch, images in zip(batches, batch_sizes(batches), strict=True):
+            tokens, lengths = _unit_tokens(float_model, batch)
+            self.reference.append({"tokens": tokens}, images)
+            self.lengths.append(lengths)
 
     @classmethod
     def make(cls, given: Given) -> PatchCosineObjective:
@@ -38,15 +45,13 @@ class PatchCosineObjective(Objective):
     def first(self, images: int) -> PatchCosineObjective:
         part = copy.copy(self)
         part.batches = ImageRange(self.batches, images)
-        part.reference = []
-        for images, (tokens, lengths) in zip(batch_sizes(part.batches), self.reference, strict=False):
-            kept = lengths[:images]
-            part.reference.append((tokens[: sum(kept)], kept))
+        part.lengths = [known[:n] for n, known in zip(batch_sizes(part.batches), self.lengths, strict=False)]
         return part
 
     def scores(self, model: nn.Module | FeatureEncoder) -> torch.Tensor:
         scores: list[torch.Tensor] = []
-        for batch, (reference, lengths) in zip(self.batches, self.reference, strict=True):
+        for batch, lengths, stored in zip(self.batches, self.lengths, self.reference, strict=False):
+            reference = stored["tokens"][: sum(lengths)]
             tokens, found = _unit_tokens(model, batch)
             require(
                 found == lengths,

@@ -79,6 +79,11 @@ class ExportedEncoder(FeatureEncoder):
         network = {"onnx": _onnx_network, "openvino": _openvino_network}[info["format"]](file, num_threads, saturates)
         return cls(path, info, AutoConfig.from_pretrained(path), load_processor(path), network)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it predicts classes, those of ``config.id2label``."""
+        return "logits" in self.info["outputs"]
+
     def __call__(
         self, pixel_values: torch.Tensor | np.ndarray, return_dict: bool = True
     ) -> ExportedOutput | tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.config.effects import require_effect
-from optimum_regcache.encoders.compat import accept_bare_names, mark_quantized
+from optimum_regcache.encoders.compat import accept_bare_names, leave_uninitialized, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
 from optimum_regcache.hub.checks import check_files
@@ -72,6 +72,9 @@ class RegCacheHfQuantizer(HfQuantizer):
         accept_bare_names(model, find_tower(model).name)
         paths = _checkpoint_files(model, kwargs)
         self._names_known = bool(paths)
+        if not paths:  # what is missing is named afterwards
+            for block in find_tower(model).blocks:
+                leave_uninitialized(block)
         self._as_saved = self._names_known and check_files(model, self.quantization_config, paths)
         self._forms = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         return model

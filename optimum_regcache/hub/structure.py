@@ -20,6 +20,8 @@ from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletio
 from optimum_regcache.registers.neurons import set_register_neurons
 from optimum_regcache.rewrites.rotation import empty_rotation
 
+_WHOLE = "Give all tensors of state_dict() of the quantized model, or leave state_dict out to open a folder or Hub id."
+
 
 def validate_positions(model: nn.Module, config: RegCacheConfig) -> None:
     """Check registers and deletion against the encoder's number of blocks.
@@ -67,11 +69,11 @@ def check_loaded(model: Any, forms: dict[str, tuple[torch.Size, torch.dtype]], n
         names_known: the files were seen to hold every tensor.
 
     Raises:
-        ValueError: a tensor that was found nowhere, or has another shape or integer dtype.
+        ValueError: a tensor that was found nowhere, has another shape or integer dtype, or was converted.
     """
     state = model.state_dict()
     missing = [] if names_known else sorted(missing_names(model, state, set(state) - never_loaded(model)))
-    require(not missing, f"The checkpoint is incomplete: {listing(missing)} missing. {AGAIN}")
+    require(not missing, f"The state_dict is incomplete: {listing(missing)} missing. {_WHOLE}")
     tower = find_tower(model)
     prefix = f"{tower.name}." if tower.name else ""
     bad = [
@@ -80,7 +82,26 @@ def check_loaded(model: Any, forms: dict[str, tuple[torch.Size, torch.dtype]], n
         if name in forms and (name.startswith(prefix) or not forms[name][1].is_floating_point)
         if t.shape != forms[name][0] or (t.dtype != forms[name][1] and not forms[name][1].is_floating_point)
     ]
-    require(not bad, f"The checkpoint is damaged or belongs to another config: {listing(bad)}. {AGAIN}")
+    what = "checkpoint is damaged" if names_known else "state_dict is of a float model"
+    advice = AGAIN if names_known else _WHOLE
+    require(not bad, f"The {what} or belongs to another config: {listing(bad)}. {advice}")
+    if not names_known:
+        _refuse_converted(model)
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    """A ``state_dict`` tells no dtypes; scales were computed in float32, and all fit into 16 bits only if they were put there.
+
+    Raises:
+        ValueError: they do.
+    """
+    scales = [module.weight_scale.flatten() for _, module in quant_linears(model) if not module.weight_scale.is_meta]
+    values = torch.cat(scales) if scales else torch.empty(0)
+    for dtype in (torch.bfloat16, torch.float16):  # most of the former are the latter too
+        require(
+            len(values) < 32 or not torch.equal(values, values.to(dtype).float()),
+            f"The state_dict was converted: its scales have the precision of {dtype}, not of torch.float32. {_WHOLE}",
+        )
 
 
 def _word(tensor: torch.Tensor) -> str:

@@ -257,8 +257,9 @@ class _Fit:
         cache, deletion = installed(result.chosen)
         leaders = {"prefix only": result.best_prefix, "delete only": result.best_delete, "both": result.best_both}
         variants = {kind: installed(trial.setup) for kind, trial in leaders.items() if trial is not None}
+        resolved = install_setup(self.resolved, cache, deletion, result.chosen.refinement)
         return FitResult(
-            install_setup(self.resolved, cache, deletion), cache, scan, sensitive, mined, result, variants, self.parts,
+            resolved, cache, scan, sensitive, mined, result, variants, self.parts,
             self.resolved.config, self.search, self.plan.recipe.data, self.seconds,
         )  # fmt: skip
 
@@ -300,8 +301,7 @@ def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: Sequence[Ba
     def score(
         setup: Setup, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective
     ) -> torch.Tensor:
-        del setup
-        installed = install_setup(resolved, cache, deletion)
+        installed = install_setup(resolved, cache, deletion, setup.refinement)
         return objective.scores(quantize_with(model, installed, cache, calibration, progress=False).model)
 
     return score
@@ -360,8 +360,10 @@ def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:
     return seen[0] - tower.num_prefix_tokens
 
 
-def install_setup(resolved: ResolvedConfig, cache: RegisterCache | None, deletion: DeletionConfig) -> ResolvedConfig:
-    """``resolved`` with the positions of registers and deletion filled in."""
+def install_setup(
+    resolved: ResolvedConfig, cache: RegisterCache | None, deletion: DeletionConfig, refinement: str | None = None
+) -> ResolvedConfig:
+    """``resolved`` with the positions of registers and deletion filled in, and what refined the registers."""
     if cache is None:
         return resolved.installing(RegistersConfig(mode="none"), deletion)
     registers = RegistersConfig(
@@ -370,5 +372,6 @@ def install_setup(resolved: ResolvedConfig, cache: RegisterCache | None, deletio
         num_registers=cache.num_registers,
         num_copies=cache.num_copies,
         kv_mode=resolved.config.registers.kv_mode,
+        refinement=refinement,
     )
     return resolved.installing(registers, deletion)

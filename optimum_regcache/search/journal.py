@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 from transformers.utils import logging
 
-from optimum_regcache.config.files import write_bytes
+from optimum_regcache.config.files import sync_folder, write_bytes
 from optimum_regcache.search import processes
 
 logger = logging.get_logger(__name__)
@@ -100,11 +100,14 @@ class Journal:
             return
         text = json.dumps([name, values])
         line = f"{text}\t{zlib.crc32(text.encode()):08x}\n"
+        new = not self.path.exists()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with os.fdopen(os.open(self.path, flags, 0o644), "a") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            sync_folder(self.path.parent)
 
     def kept(self, name: str, file: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The tensors of a step, made once: a safetensors file beside the journal, its checksum and size a step of the journal.

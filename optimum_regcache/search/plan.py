@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 
 from optimum_regcache.config.recipe import DataConfig, Recipe
 from optimum_regcache.data.images import ImageInputs, split_reference
 from optimum_regcache.data.reading import store_batches
+from optimum_regcache.data.streaming import take_images
 from optimum_regcache.encoders.store import GIB, SHARE, StoredBatches, TensorSpace, available_memory
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE, check_template
 from optimum_regcache.methods import ResolvedConfig, resolve
@@ -30,12 +32,14 @@ class ReferenceImages:
         processor: of the model; for images and for zero-shot accuracy.
         collator: builds a batch from items.
         template: zero-shot prompt for ``objective="accuracy"``.
+        stated: says how many images are taken of a streamed data set, and with which seed; None refuses it.
     """
 
     dataset: Any
     processor: Any = None
     collator: Collator | None = None
     template: str = DEFAULT_TEMPLATE
+    stated: Recipe | None = None
     _parts: dict[tuple[DataConfig, int], ReferenceParts] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -46,7 +50,10 @@ class ReferenceImages:
     @cached_property
     def inputs(self) -> ImageInputs:
         """Model inputs, one image each."""
-        return ImageInputs(self.dataset, self.processor, self.collator)
+        dataset = self.dataset
+        if isinstance(dataset, IterableDataset) and self.stated is not None:
+            dataset = take_images(dataset, self.stated.data.num_samples, self.stated.search.seed)
+        return ImageInputs(dataset, self.processor, self.collator)
 
     def split(self, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:
         """Their division by `split_inputs`; the same one, with what it has read, when it is asked for again."""

@@ -164,6 +164,11 @@ def _fixed_registers(
         f"search.refinements={refinements} may have made the registers of this recipe, and registers.mode='fixed' would mine "
         "others. Use registers.mode='search' to find the same ones again, or search.refinements=[] for mined ones.",
     )
+    require(
+        r.refinement is None,
+        f"registers.refinement={r.refinement!r} made the registers of this config, and registers.mode='fixed' would mine "
+        "others. Use the recipe beside the model, which searches for them again, or registers.refinement=null for mined ones.",
+    )
     if parts is None:
         raise ValueError("registers.mode='fixed' mines its registers from images: pass calibration_dataset.")
     require(r.num_registers == 1, "Mining gives one register per block; registers.num_registers must be 1.")

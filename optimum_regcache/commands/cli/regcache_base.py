@@ -66,6 +66,9 @@ def add_common(parser: ArgumentParser, several: bool = False, recipe: str = "--r
         help="leave out images that are missing or cannot be decoded",
     )
     parser.add_argument(
+        "--streaming", action="store_true", default=None, help="read only the images that are used, instead of all"
+    )
+    parser.add_argument(
         "--objective",
         choices=_OBJECTIVES,
         help="what the search maximises (default cosine); accuracy and knn read labels",
@@ -83,6 +86,7 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
     """Recipe of the file or preset with the command line on top; ``preset`` is one of ``args.preset``."""
     from dataclasses import replace
 
+    from optimum_regcache.commands.sources import with_known_images
     from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.config.recipe import Recipe
 
@@ -97,6 +101,7 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
         "data.num_report": args.num_report,
         "data.batch_size": args.batch_size,
         "data.skip_broken": args.skip_broken,
+        "data.streaming": args.streaming,
         "search.objective": args.objective,
         "search.seed": args.seed,
     }
@@ -125,7 +130,8 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
                 f"{recipe.quantization.registers.mode!r}. Use registers.mode='search', or leave it out."
             )
     revision = args.revision or (recipe.revision if args.model is None else None)
-    return replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset, revision=revision)
+    named = replace(recipe, model=args.model or recipe.model, dataset=args.dataset or recipe.dataset, revision=revision)
+    return with_known_images(named)
 
 
 class Command(BaseOptimumCLICommand):
