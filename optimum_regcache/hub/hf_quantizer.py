@@ -21,6 +21,7 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
 from optimum_regcache.hub.checks import check_files
 from optimum_regcache.hub.dequantize import dequantize_modules
+from optimum_regcache.hub.remote_code import prepare_auto_map
 from optimum_regcache.hub.stored import fingerprint
 from optimum_regcache.hub.structure import check_complete, check_loaded, freeze, install_structure, validate_positions
 from optimum_regcache.layers.install import quantize_modules
@@ -98,7 +99,8 @@ class RegCacheHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained`: the fingerprint for the files."""
+        """Called by `save_pretrained` before it writes: the fingerprint for the files."""
+        prepare_auto_map(model)
         return None, fingerprint(model, self.quantization_config)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
