@@ -44,7 +44,7 @@ def add_remote_code(folder: Path, config: Any) -> None:
 
 
 def prepare_auto_map(model: Any) -> None:
-    """Before `save_pretrained`: only a model that was opened through the file brings it along, and under no other repository."""
+    """Before `save_pretrained`: a model that was opened through the file brings it along, and no other model names it."""
     known: dict[str, Any] = getattr(model.config, "auto_map", None) or {}
     ours = {auto for auto, place in known.items() if str(place).split("--")[-1].startswith(f"{SHIM.stem}.")}
     if not ours:
@@ -55,7 +55,9 @@ def prepare_auto_map(model: Any) -> None:
         kept |= current
         for auto, place in current.items():
             if place == f"{SHIM.stem}.{type(model).__name__}":
-                type(model).register_for_auto_class(auto)  # `save_pretrained` copies the file; early releases do not ask for it
+                type(model).register_for_auto_class(
+                    auto
+                )  # `save_pretrained` copies the file; early releases do not ask for it
     model.config.auto_map = kept
     if not kept:
         del model.config.auto_map

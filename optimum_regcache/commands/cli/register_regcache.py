@@ -15,6 +15,7 @@ from optimum.commands.register.regcache_base import (
     hub_options,
     resolve_recipe,
 )
+from optimum.commands.register.regcache_push import PushCommand
 
 
 class QuantizeCommand(Command):
@@ -232,6 +233,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
+        CommandInfo("push", help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
     )
 
