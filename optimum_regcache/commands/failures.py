@@ -43,7 +43,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and line for an exception.
 
     Returns:
-        2: the user can correct it. 3: interrupted. 4: no space, no permission, no memory, no network. 1: anything else, a fault of ours.
+        2: the user can correct it. 3: interrupted. 4: no space, permission, memory or network. 1: a fault of ours.
     """
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, Unfinished):
