@@ -26,7 +26,9 @@ from optimum_regcache.hub.upload import push_folder
 
 TINY = TOWERS["dinov2"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub uploads large files so
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning"
+)  # huggingface_hub uploads large files so
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         settings |= {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, for the address of then
         monkeypatch.setenv("HF_TOKEN", "dummy")
         yield server
