@@ -209,8 +209,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         if calibration_dataset is not None:
             images = ReferenceImages(calibration_dataset, self.processor, data_collator, template)
         if recipe is None:
-            count = len(images.inputs) if images is not None else 0
-            plan = plan_call(self.fit_result, quantization_config, search, count, batch_size)
+            plan = plan_call(self.fit_result, quantization_config, search, images, batch_size)
         else:
             beside = {"quantization_config": quantization_config, "search": search, "batch_size": batch_size}
             double = [name for name, value in beside.items() if value is not None]

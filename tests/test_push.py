@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -294,3 +295,11 @@ def test_the_command_line(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert run() == 4
     assert "cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_push_and_pull_in_one_command() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "push_pull.py"
+    result = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the outputs are equal") == 5

@@ -16,7 +16,7 @@ def measured(source: Source, rows: list[Row]) -> Measured:
         markdown_table(rows),
         {**figures, "cosine_similarity": last.cosine},
         len(source.report_images),
-        source.images_title,
+        source.images_title.removesuffix(EMBEDDED_IMAGES) + (" scenes" if embedded else ""),
         None if embedded or source.dataset_name.startswith(LOCAL) else source.dataset_name,
         "report" if embedded else str(getattr(source.report_images, "split", None) or "") or None,
     )

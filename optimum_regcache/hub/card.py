@@ -48,7 +48,7 @@ class Measured:
 
     def describe(self) -> str:
         """Number, data set and split in words."""
-        return f"{self.count} images of `{self.images}`" + (f", split `{self.split}`" if self.split else "")
+        return f"{self.count} images of `{self.images}`" + (f" (split `{self.split}`)" if self.split else "")
 
 
 def pipeline_tag(model: Any) -> str:

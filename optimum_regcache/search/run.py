@@ -119,11 +119,10 @@ def plan_call(
     fit: FitResult | None,
     config: RegCacheConfig | None,
     search: SearchConfig | None,
-    images: int,
+    images: ReferenceImages | None,
     batch_size: int | None,
 ) -> QuantizationPlan:
-    """The plan of a call without a recipe: what is left open comes from ``fit``, if it is one of this config; ``images`` is
-    the number of all images."""
+    """The plan of a call without a recipe: what is left open comes from ``fit``, if it is one of this config."""
     resolved = resolve(config or (fit.config if fit else RegCacheConfig()))
     if fit is not None and (resolved.config not in (fit.requested, fit.config) or search not in (None, fit.settings)):
         fit = None
@@ -132,7 +131,8 @@ def plan_call(
     if fit is not None:
         settings, data = fit.settings, fit.data
     else:
-        settings, data = search or SearchConfig(), DataConfig(num_samples=max(images, 4))
+        count = len(images.inputs) if images is not None else 0
+        settings, data = search or SearchConfig(), DataConfig(num_samples=max(count, 4))
     data = data if batch_size is None else replace(data, batch_size=batch_size)
     return QuantizationPlan(Recipe(resolved.config, settings, data), resolved)
 
