@@ -16,14 +16,8 @@ from optimum_regcache.hub.card import Measured, at_hub, describe, known_licence,
 CONFIG = RegCacheConfig.from_preset("w8a8").replace(
     registers={"mode": "fixed", "blocks": (2, 3), "num_copies": 2.5}, deletion={"block": 2, "count": 3}
 )
-MEASURED = Measured(
-    "| variant |\n| --- |\n| RegCache |",
-    {"accuracy": 0.75, "cosine_similarity": 0.99},
-    500,
-    "user/images",
-    "user/images",
-    "test",
-)
+FIGURES = {"accuracy": 0.75, "cosine_similarity": 0.99}
+MEASURED = Measured("| variant |\n| --- |\n| RegCache |", FIGURES, 500, "user/images", "user/images", "test")
 
 
 def card_of(folder: Path, base: str | None = "user/clip", **options: Any) -> ModelCard:

@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
-from models import TOWERS, quantized
+from models import DINOV2_BACKBONE, TOWERS, quantized
 from optimum.commands.optimum_cli import main
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
@@ -166,6 +166,18 @@ def test_what_was_pushed_opens_with_the_same_output_and_offline(
         before = len(hub.requests)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(hub.requests) == before
+
+
+def test_a_backbone_opens_with_remote_code(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = quantized(DINOV2_BACKBONE)
+    RegCacheQuantizer(DINOV2_BACKBONE.build()).push_to_hub("user/backbone", model)
+    opened: Any = hf.AutoBackbone.from_pretrained("user/backbone", trust_remote_code=True, cache_dir=tmp_path)
+    assert type(opened).__module__.endswith(".modeling_regcache")
+    inputs = DINOV2_BACKBONE.inputs()
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).feature_maps[-1], model(**inputs).feature_maps[-1])
 
 
 def test_private_is_private(hub: HubServer, folder: Path) -> None:
