@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import PushToHubMixin, logging, output_capturing
+from transformers.utils import logging, output_capturing
+from transformers.utils.hub import PushToHubMixin
 
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, requirement
 

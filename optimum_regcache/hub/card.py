@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -96,8 +96,9 @@ def write_card(  # noqa: PLR0913
     installs = config.registers.mode != "none" or config.deletion.active
     what = "with RegCache ([arXiv 2510.04547](https://arxiv.org/abs/2510.04547))" if installs else "without registers"
     subject = f"`{title}`" if title else "A model"
+    metadata: Any = ModelCardData(**fields)
     lines = [
-        f"---\n{ModelCardData(**fields).to_yaml()}\n---\n\n# {name}\n",
+        f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n",
         f"{subject}, vision tower quantized to {config.label.upper()} {what} by optimum-regcache.\n",
         *([f"The float original is an encoder embedded in that package: {embedded}.\n"] if embedded else []),
         _how_to_open(_TASKS[task], (folder / SHIM.name).exists()),
@@ -222,7 +223,7 @@ def known_licence(
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     try:
-        data = cast("dict[str, Any]", ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # of whoever wrote the card
         return None
     found = {

@@ -19,8 +19,6 @@ def __getattr__(name: str) -> Any:
     native: Any = getattr(transformers, name, None)
     if not (isinstance(native, type) and issubclass(native, transformers.PreTrainedModel)):
         raise AttributeError(name)
-    inherited = {
-        "__module__": __name__,
-        "is_custom_code": classmethod(lambda cls: False),
-    }  # tensor names are the native ones
+    inherited: dict[str, Any] = {"__module__": __name__}
+    inherited["is_custom_code"] = staticmethod(lambda: False)  # the names of its tensors are the native ones
     return globals().setdefault(name, type(name, (native,), inherited))

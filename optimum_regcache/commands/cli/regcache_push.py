@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.register.regcache_base import Command
+from optimum.commands.register.regcache_base import Command  # pyright: ignore[reportMissingImports] (its installed place)
 
 
 class PushCommand(Command):

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
-from optimum.commands.register.regcache_base import (
+from optimum.commands.register.regcache_base import (  # pyright: ignore[reportMissingImports] (its installed place)
     Command,
     add_common,
     add_hub,
@@ -15,7 +15,7 @@ from optimum.commands.register.regcache_base import (
     hub_options,
     resolve_recipe,
 )
-from optimum.commands.register.regcache_push import PushCommand
+from optimum.commands.register.regcache_push import PushCommand  # pyright: ignore[reportMissingImports]
 
 
 class QuantizeCommand(Command):
