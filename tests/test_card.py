@@ -20,7 +20,7 @@ FIGURES = {"accuracy": 0.75, "cosine_similarity": 0.99}
 MEASURED = Measured("| variant |\n| --- |\n| RegCache |", FIGURES, 500, "user/images", "user/images", "test")
 
 
-def card_of(folder: Path, base: str | None = "user/clip", **options: Any) -> ModelCard:
+def card_of(folder: Path, base: str | None = "user/clip", **options: Any) -> Any:
     write_card(folder, folder / "clip-w8a8", CONFIG, base, "zero-shot-image-classification", **options)
     return ModelCard.load(folder / "README.md")
 
@@ -131,6 +131,6 @@ def test_python_writes_a_card_too(tmp_path: Path) -> None:
     original = reference.load("clip-scenes")
     config = RegCacheConfig.from_preset("w8a8-dynamic").replace(registers={"mode": "none"})
     RegCacheQuantizer(original.model, original.processor).quantize(tmp_path / "clip", quantization_config=config)
-    card = ModelCard.load(tmp_path / "clip" / "README.md")
+    card: Any = ModelCard.load(tmp_path / "clip" / "README.md")
     assert "`clip-scenes`, vision tower quantized to W8A8-DYNAMIC without registers" in card.text
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "zero-shot-image-classification")

@@ -55,9 +55,7 @@ def prepare_auto_map(model: Any) -> None:
         kept |= current
         for auto, place in current.items():
             if place == f"{SHIM.stem}.{type(model).__name__}":
-                type(model).register_for_auto_class(
-                    auto
-                )  # `save_pretrained` copies the file; early releases do not ask for it
+                model.register_for_auto_class(auto)  # the file is copied: early releases do not ask for it themselves
     model.config.auto_map = kept
     if not kept:
         del model.config.auto_map
