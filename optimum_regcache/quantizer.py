@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.config.effects import require_search_unused
-from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
-from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig, recorded_name
 from optimum_regcache.config.validation import require
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import choose_split, load_splits, reference_and_report, subsample
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.evaluation.objective import DEFAULT_TEMPLATE
+from optimum_regcache.hub.card import known_licence, pipeline_tag, write_card
 from optimum_regcache.hub.door import require_float
 from optimum_regcache.hub.loading import load_model, load_processor
-from optimum_regcache.hub.stored import sort_metadata
+from optimum_regcache.hub.saving import write_model
+from optimum_regcache.hub.upload import push_folder
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.alternatives import Recommendation, find_alternatives
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.plan import Collator, QuantizationPlan, ReferenceImages
 from optimum_regcache.search.processes import on_main
-from optimum_regcache.search.run import repeatable, run_plan
+from optimum_regcache.search.run import plan_call, repeatable, run_plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -210,7 +210,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             stated = recipe or ((fit := self.fit_result) and Recipe(search=fit.settings, data=fit.data))
             images = ReferenceImages(calibration_dataset, self.processor, data_collator, template, stated)
         if recipe is None:
-            plan = self._plan(quantization_config, search, images, batch_size)
+            plan = plan_call(self.fit_result, quantization_config, search, images, batch_size)
         else:
             beside = {"quantization_config": quantization_config, "search": search, "batch_size": batch_size}
             double = [name for name, value in beside.items() if value is not None]
@@ -232,7 +232,7 @@ class RegCacheQuantizer(OptimumQuantizer):
 
         def write(output: Output) -> None:
             with output:
-                write_model(output.stage, model, self.processor, *self._records(model, run.recipe, None), file_prefix)
+                self._write(output, model, run.recipe, None, file_prefix)
 
         if save_dir is not None:
             on_main(lambda: write(output) if output is not None else None)
@@ -304,9 +304,47 @@ class RegCacheQuantizer(OptimumQuantizer):
             ValueError: the folder holds a model that is not ours, the float model, or another job's result.
             OSError: it cannot be written.
         """
+        with self._output(save_dir, self._records(model, recipe, results)[0], file_prefix, overwrite) as output:
+            self._write(output, model, recipe, results, file_prefix)
+
+    def push_to_hub(self, repo_id: str, model: PreTrainedModel | str | Path, **options: Any) -> str:
+        """Publish a result in one commit: weights, processor, recipe, results and card, as ``optimum-cli regcache push`` does.
+
+        Args:
+            repo_id: ``user/name``; made if it does not exist.
+            model: what `quantize` returned, or the folder that it was saved in.
+            options: ``revision`` (a branch), ``create_pr``, ``private``, ``commit_message``, ``token``, ``exist_ok`` (the
+                repository may hold another model) and ``unfinished`` (so may the search be).
+
+        Returns:
+            The address of the model on the Hub.
+
+        Raises:
+            ValueError: no finished model, one that was changed, paths of this machine in its files, or a repository in use.
+            OSError: the Hub refuses, or cannot be reached.
+        """
+        if isinstance(model, (str, Path)):
+            return push_folder(model, repo_id, **options).url
+        with TemporaryDirectory() as folder:
+            self.save(model, Path(folder, repo_id.split("/")[-1]))
+            return push_folder(Path(folder, repo_id.split("/")[-1]), repo_id, **options).url
+
+    def _write(
+        self,
+        output: Output,
+        model: PreTrainedModel,
+        recipe: Recipe | None,
+        results: dict[str, Any] | None,
+        file_prefix: str | None,
+    ) -> None:
+        """All files of a result, the card too."""
+        origin = str(self.model.name_or_path or "") or None
+        base = None if origin is None else reference.name_of(origin) or recorded_name(origin)
         recipe, results = self._records(model, recipe, results)
-        with self._output(save_dir, recipe, file_prefix, overwrite) as output:
-            write_model(output.stage, model, self.processor, recipe, results, file_prefix)
+        write_model(output.stage, model, self.processor, recipe, results, file_prefix)
+        config: Any = model.config.quantization_config
+        licence = known_licence(base, origin)
+        write_card(output.stage, output.path, config, base, pipeline_tag(model), licence=licence)
 
     def _output(
         self, save_dir: str | Path, recipe: Recipe, file_prefix: str | None, overwrite: bool, images: str | None = None
@@ -333,48 +371,6 @@ class RegCacheQuantizer(OptimumQuantizer):
         if results is None and fit is not None and fit.config == config:
             results = {"fit": fit.to_dict()}
         return repeatable(recipe.with_quantization(config), fit).portable(reference.names()), results
-
-    def _plan(
-        self,
-        config: RegCacheConfig | None,
-        search: SearchConfig | None,
-        images: ReferenceImages | None,
-        batch_size: int | None,
-    ) -> QuantizationPlan:
-        """The plan of a call without one: what is left open comes from the fit, if it is one of this config."""
-        fit = self.fit_result
-        resolved = resolve(config or (fit.config if fit else RegCacheConfig()))
-        if fit is not None and (
-            resolved.config not in (fit.requested, fit.config) or search not in (None, fit.settings)
-        ):
-            fit = None
-        if search is not None and resolved.config.registers.mode != "search":
-            require_search_unused(search, resolved.config)
-        if fit is not None:
-            settings, data = fit.settings, fit.data
-        else:
-            count = len(images.inputs) if images is not None else 0
-            settings, data = search or SearchConfig(), DataConfig(num_samples=max(count, 4))
-        data = data if batch_size is None else replace(data, batch_size=batch_size)
-        return QuantizationPlan(Recipe(resolved.config, settings, data), resolved)
-
-
-def write_model(
-    folder: Path,
-    model: PreTrainedModel,
-    processor: Any,
-    recipe: Recipe,
-    results: dict[str, Any] | None = None,
-    file_prefix: str | None = None,
-) -> None:
-    """Write model, processor, ``recipe.yaml`` and ``results.json`` into an empty folder."""
-    model.save_pretrained(folder, variant=file_prefix)
-    sort_metadata(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    recipe.save(folder / "recipe.yaml")
-    if results is not None:
-        write_json(folder / "results.json", results)
 
 
 def build_quantized(

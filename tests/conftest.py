@@ -20,8 +20,8 @@ CORE = {
     f"test_{name}.py"
     for name in (
         "architectures", "checkpoint_damage", "deletion", "door", "fingerprint", "golden_checkpoints", "gradients",
-        "hf_integration", "hidden_states", "independence", "models", "packed_towers", "quantizer", "register_cache",
-        "registers", "surgery", "trials", "versions",
+        "hf_integration", "hidden_states", "independence", "models", "packed_towers", "push", "quantizer", "register_cache",
+        "registers", "remote_code", "surgery", "trials", "versions",
     )
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and line for an exception.
 
     Returns:
-        2: the user can correct it. 3: interrupted. 4: no space, no permission, no memory. 1: anything else, a fault of ours.
+        2: the user can correct it. 3: interrupted. 4: no space, permission, memory or network. 1: a fault of ours.
     """
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, Unfinished):
@@ -55,6 +55,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     number = _errno(error)
     if number in _STORAGE:
         return MACHINE, f"error: {text} {_STORAGE[number]}{notes}"
+    if isinstance(error, ConnectionError):
+        return MACHINE, f"error: {text}{notes}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
         return MACHINE, f"error: out of memory. Use a smaller --batch-size or --num-samples.{notes}"
     if isinstance(error, (ValueError, TypeError, ImportError, OSError)):

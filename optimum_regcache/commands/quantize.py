@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from optimum_regcache.commands.card import write_model_card
-from optimum_regcache.commands.compare import compare, installs, pictures
+from optimum_regcache.commands.card import measured
+from optimum_regcache.commands.compare import compare, pictures
 from optimum_regcache.commands.recommend import ReportOptions, advise
 from optimum_regcache.commands.report import environment, expected_work, render_table
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Hub, Source
@@ -21,10 +20,11 @@ from optimum_regcache.config.expect import compare_expected
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import Output
 from optimum_regcache.config.recipe import LOCAL, Recipe
-from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.hub.card import known_licence, pipeline_tag, write_card
 from optimum_regcache.hub.loading import load_model
+from optimum_regcache.hub.saving import write_model
 from optimum_regcache.hub.stored import content
-from optimum_regcache.quantizer import write_model
 from optimum_regcache.search.fit import fit_registers
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.processes import alone
@@ -59,7 +59,7 @@ def quantize_job(
         ValueError: options that do not fit.
         OSError: too little space, or a file that is not what was written.
     """
-    begun, options = time.perf_counter(), options or ReportOptions()
+    begun, options, origin = time.perf_counter(), options or ReportOptions(), recipe.model
     options.check(source.dataset_name)
     images = ReferenceImages(source.search_images, source.processor, template=source.template)
     plan = QuantizationPlan.of(recipe)
@@ -114,9 +114,10 @@ def quantize_job(
         }
         output.keep_journal = fit is not None and fit.search.unfinished
         write_json(output.stage / "results.json", results)
-        write_model_card(
-            output.stage, output.path, recipe, found.rows, [*found.notes, *_origin(source, hub or {})],
-            dataset=source.images_title, pipeline_tag=_pipeline_tag(source.model), installed=installs(config),
+        write_card(
+            output.stage, output.path, config, source.name, pipeline_tag(source.model),
+            licence=known_licence(source.name, origin, recipe.revision), measured=measured(source, found.rows),
+            notes=[*found.notes, *_origin(source, hub or {})],
         )  # fmt: skip
     label, shown = run.quantized.config.label.upper(), len(source.report_images)
     title = f"{source.title} {label} on {shown} unseen images of {source.images_title}"
@@ -165,9 +166,3 @@ def _origin(source: Source, hub: Hub) -> list[str]:
     if source.name.startswith(LOCAL):
         lines.append("the float original was a local folder; `evaluate` compares with it through `--float-model`")
     return lines
-
-
-def _pipeline_tag(model: PreTrainedModel) -> str:
-    if hasattr(model, "get_text_features"):
-        return "zero-shot-image-classification"
-    return "image-classification" if has_classifier(model) else "image-feature-extraction"

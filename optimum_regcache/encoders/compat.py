@@ -3,6 +3,7 @@ releases (5.4 to 5.24). What can be probed is probed; version numbers are not as
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import logging, output_capturing
+from transformers.utils.hub import PushToHubMixin
 
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, requirement
 
@@ -144,11 +146,21 @@ def mark_quantized(model: PreTrainedModel, hf_quantizer: Any) -> None:
     """Set what `from_pretrained` sets on a quantized model, so that `save_pretrained` and friends treat it as one."""
     target: Any = model
     target.hf_quantizer = hf_quantizer
+    model.add_model_tags(["optimum", "regcache"])  # in the card that `push_to_hub` of transformers writes
     target.is_quantized = True
     target.quantization_method = hf_quantizer.quantization_config.quant_method
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def being_pushed() -> bool:
+    """Whether `save_pretrained` of transformers, which is under way, was called by its `push_to_hub`: nothing else tells."""
+    frame: Any = sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    pushes = inspect.unwrap(cast("Any", PushToHubMixin).push_to_hub).__code__
+    while frame is not None and frame.f_code is not pushes:
+        frame = frame.f_back
+    return frame is not None
 
 
 def attention_weights_wanted() -> bool:

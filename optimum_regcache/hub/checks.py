@@ -70,11 +70,15 @@ def check_files(model: Any, config: RegCacheConfig, paths: list[Path]) -> bool:
     _check_forms(model, state, stored, targets)
     if not _is_saved_class(model):
         _leave_out_other_parts(model, state, targets)
-    return saved is not None and _check_saved(config, stored, saved)
+    return saved is not None and check_saved(config, stored, saved)
 
 
-def _check_saved(config: RegCacheConfig, stored: dict[str, StoredTensor], saved: Fingerprint) -> bool:
-    """Whether everything is as it was saved; False if an edit is accepted."""
+def check_saved(config: RegCacheConfig, stored: dict[str, StoredTensor], saved: Fingerprint) -> bool:
+    """Whether everything is as it was saved; False if an edit is accepted.
+
+    Raises:
+        ValueError: naming the settings and tensors that were changed.
+    """
     found = file_digests(stored)
     changed = sorted(name for name, mark in found.items() if saved.tensors.get(name) != mark)
     kept = set(found.values())  # of tied tensors one is stored

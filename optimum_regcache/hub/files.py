@@ -30,7 +30,7 @@ def check_files(folder: Path) -> None:
         if (folder / name).is_file():
             _read_json(folder / name)
     kind, architectures = values.get("model_type"), values.get("architectures")
-    if not (isinstance(kind, str) and ("auto_map" in values or _is_known(kind))):
+    if not (isinstance(kind, str) and ("AutoConfig" in (values.get("auto_map") or ()) or _is_known(kind))):
         raise ValueError(f"{config}: model_type {kind!r} is not known to transformers {transformers.__version__}.")
     names = cast("list[Any]", architectures or [])
     if not isinstance(architectures, (list, type(None))) or not all(isinstance(name, str) for name in names):

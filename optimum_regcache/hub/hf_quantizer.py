@@ -13,18 +13,22 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from optimum_regcache.config import QUANT_METHOD, RegCacheConfig
 from optimum_regcache.config.effects import require_effect
-from optimum_regcache.encoders.compat import accept_bare_names, leave_uninitialized, mark_quantized
+from optimum_regcache.encoders.compat import accept_bare_names, being_pushed, leave_uninitialized, mark_quantized
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.encoders.versions import TESTED_TRANSFORMERS, check_environment, requirement
 from optimum_regcache.hub.checks import check_files
 from optimum_regcache.hub.dequantize import dequantize_modules
+from optimum_regcache.hub.remote_code import prepare_auto_map
 from optimum_regcache.hub.stored import fingerprint
 from optimum_regcache.hub.structure import check_complete, check_loaded, freeze, install_structure, validate_positions
 from optimum_regcache.layers.install import quantize_modules
 from optimum_regcache.registers import prepare_tower, set_deletion
+
+logger = logging.get_logger(__name__)
 
 
 class RegCacheHfQuantizer(HfQuantizer):
@@ -101,7 +105,13 @@ class RegCacheHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained`: the fingerprint for the files."""
+        """Called by `save_pretrained` before it writes: the fingerprint for the files."""
+        prepare_auto_map(model)
+        if being_pushed():
+            logger.warning(
+                "push_to_hub of transformers uploads weights only: no processor, no recipe, an empty card. Use "
+                "RegCacheQuantizer.push_to_hub(repo_id, model), or `optimum-cli regcache push FOLDER user/name`."
+            )
         return None, fingerprint(model, self.quantization_config)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -13,14 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
-from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.config.effects import require_search_unused
+from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.reading import read_batches
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.store import TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.door import require_float
-from optimum_regcache.methods import Quantized, quantize_with
+from optimum_regcache.methods import Quantized, quantize_with, resolve
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, fit_registers
 from optimum_regcache.search.mining import isolated_cache, mine_tokens
@@ -114,6 +115,28 @@ def run_plan(
     recipe = replace(recipe, quantization=quantized.config, notes="")
     space = parts.space if parts is not None else space_of(recipe.data, folder)
     return QuantizationRun(recipe, quantized, cache, fit, calibration, space)
+
+
+def plan_call(
+    fit: FitResult | None,
+    config: RegCacheConfig | None,
+    search: SearchConfig | None,
+    images: ReferenceImages | None,
+    batch_size: int | None,
+) -> QuantizationPlan:
+    """The plan of a call without a recipe: what is left open comes from ``fit``, if it is one of this config."""
+    resolved = resolve(config or (fit.config if fit else RegCacheConfig()))
+    if fit is not None and (resolved.config not in (fit.requested, fit.config) or search not in (None, fit.settings)):
+        fit = None
+    if search is not None and resolved.config.registers.mode != "search":
+        require_search_unused(search, resolved.config)
+    if fit is not None:
+        settings, data = fit.settings, fit.data
+    else:
+        count = len(images.inputs) if images is not None else 0
+        settings, data = search or SearchConfig(), DataConfig(num_samples=max(count, 4))
+    data = data if batch_size is None else replace(data, batch_size=batch_size)
+    return QuantizationPlan(Recipe(resolved.config, settings, data), resolved)
 
 
 def repeatable(recipe: Recipe, fit: FitResult | None) -> Recipe:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
-from optimum.commands.register.regcache_base import (
+from optimum.commands.register.regcache_base import (  # pyright: ignore[reportMissingImports] (its installed place)
     Command,
     add_common,
     add_hub,
@@ -15,6 +15,7 @@ from optimum.commands.register.regcache_base import (
     hub_options,
     resolve_recipe,
 )
+from optimum.commands.register.regcache_push import PushCommand  # pyright: ignore[reportMissingImports]
 
 
 class QuantizeCommand(Command):
@@ -267,6 +268,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
+        CommandInfo("push", help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
     )
 

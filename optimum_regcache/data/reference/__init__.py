@@ -100,6 +100,11 @@ def names() -> tuple[str, ...]:
     return tuple(_REFERENCES)
 
 
+def name_of(path: str) -> str | None:
+    """The name of the encoder that was opened from ``path``; None for any other model."""
+    return next((name for name in names() if Path(path).resolve() == directory(name).resolve()), None)
+
+
 def load(name: str = DEFAULT, *, dtype: torch.dtype = torch.float32) -> Reference:
     """Open a reference encoder.
 
