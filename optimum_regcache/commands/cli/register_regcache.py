@@ -15,6 +15,7 @@ from optimum.commands.register.regcache_base import (
     hub_options,
     resolve_recipe,
 )
+from optimum.commands.register.regcache_report import ReportCommand
 
 
 class QuantizeCommand(Command):
@@ -231,6 +232,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("quantize", help=QuantizeCommand.COMMAND.help, subcommand_class=QuantizeCommand),
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
+        CommandInfo("report", help=ReportCommand.COMMAND.help, subcommand_class=ReportCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
     )
