@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimum_regcache.commands.page.parts import Item, LeftOut, Pictures, Table, Text, number, percent, with_error
+from optimum_regcache.commands.page.parts import Item, Pictures, Table, Text, number, percent, with_error
 from optimum_regcache.commands.page.plots import Plotter
-from optimum_regcache.commands.page.runs import CHECK, EVALUATE, Run
+from optimum_regcache.commands.page.runs import ANALYZE, CHECK, EVALUATE, Run
 from optimum_regcache.config.recipe import LOCAL
 
 _MACHINE = ("machine", "cpu_model", "system", "cpu_capability", "threads", "logical_cpus", "int8_kernel")
@@ -21,8 +21,6 @@ def title_of(name: Any) -> str:
 def what_it_is(run: Run, plotter: Plotter) -> list[Item]:
     """Model, scheme, what is installed, images, versions and machine."""
     del plotter
-    if not run.data:
-        raise LeftOut("there is nothing to read")
     config, environment = run.at("recipe", "quantization") or {}, run.at("environment") or {}
     searched, dropped = run.at("search_images"), run.at("dropped_images")
     facts: dict[str, Any] = {
@@ -39,7 +37,8 @@ def what_it_is(run: Run, plotter: Plotter) -> list[Item]:
         "deletion": _deletion(config.get("deletion")),
         "sensitive block": run.at("fit", "sensitive_block"),
         "images of the search": searched and ", ".join(f"{count} {part}" for part, count in searched.items()),
-        "images of the report": run.at("report_images") or run.at("images"),
+        "images of the scan": run.at("images") if run.kind == ANALYZE else None,
+        "images of the report": run.at("images") if run.kind in (CHECK, EVALUATE) else run.at("report_images"),
         "broken images left out": _dropped(dropped),
         "seed": run.at("recipe", "search", "seed"),
         "seconds": run.at("seconds"),
@@ -66,14 +65,9 @@ def _registers(config: Mapping[str, Any] | None) -> str | None:
 def _deletion(config: Mapping[str, Any] | None) -> str | None:
     if config is None:
         return None
-    count = config.get("count")
-    return (
-        f"k~ = {count} tokens at block {config['block']}"
-        if count
-        else "none"
-        if config.get("rule") == "topk"
-        else "by rule"
-    )
+    if not config.get("count"):
+        return "none"
+    return f"{'at most ' * (config['rule'] != 'topk')}{config['count']} tokens (k~) at block {config['block']}"
 
 
 def _dropped(dropped: Any) -> str | None:

@@ -13,11 +13,16 @@ from PIL import Image
 from optimum_regcache.commands.page.attention import Measured
 from optimum_regcache.commands.page.parts import Item, LeftOut, Picture, Pictures, Table, Text, number
 from optimum_regcache.commands.page.plots import Plotter
-from optimum_regcache.commands.page.runs import ANALYZE, EVALUATE, Run
+from optimum_regcache.commands.page.runs import ANALYZE, EVALUATE, QUANTIZE, Run
 from optimum_regcache.search.setups import Setup
 
 _NORMS = {"max_block_input": "block input, max", "mean_block_input": "block input, mean", "max_fc2_input": "fc2 input, max",
           "median_fc2_input": "fc2 input, median"}  # fmt: skip
+_NORMS_OF = {
+    QUANTIZE: "in the float model with the same registers, deletion and rewrites, on the report images",
+    ANALYZE: "in the float model, on the images of the sensitivity scan",
+    EVALUATE: "in the model as it was evaluated, on the report images",
+}
 _MOST_PNG = 1 << 23
 _SHOWN = 10
 
@@ -41,10 +46,7 @@ def norms(run: Run, plotter: Plotter) -> list[Item]:
     depth = len(next(iter(found.values()))["max_block_input"])
     heads = [f"{name}: {text}" for name in found for text in _NORMS.values()]
     rows = [[str(b), *(number(v[k][b], ".2f") for v in found.values() for k in _NORMS)] for b in range(depth)]
-    text = (
-        "l_inf norm of the patch tokens that each block computes on, a deleted token not among them; in the float model with "
-        "the same registers, deletion and rewrites, on the report images."
-    )
+    text = f"l_inf norm of the patch tokens that each block computes on, a deleted token not among them; {_NORMS_OF[run.kind]}."
     return [Text(text), Pictures(pictures), Table(["block", *heads], rows, "The same as numbers.", folded=True)]
 
 
@@ -148,7 +150,7 @@ def search(run: Run, plotter: Plotter) -> list[Item]:
     trials = [(_setup(t), t["score"]) for t in found["trials"]]
     chosen, confirmation = _setup(found["chosen"]), found["confirmation"]
     gain = f"{number(confirmation['gain'], '+.4f')} ± {number(confirmation['standard_error'])}"
-    text = f"Chosen: {chosen.describe()}. {found['reason']}."
+    text = f"Chosen: {chosen.describe()}. Reason: {found['reason']}."
     if "gain " not in found["reason"]:
         text += f" Gain over nothing on the confirmation images: {gain}."
     items: list[Item] = [Text(text)]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+_LONG = 24  # characters
+
 
 @dataclass(frozen=True)
 class Text:
@@ -34,6 +36,14 @@ class Table:
     folded: bool = False
     words: frozenset[int] = frozenset({0})
     kind: str = field(default="table", init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [[str(cell) for cell in row] for row in self.rows])  # JSON may hold anything
+
+    @property
+    def long(self) -> set[int]:
+        """Columns of words whose text takes more than one line where there is little room."""
+        return {i for i in self.words if any(len(row[i]) > _LONG for row in self.rows)}
 
 
 @dataclass(frozen=True)

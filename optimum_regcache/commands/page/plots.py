@@ -84,18 +84,22 @@ class Plotter:
         x: str,
         log: bool = False,
     ) -> Picture:
-        """Horizontal bars: for each of ``groups`` one of each series (values, standard errors or None)."""
+        """Horizontal bars: for each of ``groups`` one of each series (values, standard errors or None). On a log axis, which
+        has no zero that bars could begin at, marks."""
         thick = 0.8 / len(series)
         with self.axes(height=max(1.8, 0.8 + 0.26 * len(groups) * max(1.0, 0.75 * len(series)))) as (axes, svg):
             for place, (name, (values, errors)) in enumerate(series.items()):
                 at = [g + (place - (len(series) - 1) / 2) * thick for g in range(len(groups))]
+                if log:
+                    axes.plot(_floats(values), at, MARKERS[place], color=COLOURS[place], markersize=7, label=name)
+                    continue
                 bars = [e or 0.0 for e in errors]
                 axes.barh(
                     at, _floats(values), thick, xerr=bars if any(bars) else None, label=name, ecolor=_INK, capsize=2,
                     color=COLOURS[place % len(COLOURS)],
                 )  # fmt: skip
             axes.set_yticks(range(len(groups)), [_short(g) for g in groups])
-            axes.invert_yaxis()
+            axes.set_ylim(len(groups) - 0.4, -0.6)
             if log:
                 axes.set_xscale("log")
                 _plain(axes.xaxis)
@@ -155,7 +159,12 @@ class Plotter:
 
 
 def _plain(axis: Any) -> None:
-    """Numbers instead of powers, which would be formulas."""
+    """Numbers instead of powers, which would be formulas; more of them where the axis is short."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.set_minor_formatter(lambda value, position: "")
 

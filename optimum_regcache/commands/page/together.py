@@ -27,11 +27,15 @@ def overview(runs: Sequence[Run], plotter: Plotter) -> list[Item]:
     runs = with_rows(runs)
     if len(runs) < 2:
         raise LeftOut("fewer than two of these results hold rows to compare")
-    headings = ["result", "model", "scheme", "methods", "installed", "float", "naive", "per token", "saved", "retention",
-                "recovered", "search gain"]  # fmt: skip
-    lines = [_line(run) for run in runs]
+    made = [
+        [run.label, title_of(run.at("model")), run.at("quantization"), _methods(run), _installed(run)] for run in runs
+    ]
     caption = "float to saved: top-1 where there are labels, else the cosine to the float model; ±: standard error."
-    items: list[Item] = [Table(headings, lines, caption, words=frozenset(range(5)))]
+    headings = ["result", "float", "naive", "per token", "saved", "retention", "recovered", "search gain"]
+    items: list[Item] = [
+        Table(["result", "model", "scheme", "methods", "installed"], made, words=frozenset(range(5))),
+        Table(headings, [_figures(run) for run in runs], caption),
+    ]
     other = [
         name
         for name, key in (
@@ -40,7 +44,7 @@ def overview(runs: Sequence[Run], plotter: Plotter) -> list[Item]:
             ("seeds", ("recipe", "search", "seed")),
             ("protocols", ("protocol",)),
         )
-        if len({str(run.at(*key)) for run in runs if run.kind == QUANTIZE}) > 1
+        if len({str(run.at(*key)) for run in runs} - {"None"}) > 1
     ]
     if other:
         items.append(
@@ -86,23 +90,21 @@ def _value(run: Run, variant: str, key: str) -> float | None:
     return next((row.get(key) for row in run.data["rows"] if row["name"] == variant), None)
 
 
-def _line(run: Run) -> list[str]:
+def _methods(run: Run) -> str:
+    return " + ".join(str(method["name"]) for method in run.at("methods") or ()) or "rtn"
+
+
+def _installed(run: Run) -> str:
+    return str(saved_row(run)["installed"]) if run.kind == QUANTIZE else "-"
+
+
+def _figures(run: Run) -> list[str]:
     key = _metric(run)
     found = [
         with_error(_value(run, v, key), _value(run, v, "standard_error"), key == "accuracy")
         for v in (*_VARIANTS, _SAVED)
     ]
-    saved = run.kind == QUANTIZE
     search = run.at("fit", "search", "confirmation") or {}
     gain = "-" if not search else f"{number(search.get('gain'), '+.4f')} ± {number(search.get('standard_error'))}"
-    return [
-        run.label,
-        title_of(run.at("model")),
-        str(run.at("quantization")),
-        " + ".join(str(m["name"]) for m in run.at("methods") or ()) or "rtn",
-        str(saved_row(run)["installed"]) if saved else "-",
-        *found,
-        percent(_value(run, _SAVED, "retention")),
-        percent(_value(run, _SAVED, "recovered_loss")),
-        gain,
-    ]
+    shares = [percent(_value(run, _SAVED, name)) for name in ("retention", "recovered_loss")]
+    return [run.label, *found, *shares, gain]

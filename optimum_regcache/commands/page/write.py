@@ -24,6 +24,10 @@ from optimum_regcache.config.output import digests
 from optimum_regcache.config.validation import require
 
 _MARK = "optimum-regcache report"
+_BESIDE = {
+    "Outlier tokens": "outliers.png",
+    "Attention to the registers": "config.json",
+}  # what these can do without a JSON
 _Make = Callable[[], list[Item]]
 
 
@@ -109,9 +113,10 @@ def _chapter(run: Run, anchor: str, plotter: Plotter, dataset: str | None, count
         "Search": (partial(findings.search, run, plotter), (QUANTIZE,)),
         "Speed": (partial(facts.speed, run, plotter), (BENCHMARK,)),
     }
+    beside = [title for title, name in _BESIDE.items() if (run.folder / name).is_file()]
     sections = [Section("State", f"{anchor}-state", [Text(p, True) for p in run.problems])] if run.problems else []
     for title, (make, kinds) in builders.items():
-        if run.kind in kinds and (run.data or run.kind == QUANTIZE):
+        if run.kind in kinds and (run.data or title in beside):
             place = f"{anchor}-{re.sub(r'[^a-z]+', '-', title.lower())}"
             sections.append(_section(title, place, make, f"{run.label}: ", left_out))
     return Chapter(run.label, anchor, sections)
