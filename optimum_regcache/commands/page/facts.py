@@ -178,7 +178,7 @@ def _evaluated(run: Run, plotter: Plotter) -> list[Item]:
     for kind, found in fused.items():
         cells = percent(found.get("accuracy"), 2), number(found.get("feature_cosine"))
         rows.append([f"fused, {kind}", *cells, "", str(found["how"])])
-    caption = f"On {data['images']} report images of {title_of(data['dataset'])}. `evaluate` gives no standard errors."
+    caption = f"On {data['images']} report images of {title_of(data['dataset'])}. evaluate gives no standard errors."
     headings = ["variant", "top-1", "cosine", "retention", "how"]
     items: list[Item] = [Table(headings, rows, caption, words=frozenset({0, 4}))]
     if data.get("accuracy_note"):

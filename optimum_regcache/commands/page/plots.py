@@ -42,6 +42,7 @@ class Plotter:
         found: list[str] = []
         with rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has other fonts
+            warnings.filterwarnings("error", category=RuntimeWarning)  # numbers too large for a picture
             figure = self._figure(figsize=(width, height), layout="constrained")
             yield figure.subplots(), found
             file = io.StringIO()

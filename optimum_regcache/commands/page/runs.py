@@ -20,9 +20,7 @@ _KEYS = {  # what only a result of the kind holds
     EVALUATE: ("quantized_layers",),
     BENCHMARK: ("results", "settings", "environment"),
 }
-_ADVICE = (
-    "Give a folder that `quantize` or `analyze` wrote, or a JSON file of `evaluate` or of benchmarks/bench_cpu_int8.py."
-)
+_ADVICE = "Give a folder that quantize or analyze wrote, or a JSON file of evaluate or of benchmarks/bench_cpu_int8.py."
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _of_folder(path: Path) -> Run | None:
         text = f"This job is not finished: {steps} steps are kept, nothing is written yet. The same command goes on."
         return Run("", QUANTIZE, path, problems=(text,))
     if (path / MANIFEST).is_file() or (path / "recipe.yaml").is_file():
-        text = "There is no results.json beside the model, so there are no figures. Quantize again, or use `evaluate`."
+        text = "There is no results.json beside the model, so there are no figures. Quantize again, or use evaluate."
         return Run("", QUANTIZE, path, problems=(text,))
     return None
 

@@ -134,7 +134,7 @@ def _section(title: str, anchor: str, make: _Make, whose: str, left_out: list[st
         return Section(title, anchor, make())
     except LeftOut as reason:
         text = str(reason)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeWarning, TypeError, ValueError) as error:
         text = f"the result does not hold it in the form that this version reads ({type(error).__name__}: {error})"
     left_out.append(f"{whose}{title.lower()} left out: {' '.join(text.split())}")
     return Section(title, anchor, [Text(f"Left out: {text.rstrip('.')}.")])
