@@ -255,7 +255,10 @@ def test_attention_needs_images_and_says_so(made: Path, tmp_path: Path) -> None:
     assert re.search(r"Measured for this page on \d unseen images of images;", check_page(tmp_path / "with.html").text)
     (folder / "model.safetensors").write_bytes(b"cut off")
     report_job([folder], tmp_path / "cut.html", dataset=str(tmp_path / "images"))
-    assert "Attention to the registers Left out: " in check_page(tmp_path / "cut.html").text
+    assert (
+        "Attention to the registers Left out: the model or the images do not open or run: "
+        in check_page(tmp_path / "cut.html").text
+    )
 
 
 def test_a_benchmark_has_times(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def register_attention(model: nn.Module, batches: Iterable[Batch]) -> torch.Tens
 
     Args:
         model: model or tower, with whatever registers and deletion are installed.
-        batches: images.
+        batches: images; the weights of all blocks, [B, H, N, n + N] each, are in memory at once.
 
     Returns:
         float32 [blocks, heads], from 0 to 1; 0 in blocks without registers.

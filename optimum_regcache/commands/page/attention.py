@@ -58,13 +58,20 @@ def measure_attention(run: Run, dataset: str | None, count: int) -> Measured:
         cache = get_register_cache(opened[0])
         if cache is None:
             raise LeftOut("no registers are installed")
-        data: DataConfig = replace(recipe.data, num_samples=4, num_report=count)  # those of a search are not read
+        # images of a search are not read; the weights of all blocks are there at once, so one image at a time
+        data: DataConfig = replace(recipe.data, num_samples=4, num_report=count, batch_size=1)
         source = open_source(
             recipe.model if dataset is None else str(run.folder), dataset,
             replace(recipe, model=None, dataset=None, revision=None, data=data), opened=opened,
         )  # fmt: skip
         inputs = ImageInputs(source.report_images, source.processor)
         share = register_attention(source.model, store_batches(inputs, data, space_of(data)))
-    except (OSError, ValueError) as error:
-        raise LeftOut(" ".join(str(error).split())) from error
+    except (
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a model of others may fail in any way
+        raise LeftOut(" ".join(f"the model or the images do not open or run: {error}".split())) from error
     return Measured(share, cache.blocks, len(inputs), source.images_title)
