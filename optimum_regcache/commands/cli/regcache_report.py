@@ -1,4 +1,5 @@
 """`optimum-cli regcache report`."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def what_it_is(run: Run, plotter: Plotter) -> list[Item]:
         "versions": ", ".join(f"{k} {v}" for k, v in environment.items() if k not in _MACHINE and isinstance(v, str)),
         "machine": ", ".join(f"{k} {environment[k]}" for k in _MACHINE if k in environment),
     }
-    rows = [[name, str(value)] for name, value in facts.items() if value not in (None, "")]
+    rows = [[name, str(value)] for name, value in facts.items() if value not in (None, "", "-")]
     note = run.at("note")
     items: list[Item] = [Text(str(note))] if note else []
     return [*items, Table(["", ""], rows, words=frozenset({0, 1}))]
