@@ -70,10 +70,8 @@ def _to_picture(pixels: torch.Tensor) -> Any:
     return Image.fromarray(scaled.byte().permute(1, 2, 0).cpu().numpy())
 
 
-def plot_analysis(
-    path: str | Path, sensitivity: dict[int, float], norms: dict[str, TokenNorms], title: str, objective: str
-) -> None:
-    """Sensitivity per block over token norms per block, as a picture.
+def require_plots() -> type[Any]:
+    """The class of matplotlib's figures.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -82,8 +80,18 @@ def plot_analysis(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'optimum-regcache[plots]'.") from error
+    return Figure
 
-    figure = Figure(figsize=(8, 7.5), layout="constrained")
+
+def plot_analysis(
+    path: str | Path, sensitivity: dict[int, float], norms: dict[str, TokenNorms], title: str, objective: str
+) -> None:
+    """Sensitivity per block over token norms per block, as a picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = require_plots()(figsize=(8, 7.5), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     blocks = sorted(sensitivity)
     top.bar(blocks, [sensitivity[b] for b in blocks], color="#b0413e")

@@ -31,6 +31,8 @@ from optimum_regcache.search.processes import alone
 from optimum_regcache.search.progress import watching
 from optimum_regcache.search.run import repeatable, run_plan
 
+PARTS = ("calibration", "selection", "confirmation")  # of the reference images
+
 
 def quantize_job(
     source: Source,
@@ -99,9 +101,11 @@ def quantize_job(
             "simulated": config.simulated_reason,
             "measured": saved.quantized.measured,
             "stage_seconds": saved.quantized.seconds,
+            "search_images": fit and {name: len(getattr(fit.parts, name)) for name in PARTS},
             "report_images": len(source.report_images),
             "dropped_images": source.dropped,
             "rows": [row.to_dict() for row in found.rows],
+            "norms": {name: reporter.norms[name].to_dict() for name in ("float", found.rows[-1].name)},
             "below_naive": [row.name for row in found.rows if row.below_naive],
             "seeds": found.seeds,
             "expected": [check.to_dict() for check in checks],

@@ -24,6 +24,7 @@ from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjec
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.registers.replay import Recorded
 from optimum_regcache.search.progress import current
+from optimum_regcache.search.setups import mean_and_error
 from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
@@ -48,6 +49,7 @@ class Row:
         below_naive: whether the metric lies below round to nearest with nothing installed, by more than two paired standard
             errors.
         installed: what was installed.
+        standard_error: of the metric over the report images; None for a single one.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Row:
     flops: float | None
     below_naive: bool
     installed: str
+    standard_error: float | None = None
 
     @property
     def metric(self) -> float:
@@ -148,6 +151,7 @@ class Reporter:
             block_flops(twin, norms.tokens),
             naive is not None and clearly_below(scores, self._scores["naive"]),
             installed,
+            mean_and_error(scores)[1] if len(scores) > 1 else None,
         )
 
     def float_row(self) -> Row:

@@ -16,6 +16,7 @@ from optimum.commands.register.regcache_base import (  # pyright: ignore[reportM
     resolve_recipe,
 )
 from optimum.commands.register.regcache_push import PushCommand  # pyright: ignore[reportMissingImports]
+from optimum.commands.register.regcache_report import ReportCommand  # pyright: ignore[reportMissingImports]
 
 
 class QuantizeCommand(Command):
@@ -267,6 +268,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("run", help=RunCommand.COMMAND.help, subcommand_class=RunCommand),
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
+        CommandInfo("report", help=ReportCommand.COMMAND.help, subcommand_class=ReportCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
         CommandInfo("push", help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),

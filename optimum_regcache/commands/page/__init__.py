@@ -1,0 +1,1 @@
+"""One page over one or several results: `optimum-cli regcache report`."""
