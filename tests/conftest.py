@@ -21,7 +21,7 @@ CORE = {
     for name in (
         "architectures", "checkpoint_damage", "deletion", "door", "fingerprint", "golden_checkpoints", "gradients",
         "hf_integration", "hidden_states", "independence", "models", "packed_towers", "quantizer", "register_cache",
-        "registers", "surgery", "trials", "versions",
+        "registers", "support_table", "surgery", "trials", "versions",
     )
 }  # fmt: skip
 
