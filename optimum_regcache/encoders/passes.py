@@ -128,11 +128,18 @@ def _read_states(model: nn.Module, tower: Tower, batch: Batch, lead: int) -> lis
     feature maps."""
     if tower.is_backbone:
         return _map_tokens(tower, run_tower(tower, batch))
-    layers = states_read(model, tower)
-    if layers == (len(tower.blocks),) and getattr(cast("Any", model).config, "vision_feature_layer", None) is None:
-        return [run_tower(tower, batch).last_hidden_state[:, lead:]]
-    output = run_tower(tower, batch, output_hidden_states=True)
-    return [output.hidden_states[i][:, lead:] for i in layers]
+    options = _options_of(model, tower)
+    output = run_tower(tower, batch, **options)
+    if not options:
+        return [output.last_hidden_state[:, lead:]]
+    return [output.hidden_states[i][:, lead:] for i in states_read(model, tower)]
+
+
+def _options_of(model: nn.Module, tower: Tower) -> dict[str, Any]:
+    """How the model around the tower calls it: those with a ``vision_feature_layer`` ask for the states between the blocks,
+    where deleted tokens are masked and still computed."""
+    config: Any = getattr(model, "config", None) if tower.name and not tower.is_backbone else None
+    return {} if getattr(config, "vision_feature_layer", None) is None else {"output_hidden_states": True}
 
 
 def _map_tokens(tower: Tower, output: Any) -> list[torch.Tensor]:
@@ -348,11 +355,12 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
         )  # a block's own input still
         # holds what it deletes, and lacks the token that its first one adds
         handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
+    options = _options_of(model, tower)
     try:
         with unfused(tower.module):
             for batch in batches:
                 padding.start(batch)
-                run_tower(tower, batch)
+                run_tower(tower, batch, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -42,6 +42,12 @@ class Tower:
         return self.family.num_prefix_tokens(self.config)
 
     @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """Pixels (h, w) of a patch, None if the config has none."""
+        patch: Any = getattr(self.config, "patch_size", None)
+        return (patch, patch) if isinstance(patch, int) else patch and (int(patch[0]), int(patch[1]))
+
+    @property
     def is_backbone(self) -> bool:
         """Whether every hidden state is reshaped to a grid (``*Backbone`` classes)."""
         return any(c.__name__.endswith("Backbone") for c in type(self.module).__mro__)
