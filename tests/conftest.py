@@ -21,7 +21,7 @@ CORE = {
     for name in (
         "architectures", "checkpoint_damage", "deletion", "door", "fingerprint", "golden_checkpoints", "gradients",
         "hf_integration", "hidden_states", "independence", "models", "packed_towers", "push", "quantizer", "register_cache",
-        "registers", "remote_code", "surgery", "trials", "versions",
+        "registers", "remote_code", "support_table", "surgery", "trials", "versions",
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ import transformers as hf
 from transformers import PreTrainedModel
 from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
+from transformers.models.smolvlm import modeling_smolvlm
 
 from optimum_regcache import RegCacheConfig, RegisterCache, RegistersConfig
 from optimum_regcache.encoders.sites import quantization_sites
@@ -202,6 +203,28 @@ TOWERS: dict[str, TinyModel] = {
         ),
         TinyModel("vit", _config(hf.ViTConfig, **_VISION), hf.ViTModel, image_inputs),
         TinyModel("deit", _config(hf.DeiTConfig, **_VISION), hf.DeiTModel, image_inputs, lead=2),
+    )
+}
+
+# towers that come inside larger models and have no class of ours
+INNER: dict[str, TinyModel] = {
+    m.name: m
+    for m in (
+        TinyModel(
+            "metaclip2",
+            _config(hf.MetaClip2VisionConfig, **_VISION),
+            hf.MetaClip2VisionModel,
+            image_inputs,
+            TOWER_INSIDE,
+        ),
+        TinyModel(
+            "smolvlm",
+            _config(hf.SmolVLMVisionConfig, **_VISION),
+            modeling_smolvlm.SmolVLMVisionTransformer,
+            image_inputs,
+            lead=0,
+        ),
+        TinyModel("internvl", _config(hf.InternVLVisionConfig, **_VISION), hf.InternVLVisionModel, image_inputs),
     )
 }
 

@@ -11,7 +11,9 @@ import torch
 
 def part(attention: torch.nn.Module, role: str) -> torch.nn.Module:
     """A projection of an attention module (``query``, ``key``, ``value``, ``out``), whatever this release calls it."""
-    names = {"out": ("out_proj", "o_proj", "output.dense")}.get(role, (f"{role[0]}_proj", f"attention.{role}"))
+    names = {"out": ("out_proj", "o_proj", "output.dense", "projection_layer")}.get(
+        role, (f"{role[0]}_proj", f"attention.{role}")
+    )
     modules = dict(attention.named_modules())
     return next(modules[name] for name in names if name in modules)
 

@@ -14,6 +14,7 @@ from models import (
     DINOV2_BACKBONE,
     HEAD_DIM,
     HEADS,
+    INNER,
     MODELS,
     TOWER_PREFIX,
     TOWERS,
@@ -26,9 +27,9 @@ from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 
 every_model = pytest.mark.parametrize(
-    "tiny", [*MODELS.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name
+    "tiny", [*MODELS.values(), *INNER.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name
 )
-every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
+every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
 
 FAMILY_NAMES = {
     "clip": "CLIP",
@@ -38,6 +39,9 @@ FAMILY_NAMES = {
     "dinov2_swiglu": "DINOv2",
     "dinov2_registers": "DINOv2 with registers",
     "dinov3": "DINOv3",
+    "metaclip2": "MetaCLIP 2",
+    "smolvlm": "SmolVLM",
+    "internvl": "InternVL",
     "vit": "ViT",
     "deit": "DeiT",
 }
@@ -131,6 +135,9 @@ HEADS_OF = {
     "dinov2_swiglu": [],
     "dinov2_registers": [],
     "dinov3": [],
+    "metaclip2": [],
+    "smolvlm": [],
+    "internvl": [],
     "vit": ["pooler.dense"],
     "deit": ["pooler.dense"],
     "clip_dual": ["visual_projection"],

@@ -15,6 +15,7 @@ from models import (
     CLIP_CLASSIFIER,
     COMPOSITES,
     DINOV2_BACKBONE,
+    INNER,
     PATCHES,
     SIGLIP2_GRIDS,
     TOWERS,
@@ -31,8 +32,10 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
 
 DELETE_BLOCK = 2
-every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
-gathering = pytest.mark.parametrize("tiny", [t for t in TOWERS.values() if t.name != "siglip2"], ids=lambda t: t.name)
+every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
+gathering = pytest.mark.parametrize(
+    "tiny", [t for t in (*TOWERS.values(), *INNER.values()) if t.name != "siglip2"], ids=lambda t: t.name
+)
 CLIP, SIGLIP2, DINOV2 = TOWERS["clip"], TOWERS["siglip2"], TOWERS["dinov2"]
 
 Positions = list[list[int]]  # per image, patch numbers (tokens before the patches not counted)

@@ -14,6 +14,7 @@ from models import (
     BLOCKS,
     HEAD_DIM,
     HEADS,
+    INNER,
     MODELS,
     TOWER_INSIDE,
     TOWER_PREFIX,
@@ -29,7 +30,7 @@ from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import get_register_cache, prepare_tower, set_deletion, set_registers
 
 every_model = pytest.mark.parametrize("tiny", MODELS.values(), ids=lambda t: t.name)
-every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
+every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
 CLIP = TOWERS["clip"]
 
 

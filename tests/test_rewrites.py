@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BLOCKS, COMPOSITES, DINOV2_BACKBONE, HEADS, TOWERS, WIDTH, TinyModel, random_cache
+from models import BLOCKS, COMPOSITES, DINOV2_BACKBONE, HEADS, INNER, TOWERS, WIDTH, TinyModel, random_cache
 from torch import nn
 
 from optimum_regcache import DeletionConfig
@@ -26,7 +26,7 @@ from optimum_regcache.rewrites.rotation import (
 
 DELETE_BLOCK = 2
 CLIP, DINOV2 = TOWERS["clip"], TOWERS["dinov2"]
-every_tower = pytest.mark.parametrize("tiny", TOWERS.values(), ids=lambda t: t.name)
+every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
 
 
 def build(tiny: TinyModel, dtype: torch.dtype = torch.float64, *, regcache: bool = True, **overrides: Any) -> Any:
@@ -103,6 +103,7 @@ REWRITES: dict[str, Callable[[Any], None]] = {
 }
 
 
+UNBIASED = {"dinov3": ("k_proj.bias",), "internvl": ("q_proj.bias", "k_proj.bias", "v_proj.bias")}  # at first
 HEAD_ROTATIONS = [REWRITES[name] for name in ("rotate_heads", "scale_then_rotate", "rotate_then_scale")]
 
 
@@ -121,9 +122,7 @@ def test_no_rewrite_changes_the_function(tiny: TinyModel, rewrite: Callable[[Any
         rewrite(model)
         assert difference(run(tiny, model), expected) < tolerance
         after = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
-        new = (
-            (".rotation", "k_proj.bias") if tiny.name == "dinov3" else (".rotation",)
-        )  # its keys have no bias at first
+        new = (".rotation", *UNBIASED.get(tiny.name, ()))
         assert {name: v for name, v in after.items() if not name.endswith(new)} == before
 
 
@@ -244,7 +243,8 @@ def test_the_stream_between_the_blocks_is_rotated_and_no_other() -> None:
 
 @every_tower
 def test_a_rotated_state_dict_loads_into_an_empty_rotation(tiny: TinyModel) -> None:
-    biased = {"key_bias": True} if tiny.name == "dinov3" else {}  # what the rotation makes of its config
+    settings = {"dinov3": {"key_bias": True}, "internvl": {"attention_bias": True}}
+    biased = settings.get(tiny.name, {})  # what the rotation makes of its config
     model, fresh = build(tiny, torch.float32), build(tiny, torch.float32, **biased)
     rotate_residual(model)
     empty_rotation(fresh)

@@ -49,7 +49,7 @@ def _draw_outliers(source: Source, block: int, path: Path, photos: bool, count: 
     pictures, outliers, others, grid = [], [], [], 0
     for index in range(len(images)):
         batch = next(images.subset([index]).batches(1))
-        if batch["pixel_values"].ndim != 4:
+        if batch["pixel_values"].ndim != 4 or tower.patch_size is None:
             return  # SigLIP2: patches of varying grids
         every = mine_tokens(source.model, [batch], [block], top=10**6, per_image=10**6, progress=False)[block]
         number = int((every.norms >= REPORTED_RATIO * every.norms.median()).sum())
@@ -57,7 +57,7 @@ def _draw_outliers(source: Source, block: int, path: Path, photos: bool, count: 
         pictures.append(_to_picture(pixels if photos else torch.ones_like(pixels)))
         outliers.append(every.position[:number].tolist())
         others.append(every.position[number:3].tolist())
-        grid = batch["pixel_values"].shape[-1] // tower.config.patch_size
+        grid = batch["pixel_values"].shape[-1] // tower.patch_size[1]
     draw_outliers(path, pictures, outliers, others, tower.num_prefix_tokens, grid)
 
 

@@ -14,15 +14,12 @@ from torch.utils.data import DataLoader
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.loading import image_column, label_column, load_splits, readable_rows, stored_pictures
-from optimum_regcache.data.picture import model_inputs, picture_name, read_picture
+from optimum_regcache.data.picture import MODEL_INPUTS, model_inputs, picture_name, read_picture, without_pixel_mask
 from optimum_regcache.encoders.passes import Batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-# what the vision models take; other columns of a data set stay behind
-MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw")
 
 REPORT_SPLITS = ("validation", "valid", "val", "test")
 
@@ -230,7 +227,8 @@ class ImageInputs(Sequence[Batch]):
             row = {k: torch.as_tensor(v) for k, v in self.source[item].items() if k in MODEL_INPUTS or _is_label(k, v)}
             if "image_grid_thw" in row:
                 return {**row, "image_grid_thw": row["image_grid_thw"].reshape(3)}
-            return row if position is None else {k: v[position] for k, v in row.items()}
+            single = row if position is None else {k: v[position] for k, v in row.items()}
+            return without_pixel_mask(single, f"Item {self._rows[self.indices[index]][0]} of the data")
         row = self.indices[index]
         value = self._pictures[row].get(self._image)
         picture = read_picture(value, row, getattr(self.source.features[self._image], "mode", None))

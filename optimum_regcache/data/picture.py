@@ -13,6 +13,13 @@ from optimum_regcache.config.validation import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# what the vision models take; whatever else a processor gives, or a data set has, stays behind
+MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_grid_thw")
+_CUTS = (
+    "do_image_splitting",
+    "crop_to_patches",
+    "do_pan_and_scan",
+)  # settings of processors that cut pictures into crops
 _SKIP = "--skip-broken (DataConfig.skip_broken) leaves such images out."
 
 
@@ -55,13 +62,16 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
     model; it gets what transformers' `load_image` gives: ``picture.convert("RGB")``, or grey where its ``image_mean`` has one
     value. 16-bit grey values are divided by 257, so that 65535 becomes 255, the inverse of how 8 bits are widened to 16.
 
+    Where it would cut the picture into crops (LLaVA-NeXT, Idefics3, InternVL), it is taken as a whole: uncut if the processor
+    can be told so, else the first crop, which is the whole picture.
+
     Args:
         picture: any mode but I and F.
         processor: image processor or processor.
         name: for errors.
 
     Raises:
-        ValueError: pictures of a single pixel's height or width, or values without a known range.
+        ValueError: pictures of a single pixel's height or width, padded by the processor, or values without a known range.
     """
     processor = getattr(processor, "image_processor", processor)
     width, height = picture.size
@@ -71,9 +81,31 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
         mean = getattr(processor, "image_mean", None)
         grey = isinstance(mean, (list, tuple)) and len(mean) == 1
         picture = picture.convert("L" if grey else "RGB")
-    inputs = processor(images=picture, return_tensors="pt")
+    whole = {setting: False for setting in _CUTS if getattr(processor, setting, None)}
+    inputs = processor(images=picture, return_tensors="pt", **whole)
     packed = ("pixel_values",) if "image_grid_thw" in inputs else ()  # no axis of images
-    return {k: v if k in packed else v[0] for k, v in inputs.items()}
+    single = {k: v if k in packed else v[0] for k, v in inputs.items() if k in MODEL_INPUTS}
+    if single["pixel_values"].ndim == 4:  # crops
+        single = {k: v[0] for k, v in single.items()}
+    return without_pixel_mask(single, name)
+
+
+def without_pixel_mask(inputs: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Inputs of one image without a mask of its pixels (Idefics3, SmolVLM), which must be true everywhere; a mask of its patches
+    (SigLIP2) stays.
+
+    Raises:
+        ValueError: some pixels are padding.
+    """
+    mask = inputs.get("pixel_attention_mask")
+    if mask is None or mask.shape != inputs["pixel_values"].shape[-2:]:
+        return inputs
+    require(
+        bool(mask.all()),
+        f"{name} is padded: {int((mask == 0).sum())} of its {mask.numel()} pixels are masked. Resize pictures to the whole "
+        "input (do_pad=False, or a square size), or leave the mask and the padding out.",
+    )
+    return {k: v for k, v in inputs.items() if k != "pixel_attention_mask"}
 
 
 def _eight_bits(picture: Image, name: str) -> Image:

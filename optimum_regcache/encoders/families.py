@@ -30,7 +30,8 @@ class EncoderFamily:
         mlp_in, mlp_out: MLP projections, those that exist ("fc1"/"fc2", SwiGLU names).
         head: linear layers of the pooling head on the tower.
         norms: the norm before attention and the one before the MLP.
-        layer_scales: the LayerScale behind each of the two branches; empty if the family has none.
+        layer_scales: the LayerScale parameter behind each of the two branches; empty if the family has none.
+        key_norm: norm of the keys of all heads, relative to the attention module, if the family has one (or an Identity).
         cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
         rotary: query and key of patches are rotated by their position before the attention interface is called.
@@ -51,6 +52,7 @@ class EncoderFamily:
     head: tuple[str, ...] = ()
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     layer_scales: tuple[str, ...] = ()
+    key_norm: str = ""
     cls_tokens: int = 1
     always_mask: bool = False
     rotary: bool = False
@@ -65,6 +67,10 @@ class EncoderFamily:
     def fused_projections(self) -> bool:
         """Whether one linear layer computes query, key and value."""
         return len(self.projections) == 1
+
+    def normalizes_keys(self, attention: nn.Module) -> bool:
+        """Whether the attention module of a block changes keys after their projection, other than by rotation."""
+        return bool(self.key_norm) and not isinstance(attention.get_submodule(self.key_norm), nn.Identity)
 
     def fits(self, tower: nn.Module) -> bool:
         """Whether the names of this row exist in ``tower``."""
@@ -104,9 +110,10 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+_CLIP: dict[str, Any] = {"blocks": "encoder.layers", "attention": "self_attn", "out": "out_proj"}
 _MAP_HEAD = ("head.mlp.fc1", "head.mlp.fc2")
 _DINO_MLP_IN = ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.weights_in")
-_DINO_SCALES = ("layer_scale1", "layer_scale2")
+_DINO_SCALES = ("layer_scale1.lambda1", "layer_scale2.lambda1")
 _DINO_MLP_OUT = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
 _DINOV2: dict[str, Any] = {
     "patch_embedding": "embeddings.patch_embeddings.projection",
@@ -131,14 +138,14 @@ _QWEN: dict[str, Any] = {
 }
 
 _CURRENT: tuple[EncoderFamily, ...] = (
-    EncoderFamily("CLIP", ("CLIPVisionModel",), "encoder.layers", "self_attn", "out_proj"),
-    EncoderFamily(
-        "SigLIP", ("SiglipVisionModel",), "encoder.layers", "self_attn", "out_proj", head=_MAP_HEAD, cls_tokens=0
-    ),
-    EncoderFamily(
-        "SigLIP2", ("Siglip2VisionModel",), "encoder.layers", "self_attn", "out_proj", head=_MAP_HEAD, cls_tokens=0,
-        always_mask=True,
-    ),
+    EncoderFamily("CLIP", ("CLIPVisionModel",), **_CLIP),
+    EncoderFamily("MetaCLIP 2", ("MetaClip2VisionModel",), **_CLIP),
+    EncoderFamily("AltCLIP", ("AltCLIPVisionModel",), **_CLIP),
+    EncoderFamily("ChineseCLIP", ("ChineseCLIPVisionModel",), **_CLIP),
+    EncoderFamily("SigLIP", ("SiglipVisionModel",), **_CLIP, head=_MAP_HEAD, cls_tokens=0),
+    EncoderFamily("SigLIP2", ("Siglip2VisionModel",), **_CLIP, head=_MAP_HEAD, cls_tokens=0, always_mask=True),
+    EncoderFamily("Idefics3", ("Idefics3VisionTransformer",), **_CLIP, cls_tokens=0, padding_mask="patch_attention_mask"),
+    EncoderFamily("SmolVLM", ("SmolVLMVisionTransformer",), **_CLIP, cls_tokens=0, padding_mask="patch_attention_mask"),
     EncoderFamily(
         "DINOv2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", "attention", "o_proj", **_DINOV2
     ),
@@ -153,6 +160,15 @@ _CURRENT: tuple[EncoderFamily, ...] = (
     ),
     EncoderFamily("ViT", ("ViTModel",), "layers", "attention", "o_proj", **_VIT),
     EncoderFamily("DeiT", ("DeiTModel",), "layers", "attention", "o_proj", **_VIT, cls_tokens=2),
+    EncoderFamily(
+        "InternVL", ("InternVLVisionModel",), "encoder.layer", "attention", "projection_layer",
+        patch_embedding="embeddings.patch_embeddings.projection", norms=_VIT["norms"],
+        layer_scales=("lambda_1", "lambda_2"), key_norm="k_norm",
+    ),
+    EncoderFamily(
+        "Qwen2-VL", ("Qwen2VisionTransformerPretrainedModel",), "blocks", "attn", "proj", **_QWEN,
+        head=("merger.mlp.0", "merger.mlp.2"),
+    ),
     EncoderFamily(
         "Qwen2.5-VL", ("Qwen2_5_VisionTransformerPretrainedModel",), "blocks", "attn", "proj", **_QWEN,
         mlp_in=("mlp.gate_proj", "mlp.up_proj"), mlp_out=("mlp.down_proj",), head=("merger.mlp.0", "merger.mlp.2"),
@@ -171,16 +187,21 @@ _OLD_VIT: dict[str, Any] = {
     "mlp_out": ("output.dense",),
 }
 
+_BY_NAME = {row.name: row for row in _CURRENT}
+
 # layouts of earlier releases come after the current ones
 FAMILIES: tuple[EncoderFamily, ...] = (
     *_CURRENT,
     # before 5.6 the tower is a part of its model
-    replace(_CURRENT[0], towers=("CLIPVisionTransformer",)),
-    replace(_CURRENT[1], towers=("SiglipVisionTransformer",)),
-    replace(_CURRENT[2], towers=("Siglip2VisionTransformer",), padding_mask="attention_mask"),
+    replace(_BY_NAME["CLIP"], towers=("CLIPVisionTransformer",)),
+    replace(_BY_NAME["MetaCLIP 2"], towers=("MetaClip2VisionTransformer",)),
+    replace(_BY_NAME["AltCLIP"], towers=("AltCLIPVisionTransformer",)),
+    replace(_BY_NAME["ChineseCLIP"], towers=("ChineseCLIPVisionTransformer",)),
+    replace(_BY_NAME["SigLIP"], towers=("SiglipVisionTransformer",)),
+    replace(_BY_NAME["SigLIP2"], towers=("Siglip2VisionTransformer",), padding_mask="attention_mask"),
     # before 5.18
-    replace(_CURRENT[3], projections=_OLD_PROJECTIONS, out="output.dense"),
-    replace(_CURRENT[4], projections=_OLD_PROJECTIONS, out="output.dense"),
+    replace(_BY_NAME["DINOv2"], projections=_OLD_PROJECTIONS, out="output.dense"),
+    replace(_BY_NAME["DINOv2 with registers"], projections=_OLD_PROJECTIONS, out="output.dense"),
     # before 5.9
     EncoderFamily("ViT", ("ViTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT),
     EncoderFamily("DeiT", ("DeiTModel",), "encoder.layer", "attention", "output.dense", **_OLD_VIT, cls_tokens=2),

@@ -118,19 +118,35 @@ def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor
     """The patch tokens that a model around the tower reads, each of length 1, as one row per image [B, M], float32: the cosine
     of two such rows is the mean cosine of their tokens."""
     strategy = getattr(cast("Any", model).config, "vision_feature_select_strategy", "default")
-    lead = tower.num_prefix_tokens if strategy == "default" else 0
-    states = _read_states(model, tower, batch)
-    tokens = [nn.functional.normalize(s[:, lead:].float(), dim=-1) for s in states]
+    states = _read_states(model, tower, batch, tower.num_prefix_tokens if strategy == "default" else 0)
+    tokens = [nn.functional.normalize(s.float(), dim=-1) for s in states]
     return torch.cat([t.flatten(1) for t in tokens], 1) / sum(t.shape[1] for t in tokens) ** 0.5
 
 
-def _read_states(model: nn.Module, tower: Tower, batch: Batch) -> list[torch.Tensor]:
-    """The states [B, N, D] that a model around the tower reads."""
-    layers = states_read(model, tower)
-    if layers == (len(tower.blocks),) and getattr(cast("Any", model).config, "vision_feature_layer", None) is None:
-        return [run_tower(tower, batch).last_hidden_state]
-    output = run_tower(tower, batch, output_hidden_states=True)
-    return [output.hidden_states[i] for i in layers]
+def _read_states(model: nn.Module, tower: Tower, batch: Batch, lead: int) -> list[torch.Tensor]:
+    """The states that a model around the tower reads, without the first ``lead`` tokens, each [B, N, D]; of a backbone, the
+    feature maps."""
+    if tower.is_backbone:
+        return _map_tokens(tower, run_tower(tower, batch))
+    options = _options_of(model, tower)
+    output = run_tower(tower, batch, **options)
+    if not options:
+        return [output.last_hidden_state[:, lead:]]
+    return [output.hidden_states[i][:, lead:] for i in states_read(model, tower)]
+
+
+def _options_of(model: nn.Module, tower: Tower) -> dict[str, Any]:
+    """How the model around the tower calls it: those with a ``vision_feature_layer`` ask for the states between the blocks,
+    where deleted tokens are masked and still computed."""
+    config: Any = getattr(model, "config", None) if tower.name and not tower.is_backbone else None
+    return {} if getattr(config, "vision_feature_layer", None) is None else {"output_hidden_states": True}
+
+
+def _map_tokens(tower: Tower, output: Any) -> list[torch.Tensor]:
+    """Patch tokens [B, N, D] of each feature map of a backbone, which are grids, or sequences that begin with CLS
+    (``reshape_hidden_states=False``, as for DPT)."""
+    lead = tower.num_prefix_tokens
+    return [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, lead:] for m in output.feature_maps]
 
 
 def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
@@ -155,11 +171,8 @@ def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
         return merged.float(), _merged_lengths(tower, inputs)
     lead = tower.num_prefix_tokens
-    if tower.is_backbone:
-        maps = run_tower(tower, inputs).feature_maps
-        states = [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, lead:] for m in maps]
-    elif reads_patches(model, tower):
-        states = [s[:, lead:] for s in _read_states(model, tower, inputs)]
+    if tower.is_backbone or reads_patches(model, tower):
+        states = _read_states(model, tower, inputs, lead)
     else:
         states = [run_tower(tower, inputs).last_hidden_state[:, lead:]]
     tokens, mask = torch.cat(states, 1).float(), inputs.get("pixel_attention_mask")
@@ -206,7 +219,7 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         output = model.get_image_features(**inputs)
         return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
     tower = find_tower(model)
-    if reads_patches(model, tower) and not (tower.family.packed or tower.is_backbone):
+    if reads_patches(model, tower) and not tower.family.packed:
         return patch_features(model, tower, inputs)
     output = run_tower(tower, inputs)
     if tower.family.packed:  # the tokens that the language model reads, averaged over each image
@@ -223,7 +236,7 @@ def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
     if getattr(output, "pooler_output", None) is not None:
         return output.pooler_output.float()
     if getattr(output, "feature_maps", None) is not None:
-        return output.feature_maps[-1].flatten(2).mean(-1).float()
+        return _map_tokens(tower, output)[-1].mean(1).float()
     last = output.last_hidden_state
     return (last[:, 0] if tower.num_prefix_tokens else last.mean(1)).float()
 
@@ -342,11 +355,12 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
         )  # a block's own input still
         # holds what it deletes, and lacks the token that its first one adds
         handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
+    options = _options_of(model, tower)
     try:
         with unfused(tower.module):
             for batch in batches:
                 padding.start(batch)
-                run_tower(tower, batch)
+                run_tower(tower, batch, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -42,6 +42,12 @@ class Tower:
         return self.family.num_prefix_tokens(self.config)
 
     @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """Pixels (h, w) of a patch, None if the config has none."""
+        patch: Any = getattr(self.config, "patch_size", None)
+        return (patch, patch) if isinstance(patch, int) else patch and (int(patch[0]), int(patch[1]))
+
+    @property
     def is_backbone(self) -> bool:
         """Whether every hidden state is reshaped to a grid (``*Backbone`` classes)."""
         return any(c.__name__.endswith("Backbone") for c in type(self.module).__mro__)
@@ -68,10 +74,11 @@ class Tower:
         return [attention.get_submodule(name) for name in self.family.projections]
 
     def key_value(self, block: int) -> tuple[tuple[nn.Module, slice], tuple[nn.Module, slice]]:
-        """For key and for value: the layer that computes them, and their columns in its output."""
+        """For key and for value: the layer whose output they are, and their columns in it."""
         found = self.projections(block)
         if len(found) == 3:
-            return (found[1], slice(None)), (found[2], slice(None))
+            key = self.attention(block).get_submodule(self.family.key_norm) if self.family.key_norm else found[1]
+            return (key, slice(None)), (found[2], slice(None))
         width = self.num_heads * self.head_dim
         return (found[0], slice(width, 2 * width)), (found[0], slice(2 * width, None))
 
@@ -84,6 +91,10 @@ class Tower:
     def block_linears(self, block: int) -> dict[str, nn.Module]:
         """Linear layers of a block by their name relative to the block, in module order."""
         return {name: m for name, m in named_modules(self.blocks[block]) if hasattr(m, "in_features")}
+
+    def layer_scales(self, block: int) -> list[nn.Parameter]:
+        """LayerScale [D] behind attention and behind the MLP; empty if there is none."""
+        return [self.blocks[block].get_parameter(name) for name in self.family.layer_scales]
 
     def norm(self, block: int, number: int) -> nn.LayerNorm:
         """The LayerNorm before attention (0) or before the MLP (1)."""

@@ -154,8 +154,7 @@ def _image_size(tower: Tower, processor: Any, image_size: int | tuple[int, int] 
             image_size = (int(given["height"]), int(given["width"]))
     size: Any = tower.config.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    patch = tower.config.patch_size
-    rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    rows, columns = tower.patch_size or (1, 1)
     if height < rows or width < columns:
         raise ValueError(f"image_size {height} x {width} is smaller than a patch of {rows} x {columns} pixels.")
     return height, width

@@ -72,6 +72,9 @@ class _Parts:
         if family.rotary or family.fused_projections:
             raise UnfusableError("rotary positions and packed sequences have no fused attention.")
         attention = block.get_submodule(family.attention)
+        norms = [block.get_submodule(name) for name in family.norms]
+        if family.normalizes_keys(attention) or not all(isinstance(norm, nn.LayerNorm) for norm in norms):
+            raise UnfusableError("RMSNorm and norms of query and key have no fused form.")
         if attention.products is not None:
             raise UnfusableError("the attention products are simulated (attention.quantize).")
         self.attention, self.native, self.heads = attention, settings.native, settings.heads
@@ -80,9 +83,8 @@ class _Parts:
         self.scaling = head_dim**-0.5
         self.int8_attention = settings.attention == "int8" and head_dim <= MAX_HEAD_DIM
         self.simulated_attention = settings.attention == "simulated int8"
-        norms = [block.get_submodule(name) for name in family.norms]
         self.qkv = _Projections(norms[0], linears, self.native)
-        scales = [block.get_submodule(name).lambda1 for name in family.layer_scales] or [None, None]
+        scales = [block.get_parameter(name) for name in family.layer_scales] or [None, None]
         out_linear = _linear(attention, family.out)
         self.out = PackedGemm([out_linear], input_codes(out_linear), channel_scale=scales[0])
         self.mlp = _Mlp(block, family, norms[1], scales[1], settings)

@@ -13,6 +13,7 @@ import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.compat import stored_state
 
 FINGERPRINT = "regcache"  # key in the metadata of safetensors files
@@ -65,8 +66,19 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def fingerprint(model: Any, config: RegCacheConfig) -> dict[str, str]:
-    """Metadata for the files of a checkpoint."""
-    tensors = {name: digest(tensor) for name, tensor in stored_state(model).items()}
+    """Metadata for the files of a checkpoint.
+
+    Raises:
+        ValueError: tensors that another quantizer packed (torchao), which have no bytes of their own.
+    """
+    state = stored_state(model)
+    foreign = [name for name, tensor in state.items() if hasattr(tensor, "__tensor_flatten__")]
+    require(
+        not foreign,
+        f"{len(foreign)} tensors, {foreign[0] if foreign else ''} the first, were quantized by something else and cannot be "
+        "stored in a RegCache checkpoint. Save the model before, and apply the other quantizer each time it was opened.",
+    )
+    tensors = {name: digest(tensor) for name, tensor in state.items()}
     return {FINGERPRINT: json.dumps({"config": config.to_dict(), "tensors": tensors}, sort_keys=True)}
 
 

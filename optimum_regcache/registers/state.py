@@ -86,8 +86,7 @@ class TowerRuntime:
         self.num_blocks = len(tower.blocks)
         self._rows_of = (self.num_blocks, tower.num_heads, tower.head_dim)
         self._accepted: RegisterCache | None = None
-        patch = getattr(tower.config, "patch_size", None)
-        self.patch_size = (patch, patch) if isinstance(patch, int) else patch and tuple(patch)
+        self.patch_size = tower.patch_size
         self.replay: Replay | None = None
         self.first_block: Any = None
         self._eager = _ThreadPass()

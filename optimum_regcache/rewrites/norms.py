@@ -17,7 +17,7 @@ from optimum_regcache.encoders.sharing import replace_value
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers import RegisterCache, get_register_cache, set_registers
 
-BIAS_SETTINGS = ("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+BIAS_SETTINGS = ("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "attention_bias")
 
 
 def rescale_norm(

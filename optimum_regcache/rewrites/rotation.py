@@ -52,12 +52,11 @@ def fold_layer_scale(tower: Tower) -> None:
         ValueError: a quantized layer, or a result that overflows the model's dtype.
     """
     for block in range(len(tower.blocks)):
-        for name, linear in zip(tower.family.layer_scales, _writers(tower, block), strict=False):
-            for scale in tower.blocks[block].get_submodule(name).parameters():
-                store(linear.weight, exact(linear.weight) * exact(scale)[:, None])
-                if linear.bias is not None:
-                    store(linear.bias, exact(linear.bias) * exact(scale))
-                store(scale, torch.ones_like(scale))
+        for scale, linear in zip(tower.layer_scales(block), _writers(tower, block), strict=False):
+            store(linear.weight, exact(linear.weight) * exact(scale)[:, None])
+            if linear.bias is not None:
+                store(linear.bias, exact(linear.bias) * exact(scale))
+            store(scale, torch.ones_like(scale))
 
 
 def rotate_residual(model: nn.Module, seed: int = 0) -> None:
@@ -132,6 +131,11 @@ def rotate_heads(model: nn.Module, seed: int = 0) -> None:
         raise ValueError(
             f"{tower.family.name} rotates query and key by their position, and this rotation does not commute with one of the "
             "heads. Use heads=false."
+        )
+    if tower.family.normalizes_keys(tower.attention(0)):
+        raise ValueError(
+            f"{tower.family.name} normalizes query and key over all heads, which does not commute with a rotation of one head. "
+            "Use heads=false."
         )
     names, width = (*separate_projections(tower), tower.family.out), tower.head_dim
     matrix = orthogonal_matrix(width, seed)
