@@ -13,6 +13,7 @@ FIELDS = {
     "quantization.modules.sixteen_bit": "quantization.modules.mixed_precision",
     "search.kv_mode": "quantization.registers.kv_mode",
 }
+ADDED = {"deletion": {"action": "delete"}}  # fields that came later, and what a stored part without them means
 METHODS = {"sixteen_bit": "mixed_precision"}
 STRATEGIES = {"v2": "single_token", "v4": "averaged_tokens"}
 
@@ -30,6 +31,12 @@ def migrate_part(name: str, values: Any) -> Any:
         "modules holds both sixteen_bit and mixed_precision, the old and the new name of one field; keep mixed_precision.",
     )
     return {"mixed_precision" if key == "sixteen_bit" else key: value for key, value in values.items()}
+
+
+def complete_part(name: str, values: Any) -> Any:
+    """A stored part under today's field names, with those of `ADDED` that it lacks; anything else as it is."""
+    values = migrate_part(name, values)
+    return {**ADDED.get(name, {}), **values} if is_mapping(values) else values
 
 
 def migrate_method(name: str) -> str:
