@@ -23,7 +23,7 @@ from optimum_regcache.search.tuning import TuningSettings, tune_registers
 
 CLUSTERS = (2, 4)
 TUNING = TuningSettings()
-KAPPAS = (3.0, 5.0, 8.0)
+KAPPAS = (2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
