@@ -15,9 +15,10 @@ from models import PACKED, TOWERS, TinyModel, quantized, run_block
 from references import neighbour_mean
 from transformers import AutoModel
 
-from optimum_regcache import DeletionConfig, RegCacheConfig, backend_report, fuse, set_deletion
+from optimum_regcache import DeletionConfig, RegCacheConfig, RegCacheQuantizer, backend_report, fuse, set_deletion
 from optimum_regcache.calibration.calibrate import calibrate
 from optimum_regcache.config.migrate import complete_part
+from optimum_regcache.config.recipe import DataConfig, SearchConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
@@ -92,6 +93,7 @@ def test_late_tokens_take_part_in_the_block_but_not_in_its_fc2_and_later(tiny: T
     set_deletion(model, deletion("late"))
     masked = last_block(tiny, model)
     dropped = prepare_tower(model).current.chosen
+    assert dropped is not None
     torch.testing.assert_close(masked[~dropped].reshape(found.shape), found, atol=1e-4, rtol=1e-4)
     for image, gone in zip(masked.numpy(), dropped[:, tiny.lead :].numpy(), strict=True):
         patches = image[tiny.lead :]
@@ -274,6 +276,19 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -
         with pytest.raises(ValueError, match=message):
             set_deletion(model, deletion("per_token"))
         assert prepare_tower(model).deletion == before
+
+
+def test_a_float_fc2_has_no_scales() -> None:
+    parts: Any = {"modules": {"ignore": (f"*.{BLOCK}.mlp.fc2",)}, "registers": {"mode": "none", "blocks": ()}}
+    with pytest.raises(ValueError, match=r"deletion\.action='per_token' has no effect: .* of block 2 stays float"):
+        quantized(TOWERS["clip"], deletion={"action": "per_token"}, **parts)
+    assert quantized(TOWERS["clip"], deletion={"action": "late"}, **parts)
+    search = SearchConfig(sensitive_block=BLOCK, always=True, refinements=("per_token",))
+    items = [{"pixel_values": x} for x in TOWERS["clip"].inputs(3, 12)["pixel_values"]]
+    with pytest.raises(ValueError, match="of block 2 stays float"):
+        RegCacheQuantizer(TOWERS["clip"].build()).fit(
+            items, RegCacheConfig(modules=parts["modules"]), search, DataConfig(num_samples=12), progress=False
+        )
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -26,6 +26,7 @@ from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods import ResolvedConfig, quantize_with
+from optimum_regcache.methods.pipeline import require_quantized_fc2
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.estimate import QUANTIZED, expected_work
 from optimum_regcache.search.journal import Journal
@@ -237,6 +238,8 @@ class _Fit:
 
     def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
         judges, calibration = self.judges, self.runner.calibration
+        if "per_token" in self.search.refinements or self.resolved.config.deletion.action == "per_token":
+            require_quantized_fc2(self.runner.float_model, self.runner.config, sensitive)
         if self.resolved.methods:
             judges = replace(judges, final=_final_scorer(self.model, self.resolved, calibration))
         most = min(self.search.max_delete, smallest_patch_count(self.runner, calibration[0]) // 4)
