@@ -24,6 +24,7 @@ from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.kernels import native
+from optimum_regcache.methods._search.gradients import squared_gradients
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.search import TrialRunner, check_fit, mine_tokens
 from optimum_regcache.search.clipping import measure_clipping
@@ -304,3 +305,13 @@ def test_packed_towers_and_small_images_refuse_every_action(action: str) -> None
         TOWERS["vit"].run(model)
     set_deletion(model, DeletionConfig())  # the pass that failed left nothing behind
     assert torch.equal(TOWERS["vit"].run(model), TOWERS["vit"].run(TOWERS["vit"].build()))
+
+
+@pytest.mark.parametrize("action", ["late", "per_token"])
+def test_gradients_and_inputs_of_fc2_are_of_the_same_tokens(action: str) -> None:
+    tiny = TOWERS["clip"]
+    model = tiny.build()
+    set_deletion(model, deletion(action))
+    name = next(n for n, m in model.named_modules() if m is find_tower(model).mlp_out(BLOCK))
+    watched = squared_gradients(model, [name], [tiny.inputs(batch=2)], draws=1)[name]
+    assert len(watched.x) == len(watched.importance) == 2 * (17 - COUNT)

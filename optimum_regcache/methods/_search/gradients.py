@@ -71,7 +71,8 @@ def squared_gradients(
 
         return watch
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    # before the hook of a late deletion, which spreads the rows of the output again
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), prepend=True) for name in names]
     first = 0
     try:
         for batch in micro:
