@@ -1,13 +1,16 @@
-"""Which registers: mined, averaged, clustered, with tau per block, or tuned by gradients, with and without deletion.
+"""Which registers: mined, averaged, clustered, with tau per block, or tuned by gradients, with and without deletion; and what
+may happen to outlier tokens instead of deletion.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_registers.py                     # a quarter of an hour for each encoder
     python benchmarks/bench_registers.py --encoder clip-scenes-induced --preset w4a4 --seed 0 1 2
     python benchmarks/bench_registers.py --preset w4a4 --more                  # where the rest of the loss comes from
+    python benchmarks/bench_registers.py --instead --output instead.json       # other fates of the outlier tokens
 
 Start block, tau and ``k~`` of the averaged register are chosen on the selection images by a grid; all other rows start from
-that choice and change one thing, judged on the same images. Tuning trains on the selection images and stops by the confirmation
-images. The report images choose nothing. Results are added to the JSON file as they come, and what is there is not measured
-again.
+that choice and change one thing, judged on the same images. ``--instead`` starts from the best averaged register with deletion,
+and from the best deletion alone; each row has the best of the variants that the search tries. Tuning trains on the selection
+images and stops by the confirmation images. The report images choose nothing. Results are added to the JSON file as they come,
+and what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from transformers.utils import logging
 
 from optimum_regcache.commands.sources import accuracy_data, open_source
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.config.recipe import DELETION_REFINEMENTS, Recipe
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjective, score_both
 from optimum_regcache.registers import RegisterCache
@@ -34,6 +37,8 @@ from optimum_regcache.search.block_copies import tune_copies
 from optimum_regcache.search.fit import search_config
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
+from optimum_regcache.search.refine import deletions
+from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
 from optimum_regcache.search.tuning import TuningSettings, tune_registers
 
@@ -41,6 +46,12 @@ SENSITIVE = {"clip-scenes-induced": 3, "siglip-scenes-induced": 3}
 TAUS = (0.25, 0.7, 1.0, 2.0, 4.0, 8.0, 15.0)
 COUNTS = (1, 2, 3, 4, 5, 6)
 CANDIDATES = 8
+INSTEAD = {  # refinement -> row
+    "replace": "replace",
+    "late_deletion": "late",
+    "per_token": "per token at fc2",
+    "threshold": "threshold",
+}
 
 
 @dataclass
@@ -127,6 +138,21 @@ class Bench:
         starts = [Start(best.block, best.tau, count) for count in COUNTS]
         return max(starts, key=lambda s: self.score(self.average(s), self.deletion(s.count)))
 
+    def start_alone(self) -> Start:
+        """The best deletion without a register."""
+        best = max(COUNTS, key=lambda count: self.score(None, self.deletion(count)))
+        return Start(self.sensitive, 1.0, best)
+
+    def instead(self, start: Start, cache: RegisterCache | None) -> Iterator[tuple[str, DeletionConfig]]:
+        """(name, deletion): deletion as it is, and the best variant of each other fate of the outlier tokens."""
+        yield "delete", self.deletion(start.count)
+        for name, row in INSTEAD.items():
+            tried = [
+                DeletionConfig(self.sensitive, s.count, kappa=s.kappa or 5.0, **DELETION_REFINEMENTS[name])
+                for s in deletions(name, Setup(count=start.count), max(COUNTS))
+            ]
+            yield row, max(tried, key=lambda deletion: self.score(cache, deletion))
+
     def more(self, start: Start) -> Iterator[tuple[str, RegisterCache, str | None]]:
         """(name, registers, limit): 16-bit activations before, or in, the blocks with registers; other ways to tune."""
         average, blocks, deletion = self.average(start), self.blocks(start), self.deletion(start.count)
@@ -204,6 +230,24 @@ def measure_more(bench: Bench, given: dict[str, Any]) -> Iterator[dict[str, Any]
         yield {**row, **bench.report(cache, bench.deletion(start.count), limit)}
 
 
+def measure_instead(bench: Bench, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of `Bench.instead`, with the best averaged register and without."""
+    for prefix in (True, False):
+        start = bench.start(True) if prefix else bench.start_alone()
+        cache = bench.average(start) if prefix else None
+        where: dict[str, Any] = {"blocks": [], "tau": None}
+        if cache is not None:
+            where = {"blocks": list(cache.blocks), "tau": cache.num_copies}
+        begun = time.perf_counter()
+        for name, deletion in bench.instead(start, cache):
+            row = {**given, "deletion": deletion.count, "row": name if prefix else f"{name}, no register", **where}
+            if deletion.rule == "threshold":
+                row["kappa"] = deletion.kappa
+            row |= {"selection": bench.score(cache, deletion), "seconds": round(time.perf_counter() - begun, 1)}
+            yield {**row, **bench.report(cache, deletion)}
+            begun = time.perf_counter()
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ``gap closed``: of the cosine that the row "averaged, scalar tau" of the same deletion lacks to 1."""
     lines = [
@@ -233,19 +277,25 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["w4a4", "w6a6", "w8a8"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300, help="of the gradient tuning")
-    parser.add_argument("--more", action="store_true", help="rows that tell where the rest of the loss comes from")
+    rows_wanted = parser.add_mutually_exclusive_group()
+    rows_wanted.add_argument("--more", action="store_true", help="rows that tell where the rest of the loss comes from")
+    rows_wanted.add_argument("--instead", action="store_true", help="rows of what may happen instead of deletion")
     parser.add_argument("--output", type=Path, default=Path("bench-registers.json"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
+    measured, mark = measure, ""  # what is measured, and a word of a row of it
+    if arguments.more:
+        measured, mark = measure_more, "16 bits"
+    elif arguments.instead:
+        measured, mark = measure_instead, "per token at fc2"
     rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for encoder, preset, seed in product(arguments.encoder, arguments.preset, arguments.seed):
         given = {"encoder": encoder, "preset": preset, "seed": seed}
-        if any(given.items() <= row.items() and (not arguments.more or "16 bits" in row["row"]) for row in rows):
+        if any(given.items() <= row.items() and mark in row["row"] for row in rows):
             continue
         found: list[dict[str, Any]] = []
-        measured = measure_more if arguments.more else measure
         for row in measured(Bench(encoder, preset, seed, arguments.steps), given):
             found.append(row)
             print({k: v for k, v in row.items() if k != "record"}, flush=True)

@@ -176,6 +176,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (RegistersConfig, {"mode": "none", "blocks": [1]}, r"registers\.blocks=\[1\] contradicts registers\.mode='none'\."),
     (DeletionConfig, {"rule": "all"}, r"deletion\.rule must be one of topk, threshold; got 'all'\."),
     (DeletionConfig, {"fill": "zero"}, r"deletion\.fill must be one of neighbour_mean, none; got 'zero'\."),
+    (
+        DeletionConfig,
+        {"action": "drop"},
+        r"deletion\.action must be one of delete, replace, late, per_token; got 'drop'\.",
+    ),
     (DeletionConfig, {"count": -1, "block": 0}, r"deletion\.count must be >= 0, got -1\."),
     (DeletionConfig, {"count": 2}, r"deletion\.count=2 needs deletion\.block, the block at whose input"),
     (DeletionConfig, {"block": -1}, r"deletion\.block must be >= 0, got -1\."),

@@ -34,6 +34,16 @@ def test_every_setting_of_an_effort_arrives_where_it_has_an_effect(name: str, me
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_refinements_that_cannot_be_made_are_left_out() -> None:
+    assert Recipe().with_effort("thorough").search.refinements == ("replace", "late_deletion")
+    for deletion, left in (({"fill": "none"}, ("late_deletion",)), ({"action": "late"}, ("replace",))):
+        assert Recipe(RegCacheConfig(deletion=deletion)).with_effort("thorough").search.refinements == left
+    nothing = Recipe(search=SearchConfig(max_delete=0)).with_effort("thorough")
+    assert nothing.search.refinements == ()
+    own = Recipe(search=SearchConfig(refinements=("tuned",))).with_effort("thorough")
+    assert own.search.refinements == ("tuned",)
+
+
 def test_efforts_change_nothing_but_search_and_data() -> None:
     for name in EFFORTS:
         recipe = Recipe(model="m", notes="n").with_effort(name)

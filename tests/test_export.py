@@ -222,6 +222,9 @@ FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
         "clip", 8, {"weights": {"granularity": "per_tensor"}, "activations": {"mode": "dynamic", "granularity": "per_token"}}
     ),
     "dynamic zero points": ("vit", 8, {"activations": {"mode": "dynamic", "symmetric": False}}),
+    "outlier tokens replaced": ("vit", 8, {"deletion": {"action": "replace"}}),
+    "late deletion": ("clip", 8, {"deletion": {"action": "late"}}),
+    "per token at fc2": ("clip", 4, {"deletion": {"action": "per_token"}}),
     "rotation, offset, patch embedding, head": (
         "vit", 8, {"methods": ("rotation", "noisyquant"), "modules": {"patch_embedding": True, "head": True}}
     ),

@@ -27,6 +27,7 @@ DELETIONS = {
     "l2": DeletionConfig(block=2, count=3, score="l2"),
     "threshold": DeletionConfig(block=2, count=3, rule="threshold", kappa=1.01),
     "fill none": DeletionConfig(block=2, count=3, fill="none"),
+    **{action: DeletionConfig(block=2, count=3, action=action) for action in ("replace", "late", "per_token")},
 }
 needs_int8 = pytest.mark.skipif(native.unavailable_reason() is not None, reason="fused blocks need an int8 kernel")
 
@@ -85,9 +86,15 @@ ACTIVATIONS = [
 ]
 
 
-@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
-def test_every_form_of_activations(activations: dict[str, Any]) -> None:
-    model = quantized(activations=activations)
+FORMS = [
+    *({"activations": a} for a in ACTIVATIONS),
+    *({"deletion": {"action": a}} for a in ("replace", "late", "per_token")),
+]
+
+
+@pytest.mark.parametrize("parts", FORMS, ids=str)
+def test_every_form(parts: dict[str, Any]) -> None:
+    model = quantized(**parts)
     for backend in ("auto", "simulated", "reference", "int_mm", "onednn"):
         try:
             set_backend(model, backend)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from optimum_regcache import Recipe, RegCacheConfig, RegCacheQuantizer, RegisterCache
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.config.recipe import REFINEMENTS, DataConfig, SearchConfig
+from optimum_regcache.config.recipe import DELETION_REFINEMENTS, REFINEMENTS, DataConfig, SearchConfig
 from optimum_regcache.data.reference import planted
 from optimum_regcache.encoders.passes import ImageRange, count_images
 from optimum_regcache.evaluation import CosineObjective
@@ -66,16 +66,16 @@ def engine(
 
 
 def test_the_registry_is_complete() -> None:
-    assert list(MAKERS) == list(REFINEMENTS)
+    assert [*MAKERS, *DELETION_REFINEMENTS] == list(REFINEMENTS)
     with pytest.raises(
-        ValueError, match=r"search\.refinements must hold each of clusters, block_copies, tuned at most"
+        ValueError, match=r"search\.refinements must hold each of clusters, block_copies, tuned, .*threshold at most"
     ):
         SearchConfig(refinements=("tuned", "tuned"))
     with pytest.raises(ValueError, match=r"search\.refinements must hold each of"):
         SearchConfig(refinements=("polished",))
 
 
-@pytest.mark.parametrize("name", REFINEMENTS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_each_is_chosen_if_it_wins_and_not_if_it_does_not(name: str) -> None:
     better, as_good, noisy = [0.8] * 4, [0.705] * 4, [1.0, 0.3, 1.3, 0.5]
     won = engine({name: (better, better)}).run()

@@ -16,6 +16,7 @@ from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
 from optimum_regcache.math.hadamard import block_hadamard, block_order
+from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.registers.replay import Recorded, replaying
 
 
@@ -28,7 +29,10 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x, a = args[0], self.config
-        if a.outlier_tokens == "per_token" and x.ndim == 3:
+        own = own_scale_tokens(module, x)
+        if own is not None:
+            x = x[self.padding.valid(x.shape[0], x.shape[1], x.device) & ~own]
+        elif a.outlier_tokens == "per_token" and x.ndim == 3:
             x = _normal_tokens(x, a.outlier_ratio, self.padding.valid(x.shape[0], x.shape[1], x.device))
         else:
             x = self.padding.content(x)

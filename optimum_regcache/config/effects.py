@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from optimum_regcache.config.model import PARTS, RegCacheConfig
-from optimum_regcache.config.recipe import SearchConfig
+from optimum_regcache.config.parts import RegistersConfig
+from optimum_regcache.config.recipe import DELETION_REFINEMENTS, SearchConfig
 from optimum_regcache.config.validation import plain, require
 
 
@@ -58,12 +59,46 @@ def require_search_effect(search: SearchConfig, config: RegCacheConfig) -> None:
                 value == default_of(SearchConfig, name),
                 f"search.{name}={_plain(value)} has no effect: {reason}, or leave it out.",
             )
-    if "clusters" in search.refinements:
+    for name in search.refinements:
+        require_refinement(name, search, config)
+
+
+def require_refinement(name: str, search: SearchConfig, config: RegCacheConfig) -> None:
+    """Refuse a refinement that a search with ``config`` cannot make.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    if name == "clusters":
         require(
             config.registers.kv_mode == "in_context" and search.strategy == "averaged_tokens",
             "search.refinements holds 'clusters', which are averages of tokens in context. Use registers.kv_mode='in_context' "
             "and search.strategy='averaged_tokens', or leave it out.",
         )
+    if name not in DELETION_REFINEMENTS:
+        return
+    changes = DELETION_REFINEMENTS[name]
+    require(
+        search.max_delete > 0 and any(getattr(config.deletion, field) != value for field, value in changes.items()),
+        f"search.refinements holds {name!r}, which has no effect: no deletion is searched, or it is of this form in any case. "
+        "Use search.max_delete above 0 and another deletion, or leave it out.",
+    )
+    config.replace(
+        registers=RegistersConfig(mode="none"), deletion={"block": 0, "count": 1, **changes}
+    )  # or says why not
+
+
+def usable_refinements(search: SearchConfig, config: RegCacheConfig) -> tuple[str, ...]:
+    """Those of ``search.refinements`` that a search with ``config`` can make."""
+
+    def usable(name: str) -> bool:
+        try:
+            require_refinement(name, search, config)
+        except ValueError:
+            return False
+        return True
+
+    return tuple(name for name in search.refinements if usable(name))
 
 
 def require_patches(search: SearchConfig, config: RegCacheConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from optimum_regcache.config.effects import unread_by_search
+from optimum_regcache.config.effects import unread_by_search, usable_refinements
 from optimum_regcache.config.validation import require
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
             "num_copies": (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 11.0, 15.0),
             "max_delete": 16,
             "retune": True,
+            "refinements": ("replace", "late_deletion"),
         },
         "data": {"num_samples": 512},
     },
@@ -39,7 +40,8 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 def with_effort(recipe: Recipe, name: str) -> Recipe:
     """``recipe`` with the settings of an effort wherever it has the default; what it sets otherwise stays.
 
-    Settings that the search of ``recipe`` would not read (``retune`` without a method, say) are left out.
+    Settings that the search of ``recipe`` would not read (``retune`` without a method, say) are left out, and so are
+    refinements that it could not make.
 
     Args:
         recipe: its quantization tells what its search reads.
@@ -62,4 +64,7 @@ def with_effort(recipe: Recipe, name: str) -> Recipe:
         default: Any = type(part)()
         free = [field for field in values if field not in unread and getattr(part, field) == getattr(default, field)]
         changed[section] = replace(part, **{field: values[field] for field in free})
+        if "refinements" in free:
+            usable = usable_refinements(changed[section], recipe.quantization)
+            changed[section] = replace(changed[section], refinements=usable)
     return replace(recipe, **changed)

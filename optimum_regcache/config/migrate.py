@@ -13,7 +13,10 @@ FIELDS = {
     "quantization.modules.sixteen_bit": "quantization.modules.mixed_precision",
     "search.kv_mode": "quantization.registers.kv_mode",
 }
-ADDED = {"registers.refinement"}  # what earlier checkpoints lack and mean by the default
+ADDED: dict[str, dict[str, Any]] = {  # fields that came later, and what a stored part without them means
+    "deletion": {"action": "delete"},
+    "registers": {"refinement": None},
+}
 METHODS = {"sixteen_bit": "mixed_precision"}
 STRATEGIES = {"v2": "single_token", "v4": "averaged_tokens"}
 
@@ -31,6 +34,12 @@ def migrate_part(name: str, values: Any) -> Any:
         "modules holds both sixteen_bit and mixed_precision, the old and the new name of one field; keep mixed_precision.",
     )
     return {"mixed_precision" if key == "sixteen_bit" else key: value for key, value in values.items()}
+
+
+def complete_part(name: str, values: Any) -> Any:
+    """A stored part under today's field names, with those of `ADDED` that it lacks; anything else as it is."""
+    values = migrate_part(name, values)
+    return {**ADDED.get(name, {}), **values} if is_mapping(values) else values
 
 
 def migrate_method(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_regcache.config.migrate import ADDED, migrate_method, migrate_part
+from optimum_regcache.config.migrate import complete_part, migrate_method, migrate_part
 from optimum_regcache.config.parts import (
     ActivationsConfig,
     AttentionConfig,
@@ -124,6 +124,14 @@ class RegCacheConfig(QuantizationConfigMixin):
             "deletion.count is found by the search when registers.mode='search'. Set registers.mode to 'fixed' or 'none' "
             "to use your own deletion.",
         )
+        a, deletion = self.activations, self.deletion
+        plain = a.mode == "static" and a.symmetric and a.outlier_tokens == "clip" and a.post_activation == "uniform"
+        require(
+            plain or deletion.action != "per_token" or not (deletion.active or self.registers.mode == "search"),
+            "deletion.action='per_token' gives a few tokens a scale of their own beside the static one. It needs "
+            "activations.mode='static', symmetric=true, outlier_tokens='clip' and post_activation='uniform'; with other "
+            "activations use deletion.action='delete'.",
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ or name not in self.__dataclass_fields__:
@@ -215,12 +223,11 @@ class RegCacheConfig(QuantizationConfigMixin):
         complete: dict[str, Any] = cls().to_dict()
         missing: list[str] = []
         for name in (*PARTS, "methods"):
-            stored = migrate_part(name, config_dict.get(name))
+            stored = complete_part(name, config_dict.get(name))
             if stored is None:
                 missing.append(name)
             elif is_mapping(stored):
-                lacks = {f"{name}.{field}" for field in complete[name] if field not in stored}
-                missing += sorted(lacks - ADDED)
+                missing += [f"{name}.{field}" for field in complete[name] if field not in stored]
         require(
             not missing,
             f"The stored quantization_config lacks {', '.join(missing)}. A default would make it another model: write what the "

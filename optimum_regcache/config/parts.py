@@ -165,17 +165,21 @@ class RegistersConfig:
 
 @dataclass(frozen=True)
 class DeletionConfig:
-    """Deletion of the outlier tokens that still appear (docs/method.md 6).
+    """What happens to the outlier tokens that still appear (docs/method.md 6). Every form has static shapes.
 
     Attributes:
         block: 0-based block at whose input tokens are ranked by norm; None when nothing is deleted.
-        count: k~, tokens deleted in each image (``topk``) or at most deleted (``threshold``).
+        count: k~, tokens taken in each image (``topk``) or at most taken (``threshold``).
         score: norm that ranks the tokens: ``linf`` (in the original basis, also where the residual stream is rotated) or
             ``l2``, which needs no basis but may rank other tokens first.
         rule: ``topk``, or ``threshold``: only tokens with norm > ``kappa`` x the image's median norm.
         kappa: ratio for ``threshold``.
         fill: ``neighbour_mean`` puts the deleted positions back after the last block as the mean of their kept
             neighbours, so that the patch grid keeps its shape; ``none`` returns N - count tokens.
+        action: ``delete``: out of the sequence at the block's input. ``replace``: overwritten there by the mean of their kept
+            neighbours, and ordinary tokens from then on. ``late``: ranked at the input of the block's MLP output projection
+            (fc2), and deleted before it. ``per_token``: ranked there too; nothing is deleted, and fc2 quantizes each of them
+            with a scale of its own where the static one does not reach.
     """
 
     block: int | None = None
@@ -184,12 +188,14 @@ class DeletionConfig:
     rule: str = "topk"
     kappa: float = 5.0
     fill: str = "neighbour_mean"
+    action: str = "delete"
 
     def __post_init__(self) -> None:
         check_types(self, "deletion")
         one_of("deletion", "score", self.score, ("linf", "l2"))
         one_of("deletion", "rule", self.rule, ("topk", "threshold"))
         one_of("deletion", "fill", self.fill, ("neighbour_mean", "none"))
+        one_of("deletion", "action", self.action, ("delete", "replace", "late", "per_token"))
         require(self.count >= 0, f"deletion.count must be >= 0, got {self.count}.")
         require(
             self.count == 0 or self.block is not None,
@@ -202,11 +208,21 @@ class DeletionConfig:
             "deletion.rule='threshold' removes a different number of tokens from each image, so the outputs of a batch "
             "only line up with fill='neighbour_mean'. Use that fill, or rule='topk'.",
         )
+        require(
+            not (self.action in ("replace", "per_token") and self.fill == "none"),
+            f"deletion.action={self.action!r} deletes no token, so that fill='none' has nothing to leave out. Use "
+            "fill='neighbour_mean', or action='delete'.",
+        )
 
     @property
     def active(self) -> bool:
-        """Whether any token can be deleted."""
+        """Whether anything can happen to a token."""
         return self.count > 0
+
+    @property
+    def inside_mlp(self) -> bool:
+        """Whether tokens are taken at the input of the MLP output projection, and not at that of the block."""
+        return self.active and self.action in ("late", "per_token")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ REFINEMENTS = {  # name -> how a table says it
     "clusters": "k-means registers",
     "block_copies": "tau per block",
     "tuned": "tuned by gradient",
+    "replace": "replaced",
+    "late_deletion": "deleted late",
+    "per_token": "per token at fc2",
+    "threshold": "by threshold",
+}
+DELETION_REFINEMENTS = {  # those that change the deletion and leave the registers as they are -> fields of DeletionConfig
+    "replace": {"action": "replace"},
+    "late_deletion": {"action": "late"},
+    "per_token": {"action": "per_token"},
+    "threshold": {"rule": "threshold"},
 }
 LOCAL = "local:"  # before the name of a folder that was somewhere on the machine where a recipe was made
 
@@ -65,10 +75,12 @@ class SearchConfig:
         noise_sigmas: the gain on held-out search images must also exceed this many paired standard errors.
         retune: with methods other than round to nearest: try neighbouring k~ and tau again with the final quantizer before the
             decision; each costs one run of all methods.
-        refinements: what the best setup with a prefix is refined by once the search is done: ``clusters`` (2 or 4 registers per
-            block by k-means), ``block_copies`` (tau per block, or none), ``tuned`` (keys, values and tau by gradients). Each
-            starts from that setup, looks at the calibration and selection images only, and is installed only if it beats both
-            "nothing" and what would be installed without it on the confirmation images.
+        refinements: what the best setup with a prefix is refined by once the search is done. Its registers: ``clusters`` (2 or
+            4 per block by k-means), ``block_copies`` (tau per block, or none), ``tuned`` (keys, values and tau by gradients).
+            What happens to its outlier tokens, at neighbouring k~, and to those of the best deletion alone where that is the
+            best of all: ``replace``, ``late_deletion``, ``per_token``, ``threshold`` (`DeletionConfig`). Each looks at the
+            calibration and selection images only, and is installed only if it beats both "nothing" and what would be
+            installed without it on the confirmation images.
         seed: division of the images into calibration, selection and confirmation parts, also where nothing is searched, and
             sampling of normal tokens.
     """

@@ -71,6 +71,8 @@ class _Parts:
     def __init__(self, block: Any, family: EncoderFamily, settings: FusionSettings) -> None:
         if family.rotary or family.fused_projections:
             raise UnfusableError("rotary positions and packed sequences have no fused attention.")
+        if block.acts_inside:
+            raise UnfusableError(f"deletion.action={block.regcache.deletion.action!r} takes tokens within this block.")
         attention = block.get_submodule(family.attention)
         norms = [block.get_submodule(name) for name in family.norms]
         if family.normalizes_keys(attention) or not all(isinstance(norm, nn.LayerNorm) for norm in norms):

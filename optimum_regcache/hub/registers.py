@@ -62,16 +62,17 @@ def set_deletion(model: nn.Module, deletion: DeletionConfig) -> None:
 
     Args:
         model: as for :func:`set_registers`.
-        deletion: block, count, rule and fill.
+        deletion: block, count, rule, fill and action.
 
     Raises:
-        ValueError: the block does not exist, the encoder cannot work with ``fill="none"``, or ``model`` is a part of a
-            quantized model.
+        ValueError: the block does not exist, the encoder cannot work with ``fill="none"``, the activations cannot be combined
+            with ``action="per_token"``, or ``model`` is a part of a quantized model.
     """
     config = _stored_config(model)
+    config = config and config.replace(deletion=deletion)
     runtime.set_deletion(model, deletion)
     if config is not None:
-        attach_quantizer(model, config.replace(deletion=deletion))  # type: ignore[arg-type]
+        attach_quantizer(model, config)  # type: ignore[arg-type]
 
 
 def _stored_config(model: Any) -> RegCacheConfig | None:

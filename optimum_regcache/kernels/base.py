@@ -58,9 +58,11 @@ class LinearBackend(ABC):
 
     Attributes:
         differentiable: whether gradients reach the input and the bias.
+        rounds_input: whether the input is quantized at all.
     """
 
     differentiable = False
+    rounds_input = True
 
     def __init__(self, state: LinearState) -> None:
         self.state = state

@@ -72,7 +72,7 @@ def backend_report(model: nn.Module) -> BackendReport:
     Args:
         model: a quantized encoder, a model around it, or one layer.
     """
-    fused = [f"{name}." for name, module in model.named_modules() if getattr(module, "fused", None) is not None]
+    fused = [f"{name}." for name, module in model.named_modules() if _runs_fused(module)]
     return BackendReport(
         tuple(
             _layer(name, module, name.startswith(tuple(fused)))
@@ -80,6 +80,10 @@ def backend_report(model: nn.Module) -> BackendReport:
             if isinstance(module, _Layer)
         )
     )
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    return getattr(module, "fused", None) is not None and not getattr(module, "acts_inside", False)
 
 
 def _layer(name: str, layer: _Layer, fused: bool) -> LayerBackend:

@@ -21,6 +21,8 @@ from optimum_regcache.layers.linear import running_as
 class FloatInputLinear(SimulatedLinear):
     """``F.linear(x, dequantize(codes))`` in float32: the input stays as it is."""
 
+    rounds_input = False
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self._bias is None else self._bias.float()
         return F.linear(x.float(), self._weight, bias).to(x.dtype)

@@ -16,6 +16,7 @@ from optimum_regcache.layers.attention import attention_products, install_produc
 from optimum_regcache.layers.linear import QuantLinear, quant_linears
 from optimum_regcache.layers.patch_embedding import QuantPatchEmbedding
 from optimum_regcache.math.nonuniform import activation_minimum
+from optimum_regcache.registers.mlp_output import rewire
 
 QParams = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -87,6 +88,7 @@ def quantize_modules(model: nn.Module, config: RegCacheConfig, *, empty: bool = 
             step = negative_scale(model, config.activations.bits)
             linear.input_negative_scale = step.to(linear.weight.device)
         _replace(model, site, new)
+    rewire(find_tower(model))
     install_products(model, config.attention)
 
 

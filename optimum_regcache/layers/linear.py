@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from optimum_regcache.math import uniform
 from optimum_regcache.math.hadamard import block_hadamard, block_order, rotate_mlp_input_weight
 from optimum_regcache.math.nonuniform import twin_signed
 
+TokenChoice = Callable[[torch.Tensor], torch.Tensor | None]
 _FLOAT32_STATE = ("weight_scale", "input_scale", "input_negative_scale", "input_offset")
 
 
@@ -57,6 +59,7 @@ class QuantLinear(nn.Module):
         self.backend = "auto"
         self._runtime: LinearBackend | None = None
         self._for_gradients: LinearBackend | None = None
+        self._own_scales: TokenChoice | None = None
         self.generation = 0  # changes with the state, for data derived elsewhere
         words = -(-in_features // uniform.codes_per_word(weights.bits))
         scales = out_features if weights.granularity == "per_channel" else 1
@@ -75,6 +78,17 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_negative_scale", unknown.clone() if twin else None)
         offset = torch.zeros(in_features, dtype=torch.float32, device=device) if activations.mlp_out_offset else None
         self.register_buffer("input_offset", offset)
+
+    @property
+    def own_scales(self) -> TokenChoice | None:
+        """Input [B, N, in] -> bool [B, N], the tokens that get a scale of their own where the static one does not reach
+        (``deletion.action="per_token"``); None from it means any token. None: the config alone decides."""
+        return self._own_scales
+
+    @own_scales.setter
+    def own_scales(self, choose: TokenChoice | None) -> None:
+        self._own_scales = choose
+        self.reset_runtime()
 
     @classmethod
     def empty_like(cls, module: nn.Linear, weights: WeightsConfig, activations: ActivationsConfig) -> QuantLinear:
@@ -187,11 +201,12 @@ class QuantLinear(nn.Module):
                 "This QuantLinear has static activations but was never calibrated. Quantize through "
                 "RegCacheQuantizer.quantize(calibration_dataset=...), or use the preset 'w8a8-dynamic'."
             )
+        a = self.activations if self.own_scales is None else replace(self.activations, outlier_tokens="per_token")
         return LinearState(
             self.codes(),
             self.weight_scale,
             self.bias,
-            self.activations,
+            a,
             self.input_scale,
             self.input_zero_point,
             self.weight_zero_point,
@@ -256,10 +271,19 @@ class QuantLinear(nn.Module):
         trains = self.bias is not None and self.bias.requires_grad
         recorded = torch.is_grad_enabled() and (x.requires_grad or trains)
         runtime = self._differentiable_runtime() if recorded else self.runtime()
-        y = runtime(self.prepare_input(x))
+        prepared = self.prepare_input(x)
+        y = runtime(self._clipped(x, prepared) if runtime.rounds_input else prepared)
         if self.activations.mode == "dynamic" and self.activations.granularity == "per_tensor":
             y = y + (x - x).sum(-1, keepdim=True)  # nan stays nan, so that the next layer leaves it out of its scale
         return y
+
+    def _clipped(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        """``prepared`` within the static range but for the tokens of ``own_scales``; a backend scales by the range alone."""
+        chosen = None if self.own_scales is None else self.own_scales(x)
+        if chosen is None or self.input_scale is None:
+            return prepared
+        limit = self.input_scale * (2 ** (self.activations.bits - 1) - 1)
+        return torch.where(chosen.unsqueeze(-1), prepared, prepared.clamp(-limit, limit))
 
     def extra_repr(self) -> str:
         a = self.activations

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_regcache.calibration.calibrate import calibrate
@@ -38,7 +39,7 @@ from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.hf_quantizer import attach_quantizer
 from optimum_regcache.hub.structure import validate_positions
-from optimum_regcache.layers.install import assign_input_qparams, quantize_modules
+from optimum_regcache.layers.install import assign_input_qparams, config_sites, quantize_modules
 from optimum_regcache.methods.base import PipelineState
 from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
@@ -93,6 +94,8 @@ def quantize_with(
     validate_positions(model, config)
     check_cache(config, cache)
     _check_head(model, config)
+    if config.deletion.active and config.deletion.action == "per_token":
+        require_quantized_fc2(model, config, config.deletion.block)
     require(bool(batches) or not resolved.needs_images, f"{resolved.image_users} need calibration images.")
     twin = shared_copy(model).eval()
     prepare_tower(twin)
@@ -136,6 +139,19 @@ def _check_head(model: PreTrainedModel, config: RegCacheConfig) -> None:
             f"modules.head=True has no effect: {type(model).__name__} has no projection, classifier or pooling linear. Leave "
             "it out."
         )
+
+
+def require_quantized_fc2(model: nn.Module, config: RegCacheConfig, block: int | None) -> None:
+    """Make sure that a scale for each token has something to quantize.
+
+    Raises:
+        ValueError: the MLP output projection of ``block`` stays float.
+    """
+    require(
+        any(site.block == block and site.role == "activation" for site in config_sites(model, config)),
+        f"deletion.action='per_token' has no effect: the MLP output projection (fc2) of block {block} stays float. Shorten "
+        "modules.ignore, or use another action.",
+    )
 
 
 def _build(fit: PipelineState) -> None:

@@ -23,7 +23,8 @@ class EmbeddingsMixin(Swapped):
 
 
 class BlockMixin(Swapped):
-    """Deletes tokens at the input of the delete block, narrows the mask after it, fills after the last block.
+    """Deletes (or replaces) tokens at the input of the delete block, or in its MLP, narrows the mask after it, fills after the
+    last block.
 
     ``fused`` computes the block itself if it is there (`optimum_regcache.fusion`). ``takes_mask``: the native forward has an
     argument ``attention_mask``; where it has none, the attention function takes the mask from the pass under way.
@@ -34,6 +35,12 @@ class BlockMixin(Swapped):
     takes_mask: bool
     rotation: torch.Tensor | None
     fused: Any = None
+
+    @property
+    def acts_inside(self) -> bool:
+        """Whether the deletion works within this block, which then runs unfused."""
+        deletion = self.regcache.deletion
+        return deletion.inside_mlp and deletion.block == self.block_index
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         runtime, state = self.regcache, self.regcache.current
@@ -46,7 +53,10 @@ class BlockMixin(Swapped):
         if self.block_index == 0:
             hidden_states = runtime.enter(hidden_states, self.rotation)
         attention_mask = runtime.mask_for_token(attention_mask)
-        fused = self.fused if self.fused is not None and self.fused.applies(self, hidden_states) else None
+        inside = self.acts_inside
+        fused = (
+            self.fused if self.fused is not None and not inside and self.fused.applies(self, hidden_states) else None
+        )
         native = fused is not None and fused.settings.native
         if self.block_index == runtime.deletion.block and runtime.deletion.active:
             module: Any = self
@@ -56,7 +66,10 @@ class BlockMixin(Swapped):
                     "again. Call model.gradient_checkpointing_disable(), or set_deletion(model, DeletionConfig())."
                 )
             first: Any = runtime.first_block
-            hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation, native)
+            if inside:
+                runtime.open_mlp(hidden_states, attention_mask)
+            else:
+                hidden_states = runtime.delete(hidden_states, attention_mask, first.rotation, native)
         if state.selection is not None:
             attention_mask = D.narrow_mask(attention_mask, state.selection, hidden_states.dtype)
             if "position_embeddings" in kwargs:
@@ -73,6 +86,10 @@ class BlockMixin(Swapped):
                 output = super().forward(hidden_states, **kwargs)  # type: ignore[misc]
         finally:
             state.cache, state.mask = before, None
+            if inside:
+                runtime.close_mlp()
+        if inside:
+            output = runtime.drop_states(output)  # pyright: ignore[reportUnknownArgumentType]
         if self.block_index != runtime.num_blocks - 1:
             return output  # pyright: ignore[reportUnknownVariableType]
         return runtime.leave(runtime.finish(output, native), self.rotation)  # pyright: ignore[reportUnknownArgumentType]

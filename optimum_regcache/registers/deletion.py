@@ -182,6 +182,11 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
     return full.index_put((images, target), fill)
 
 
+def remove_tokens(full: torch.Tensor, selection: Selection, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, N, D] without what was deleted, [B, N - count, D]; filled where tokens stay in place (`fill_deleted`)."""
+    return fill_deleted(full, selection, valid) if selection.kept is None else gather_tokens(full, selection.kept)
+
+
 def grid_size(grid: Grid, patches: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Patch rows and columns, each int64 [B, 1]; a square is assumed if unknown, None if it is not one."""
     if isinstance(grid, torch.Tensor):

@@ -18,6 +18,7 @@ from optimum_regcache.encoders.tower import find_tower, reads_patches, takes_mas
 from optimum_regcache.registers.attention import attach
 from optimum_regcache.registers.block import BlockMixin, EmbeddingsMixin
 from optimum_regcache.registers.cache import RegisterCache
+from optimum_regcache.registers.mlp_output import wire_mlp_output
 from optimum_regcache.registers.state import TowerRuntime
 from optimum_regcache.registers.swap import swap
 
@@ -80,7 +81,7 @@ def get_register_cache(model: torch.nn.Module) -> RegisterCache | None:
 
 
 def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
-    """Choose which tokens the tower deletes.
+    """Choose which tokens the tower deletes, and how.
 
     Raises:
         ValueError: the block does not exist, or the encoder cannot work with ``fill="none"``.
@@ -100,3 +101,4 @@ def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
             "deletion.fill='neighbour_mean'."
         )
     runtime.deletion = config
+    wire_mlp_output(runtime, tower)

@@ -15,6 +15,7 @@ from optimum_regcache.encoders.store import MappedSequence, StoredBatches, Tenso
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.registers.cache import RegisterCache
+from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.registers.state import BlockInput, Replay
 
 
@@ -101,8 +102,9 @@ class TokenSample:
         self.padding.start(batch)
         self._first = first
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The chosen tokens of ``x`` [B, N, D] without padding, [rows, D]; other shapes are flattened to rows."""
+    def rows(self, x: torch.Tensor, left_out: torch.Tensor | None = None) -> torch.Tensor:
+        """The chosen tokens of ``x`` [B, N, D] without padding and without ``left_out`` (bool [B, N]), [rows, D]; other shapes
+        are flattened to rows."""
         if x.ndim != 3:
             return x.flatten(0, -2)
         batch, tokens, _ = x.shape
@@ -113,6 +115,8 @@ class TokenSample:
             image = torch.arange(self._first, self._first + batch)[:, None]
             chosen[:, self.lead :] = False
             chosen.scatter_(1, (self.lead + (steps + 7 * image) % patches).to(x.device), True)
+        if left_out is not None:
+            chosen &= ~left_out
         return x[chosen & self.padding.valid(batch, tokens, x.device)]
 
 
@@ -120,7 +124,7 @@ class TokenSample:
 def capture_inputs(
     model: nn.Module, names: Sequence[str], batches: Sequence[Batch], known: Recorded, limit: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Inputs of layers of one block, padding left out.
+    """Inputs of layers of one block; padding and tokens with a scale of their own are left out.
 
     Args:
         model: model or tower.
@@ -137,7 +141,7 @@ def capture_inputs(
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            found[name].append(sample.rows(args[0]).float())
+            found[name].append(sample.rows(args[0], own_scale_tokens(module, args[0])).float())
 
         return hook
 

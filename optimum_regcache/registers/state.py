@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import collected_outputs
@@ -36,6 +37,9 @@ class _Pass:
         self.cache: RegisterCache | None = None  # takes the place of the stored registers
         self.mask: torch.Tensor | None = None  # of a block whose native forward takes none
         self.states_wanted = False  # somebody looks at the states between the blocks
+        self.chosen: torch.Tensor | None = None  # bool [B, N], the outlier tokens of the pass, for reports
+        self.inside = False  # the block computes in whose MLP tokens are taken
+        self.content: torch.Tensor | None = None  # its tokens that are not padding
 
 
 class _ThreadPass(_Pass, threading.local):
@@ -67,6 +71,7 @@ class TowerRuntime:
 
     Attributes:
         deletion: what to delete.
+        hooks: handles on the MLP output projection of the block of the deletion (`optimum_regcache.registers.mlp_output`).
         num_copies: block -> tau of the stored registers.
         extra_token: a token that starts at zero runs along after the leading tokens (test-time register).
         keep_positions: delete by masking instead of gathering, so that every hidden state keeps N tokens. A call that asks for
@@ -79,6 +84,7 @@ class TowerRuntime:
 
     def __init__(self, tower: Tower) -> None:
         self.deletion = DeletionConfig()
+        self.hooks: list[RemovableHandle] = []
         self.num_copies: dict[int, float] = {}
         self.extra_token = False
         self._leading = tower.num_prefix_tokens
@@ -129,7 +135,7 @@ class TowerRuntime:
     def begin(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> None:
         """Start a forward pass: remember the patch grid."""
         state = self.current
-        state.selection = state.valid = None
+        state.selection = state.valid = state.chosen = None
         state.replayed = None if self.replay is None else self.replay.take()
         state.grid = spatial_shapes
         if spatial_shapes is None and self.patch_size is not None and pixel_values.ndim == 4:
@@ -145,34 +151,102 @@ class TowerRuntime:
         rotation: torch.Tensor | None = None,
         native: bool = False,
     ) -> torch.Tensor:
-        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] (or [B, N, D] when masking).
+        """Rank and remove tokens of ``hidden`` [B, N, D]; returns [B, N - count, D] ([B, N, D] when masking or replacing).
 
         In a rotated residual stream (``rotation`` [D, D]) tokens are ranked in the original basis, where outliers stand out.
         ``native``: by the C++ operator where it applies.
         """
         batch, tokens, _ = hidden.shape
         config, lead, state = self.deletion, self.num_prefix_tokens, self.current
-        if tokens - lead < 2 * config.count:
-            raise ValueError(
-                f"deletion.count={config.count} would remove more than half of the {tokens - lead} patch tokens of this "
-                "input. Use larger images or a smaller count."
-            )
-        wanted = state.states_wanted or bool(_PER_BLOCK.intersection(collected_outputs()))
-        masked = self.keep_positions or config.rule == "threshold" or (wanted and config.fill != "none")
+        masked = self._masked()
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
-        if native and simple:
+        if native and simple and config.action == "delete":
+            self._check_size(tokens)
             hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
             state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
             state.valid = None
+            self._note(dropped)
             return hidden
         valid = D.valid_tokens(attention_mask, batch, tokens, hidden.device)
-        patch = torch.arange(tokens, device=hidden.device) >= lead
         states = hidden if rotation is None or config.score == "l2" else hidden @ rotation.T.to(hidden)
+        selection = self._select(states, valid, masked or config.action == "replace")
+        if config.action == "replace":
+            return D.fill_deleted(hidden, selection, valid)
+        state.selection, state.valid = selection, None if attention_mask is None else valid
+        return D.remove_tokens(hidden, selection, state.valid)
+
+    def _masked(self) -> bool:
+        """Whether tokens that are deleted keep their place in this pass."""
+        config, state = self.deletion, self.current
+        wanted = state.states_wanted or bool(_PER_BLOCK.intersection(collected_outputs()))
+        return self.keep_positions or config.rule == "threshold" or (wanted and config.fill != "none")
+
+    def _check_size(self, tokens: int) -> None:
+        """Raise ``ValueError`` where ``tokens`` are too few for the deletion."""
+        count, patches = self.deletion.count, tokens - self.num_prefix_tokens
+        if patches < 2 * count:
+            raise ValueError(
+                f"deletion.count={count} would remove more than half of the {patches} patch tokens of this input. Use larger "
+                "images or a smaller count."
+            )
+
+    def _select(self, states: torch.Tensor, valid: torch.Tensor, stay: bool) -> D.Selection:
+        """The outlier tokens by ``states`` [B, N, D]; ``stay``: they keep their place."""
+        config, lead, tokens = self.deletion, self.num_prefix_tokens, states.shape[1]
+        self._check_size(tokens)
+        patch = torch.arange(tokens, device=states.device) >= lead
         dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)
-        kept = None if masked else D.kept_positions(dropped, config.count)
-        state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
-        state.valid = None if attention_mask is None else valid
-        return D.fill_deleted(hidden, state.selection, state.valid) if kept is None else D.gather_tokens(hidden, kept)
+        if config.action in ("replace", "per_token"):
+            dropped = dropped & valid  # padding need not make up the number
+        self._note(dropped)
+        kept = None if stay else D.kept_positions(dropped, config.count)
+        return D.Selection(dropped, kept, config.count, self.current.grid, lead)
+
+    def _note(self, chosen: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():  # nothing of a pass outlives it in a graph
+            self.current.chosen = chosen
+
+    def open_mlp(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Before the block in whose MLP tokens of ``hidden`` [B, N, D] are to be taken."""
+        state = self.current
+        state.inside = True
+        if attention_mask is not None:
+            state.content = D.valid_tokens(attention_mask, hidden.shape[0], hidden.shape[1], hidden.device)
+
+    def close_mlp(self) -> None:
+        """After it, whatever happened there."""
+        self.current.inside, self.current.content = False, None
+
+    def mlp_outliers(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool [B, N]: the outlier tokens by the input ``x`` [B, N, M] of the MLP output projection; None outside of the pass
+        of the block of the deletion."""
+        return self._select(x, self._content(x), True).dropped if self.current.inside and x.ndim == 3 else None
+
+    def drop_mlp_rows(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Forward pre-hook of the MLP output projection: rank by its input [B, N, M], and go on without the outlier tokens."""
+        del module
+        x, state = args[0], self.current
+        if not state.inside or x.ndim != 3:
+            return None
+        state.selection, state.valid = self._select(x, self._content(x), self._masked()), state.content
+        return (D.remove_tokens(x, state.selection, state.valid), *args[1:])
+
+    def spread_mlp_rows(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Forward hook of the same: [B, N, D] again, for the residual addition; :meth:`drop_states` follows it."""
+        del module, args
+        state = self.current
+        return D.spread_tokens(output, state.selection) if state.inside and state.selection is not None else None
+
+    def drop_states(self, hidden: torch.Tensor) -> torch.Tensor:
+        """After a block in whose MLP tokens were deleted: its output [B, N, D] without them."""
+        state = self.current
+        return hidden if state.selection is None else D.remove_tokens(hidden, state.selection, state.valid)
+
+    def _content(self, x: torch.Tensor) -> torch.Tensor:
+        content = self.current.content
+        return D.valid_tokens(None, x.shape[0], x.shape[1], x.device) if content is None else content
 
     def enter(self, hidden: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """Before the first block: rotate the residual stream, and add the test-time register.

@@ -187,7 +187,8 @@ def _installed(model: nn.Module, cache: RegisterCache | None, deletion: Deletion
         set_deletion(model, deletion)
         yield
     finally:
-        rows, runtime.num_copies, runtime.deletion = before
+        rows, runtime.num_copies, deletion = before
+        set_deletion(model, deletion)
         for module, (key, value) in zip(modules, rows, strict=True):
             module.register_key, module.register_value = key, value
 

@@ -127,7 +127,7 @@ def measure_clipping(model: nn.Module, batches: Iterable[Batch]) -> Clipping | N
     """
     padding = PaddingMask()
     static = {name: layer for name, layer in quant_linears(model) if layer.input_scale is not None}
-    bounded = {name: layer for name, layer in static.items() if layer.activations.outlier_tokens == "clip"}
+    bounded = {n: m for n, m in static.items() if m.activations.outlier_tokens == "clip" and m.own_scales is None}
     watched: dict[str, QuantLinear | Operand] = {**bounded}
     for name, products in attention_products(model):
         watched |= {f"{name}.{role}": operand for role, operand in products.operands()}

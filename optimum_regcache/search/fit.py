@@ -26,6 +26,7 @@ from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
 from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods import ResolvedConfig, quantize_with
+from optimum_regcache.methods.pipeline import require_quantized_fc2
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.estimate import QUANTIZED, expected_work
 from optimum_regcache.search.journal import Journal
@@ -34,6 +35,7 @@ from optimum_regcache.search.objectives import bank_of, objective_on
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts
 from optimum_regcache.search.processes import from_main, gathered, is_main, on_main, together, world_size
 from optimum_regcache.search.progress import current, duration, watching
+from optimum_regcache.search.refine import MAKERS
 from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.search import Candidates, FinalScorer, Judges, RegisterSearch, SearchResult
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
@@ -237,6 +239,8 @@ class _Fit:
 
     def _engine(self, mined: dict[int, MinedTokens], sensitive: int) -> RegisterSearch:
         judges, calibration = self.judges, self.runner.calibration
+        if "per_token" in self.search.refinements or self.resolved.config.deletion.action == "per_token":
+            require_quantized_fc2(self.runner.float_model, self.runner.config, sensitive)
         if self.resolved.methods:
             judges = replace(judges, final=_final_scorer(self.model, self.resolved, calibration))
         most = min(self.search.max_delete, smallest_patch_count(self.runner, calibration[0]) // 4)
@@ -372,6 +376,6 @@ def install_setup(
         num_registers=cache.num_registers,
         num_copies=cache.num_copies,
         kv_mode=resolved.config.registers.kv_mode,
-        refinement=refinement,
+        refinement=refinement if refinement in MAKERS else None,  # the others leave registers as they were mined
     )
     return resolved.installing(registers, deletion)

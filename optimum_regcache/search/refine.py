@@ -1,4 +1,5 @@
-"""Refinements of the best prefix of a search: other registers in its place, installed only if they win (docs/method.md 9)."""
+"""Refinements of the best setups of a search: other registers, or another fate of the outlier tokens, in their place,
+installed only if they win (docs/method.md 9)."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from optimum_regcache.search.tuning import TuningSettings, tune_registers
 
 CLUSTERS = (2, 4)
 TUNING = TuningSettings()
+KAPPAS = (2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ MAKERS: dict[str, Callable[[Start], RegisterCache]] = {
     "block_copies": block_copies,
     "tuned": tuned,
 }
+
+
+def deletions(name: str, start: Setup, most: int) -> list[Setup]:
+    """What ``name`` of `DELETION_REFINEMENTS` tries in the place of the deletion of ``start``, or of none: neighbouring k~ up
+    to ``most``. A threshold takes k~ or fewer tokens, so it tries k~ and twice that, each with several kappas."""
+    k = start.count
+    near = ({k, 2 * k} if name == "threshold" else {k - 1, k, k + 1, 2 * k}) if k else {1, 2}
+    kappas = KAPPAS if name == "threshold" else (None,)
+    counts = sorted(count for count in near if 0 < count <= most)
+    return [replace(start, count=count, refinement=name, kappa=kappa) for count in counts for kappa in kappas]
 
 
 @dataclass(frozen=True)

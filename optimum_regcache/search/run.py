@@ -28,6 +28,7 @@ from optimum_regcache.search.mining import isolated_cache, mine_tokens
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages, ReferenceParts, space_of
 from optimum_regcache.search.processes import is_main
 from optimum_regcache.search.progress import current
+from optimum_regcache.search.refine import MAKERS
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def plan_call(
 def repeatable(recipe: Recipe, fit: FitResult | None) -> Recipe:
     """``recipe`` of a result as it is saved: used again on the same images it gives the same model, or says why it cannot.
 
-    Blocks and tau tell how to mine registers, not how they were refined. So where a refinement was installed, the recipe
-    searches again; where none was, it holds none. Where the fit's refined registers went into something else than the fit was
-    for, it stays as it is, and `run_plan` refuses to mine for it.
+    Blocks and tau tell how to mine registers, not how they were refined. So where refined registers were installed, the
+    recipe searches again; where none were, it holds no refinement. Where the fit's refined registers went into something else
+    than the fit was for, it stays as it is, and `run_plan` refuses to mine for it.
 
     Args:
         recipe: with the config of the result.
@@ -152,7 +153,7 @@ def repeatable(recipe: Recipe, fit: FitResult | None) -> Recipe:
     """
     if fit is None or not fit.settings.refinements or recipe.quantization.registers != fit.config.registers:
         return recipe
-    if fit.search.chosen.refinement is None:
+    if fit.search.chosen.refinement not in MAKERS:
         return replace(recipe, search=replace(recipe.search, refinements=()))
     again = recipe.with_quantization(fit.requested)
     return again if recipe.quantization == fit.config and answers(fit, again) else replace(recipe, search=fit.settings)

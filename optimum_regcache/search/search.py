@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from optimum_regcache.config import DeletionConfig
-from optimum_regcache.config.recipe import SearchConfig
+from optimum_regcache.config.recipe import DELETION_REFINEMENTS, SearchConfig
 from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
@@ -20,7 +19,14 @@ from optimum_regcache.search.algorithms import ALGORITHMS
 from optimum_regcache.search.mining import MinedTokens, isolated_cache
 from optimum_regcache.search.processes import spread, world_size
 from optimum_regcache.search.progress import current
-from optimum_regcache.search.refine import MAKERS, RefinedRegisters, RefinementTrial, Start, judge_refinements
+from optimum_regcache.search.refine import (
+    MAKERS,
+    RefinedRegisters,
+    RefinementTrial,
+    Start,
+    deletions,
+    judge_refinements,
+)
 from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
 
@@ -138,8 +144,8 @@ class RegisterSearch:
         """The registers of a configuration."""
         if setup.start_block is None:
             return None
-        if setup.refinement is not None:
-            name = setup.refinement
+        if setup.refinement in MAKERS:
+            name = str(setup.refinement)
             return self._refined(setup, lambda: MAKERS[name](self._start(setup, int(setup.start_block or 0))))
         return self._mined(setup, setup.start_block)
 
@@ -160,10 +166,12 @@ class RegisterSearch:
         return cache.restricted(blocks, setup.num_copies)
 
     def deletion(self, setup: Setup) -> DeletionConfig:
-        """The deletion of a configuration, with rule and fill of the trial runner's config."""
+        """The deletion of a configuration, with what it does not set from the trial runner's config."""
         if not setup.count:
             return DeletionConfig()
-        return replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
+        found = replace(self.runner.config.deletion, block=self.delete_block, count=setup.count)
+        kappa = found.kappa if setup.kappa is None else setup.kappa
+        return replace(found, kappa=kappa, **DELETION_REFINEMENTS.get(setup.refinement or "", {}))
 
     def _start(self, setup: Setup, start: int) -> Start:
         """What the refinement of a setup with a prefix from block ``start`` begins with."""
@@ -172,12 +180,22 @@ class RegisterSearch:
             self.mined[start], self.config.seed,
         )  # fmt: skip
 
-    def _refine(self, ranked: Sequence[Trial]) -> list[Trial]:
-        """The refinements of the best setup that has a prefix, best first on the selection images."""
-        start = next((t.setup for t in ranked if t.setup.start_block is not None), None)
-        setups = [] if start is None else [replace(start, refinement=name) for name in self.config.refinements]
-        trials = [self.scores(s, lambda s=s: self.cache(s), self.deletion(s)) for s in setups]
-        return sorted((t for t in trials if not math.isnan(t.mean)), key=lambda t: -t.mean)
+    def _refine(self, ranked: Sequence[Trial]) -> list[tuple[Trial, Setup]]:
+        """The refinements of the best setup that has a prefix, and of the best of all, best first on the selection images: one
+        trial for each name, with what it started from."""
+        prefix = [t.setup for t in ranked if t.setup.start_block is not None][:1]
+        alone = [t.setup for t in ranked[:1] if t.setup.kind == "delete"]
+        found: list[tuple[Trial, Setup]] = []
+        for name in self.config.refinements:
+            if name in MAKERS:
+                starts = {replace(start, refinement=name): start for start in prefix}
+            else:
+                starts = {s: start for start in prefix + alone for s in deletions(name, start, self.max_delete)}
+            asked = [(setup, partial(self.cache, setup), self.deletion(setup)) for setup in starts]
+            leader = best(self.scores.many(asked))
+            if leader is not None:
+                found.append((leader, starts[leader.setup]))
+        return sorted(found, key=lambda pair: -pair[0].mean)
 
     def space(self) -> Space:
         """Everything that may be installed."""
@@ -249,8 +267,8 @@ class RegisterSearch:
         result = SearchResult(chosen, prefix, delete, both, base.mean, gain, noise, reason, list(self.trials.values()))
         if not refined:
             return result
-        rival = chosen if chosen != Setup() else replace(refined[0].setup, refinement=None)
-        records = judge_refinements(refined, rival, self._confirm, c.min_gain, sigmas)
+        rival = chosen if chosen != Setup() else refined[0][1]
+        records = judge_refinements([trial for trial, _ in refined], rival, self._confirm, c.min_gain, sigmas)
         won = next((r for r in records if r.chosen), None)
         if won is not None:
             chosen, gain, noise = won.setup, won.over_nothing, won.over_nothing_error

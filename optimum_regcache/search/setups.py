@@ -11,6 +11,13 @@ import torch
 
 from optimum_regcache.config.recipe import REFINEMENTS
 
+_INSTEAD = {  # how a table says what happens to k~ tokens
+    "replace": "replace {}",
+    "late_deletion": "delete {} late",
+    "per_token": "{} per token at fc2",
+    "threshold": "delete up to {} beyond {:g} x median",
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -22,7 +29,8 @@ class Setup:
         candidate: number of the mined token (strategy ``single_token``); None for the average.
         num_copies: tau.
         count: k~.
-        refinement: one of ``search.refinements`` that took this setup's registers as its start; None for the mined ones.
+        refinement: one of ``search.refinements`` that took this setup's registers or deletion as its start; None for neither.
+        kappa: of ``deletion.rule="threshold"``; None for that of the recipe.
     """
 
     start_block: int | None = None
@@ -31,13 +39,15 @@ class Setup:
     num_copies: float = 1.0
     count: int = 0
     refinement: str | None = None
+    kappa: float | None = None
 
     @property
     def key(self) -> str:
         """Stable identity in the record."""
         values = asdict(self)
-        if self.refinement is None:  # as before there were any
-            del values["refinement"]
+        for name in ("refinement", "kappa"):
+            if values[name] is None:  # as before there were any
+                del values[name]
         return json.dumps(values, sort_keys=True)
 
     @property
@@ -55,14 +65,14 @@ class Setup:
 
     def describe(self) -> str:
         """Short text for tables."""
-        parts = []
+        parts, instead = [], _INSTEAD.get(self.refinement or "")
         if self.start_block is not None:
             token = "" if self.candidate is None else f" token {self.candidate}"
             only = " only" if self.scope == "single" else ""
             parts.append(f"prefix from block {self.start_block}{only}{token}, tau {self.num_copies:.3g}")
         if self.count:
-            parts.append(f"delete {self.count}")
-        if self.refinement is not None:
+            parts.append(f"delete {self.count}" if instead is None else instead.format(self.count, self.kappa))
+        if self.refinement is not None and instead is None:
             parts.append(REFINEMENTS[self.refinement])
         return "; ".join(parts) or "nothing"
 

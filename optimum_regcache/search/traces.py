@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.parts import CALIBRATION_OUTLIER_RATIO
 from optimum_regcache.encoders.passes import Batch, PaddingMask, leading_tokens, run_tower
 from optimum_regcache.encoders.tower import Tower, find_tower
 from optimum_regcache.registers import RegisterCache
+from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.search.mining import TokenRecorder
 
 MAX_COMPARED = 512  # images whose rows are compared, rounded up to whole batches
@@ -83,6 +85,7 @@ class _Watcher:
         for index, block in enumerate(tower.blocks):
             self.handles.append(tower.norm(index, 0).register_forward_pre_hook(self._input(index)))
             self.handles.append(block.register_forward_hook(self._output(index)))
+            self.handles.append(tower.mlp_out(index).register_forward_pre_hook(_choose))
 
     def original_basis(self, states: torch.Tensor) -> torch.Tensor:
         """States between the blocks as they are without a rotation."""
@@ -90,14 +93,9 @@ class _Watcher:
         return states if rotation is None else states @ rotation.T.to(states)
 
     def _input(self, index: int) -> Any:
-        runtime: Any = getattr(self.tower.blocks[index], "regcache", None)
-
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = self.padding.unpack(args[0].detach())
             self.inputs[index] = self.original_basis(x).abs().amax(-1).float()
-            selection = None if runtime is None else runtime.current.selection
-            if runtime is not None and selection is not None and index == runtime.deletion.block:
-                self.trace.dropped.append(selection.dropped[:, self.lead :].cpu())
 
         return hook
 
@@ -112,8 +110,11 @@ class _Watcher:
             require_numbers(norms[valid], f"block {index}")
             norms = norms.masked_fill(~valid, torch.nan)
             norms = norms[:, self.tower.num_prefix_tokens if at_end else self.lead :].cpu()
-            deleted = runtime is not None and runtime.deletion.active and index >= runtime.deletion.block
-            if deleted and self.trace.dropped[-1].shape == norms.shape:  # they stay in place, or were filled in
+            deletion: Any = getattr(runtime, "deletion", DeletionConfig())
+            if deletion.active and index == deletion.block:
+                self.trace.dropped.append(runtime.current.chosen[:, self.lead :].cpu())
+            gone = deletion.active and index >= deletion.block and deletion.action != "replace"
+            if gone and self.trace.dropped[-1].shape == norms.shape:  # they stay in place, or were filled in
                 norms = norms.masked_fill(self.trace.dropped[-1], torch.nan)
             self.trace.norms.setdefault(index, []).append(norms)
 
@@ -122,6 +123,11 @@ class _Watcher:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _choose(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Lets the runtime note the tokens with a scale of their own, which float activations do not ask for."""
+    own_scale_tokens(module, args[0])
 
 
 @contextmanager

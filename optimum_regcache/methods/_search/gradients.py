@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from optimum_regcache.encoders.passes import Batch, image_features, move
 from optimum_regcache.encoders.tower import has_classifier
+from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.registers.replay import TokenSample
 
 MICRO_BATCH = 4
@@ -59,17 +60,19 @@ def squared_gradients(
     found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {name: ([], []) for name in names}
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
+    left_out: dict[str, torch.Tensor | None] = {}
     micro = [part for batch in batches for part in _micro_batches(batch)]
     sample, generator = TokenSample(model, micro, limit), torch.Generator().manual_seed(seed)
 
     def hook(name: str) -> Any:
         def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             inputs[name], outputs[name] = args[0].detach(), output
+            left_out[name] = own_scale_tokens(module, inputs[name])
 
         return watch
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    pick = (lambda x: x) if whole else sample.rows
+    # before the hook of a late deletion, which spreads the rows of the output again
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), prepend=True) for name in names]
     first = 0
     try:
         for batch in micro:
@@ -88,8 +91,8 @@ def squared_gradients(
                         if grad is not None:
                             squares[name] += grad.float().pow(2) / draws
             for name in outputs:
-                found[name][0].append(pick(inputs[name]).float())
-                found[name][1].append(pick(squares[name]).float())
+                for kept, x in zip(found[name], (inputs[name], squares[name]), strict=True):
+                    kept.append((x if whole else sample.rows(x, left_out[name])).float())
     finally:
         for handle in handles:
             handle.remove()
