@@ -14,6 +14,7 @@ from optimum_regcache.encoders.passes import ImageRange
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation import CosineObjective
 from optimum_regcache.search import TrialRunner
+from optimum_regcache.search.trials import setting_digest
 
 CONFIGS = {
     "static": RegCacheConfig(registers={"mode": "none"}),
@@ -104,3 +105,26 @@ def test_the_first_images_of_an_objective_keep_their_reference() -> None:
     part = whole.first(3)
     assert [len(b["pixel_values"]) for b in part.batches] == [len(selection[0]["pixel_values"]), 1][: len(part.batches)]
     torch.testing.assert_close(part.scores(model), whole.scores(model)[: len(part.reference)])
+
+
+def test_scales_of_another_runner_are_taken_where_all_calibration_images_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calibration, selection = parts("clip")
+    registers, deletion = cache(model, (2, 3)), DeletionConfig(block=2, count=2)
+    first = TrialRunner(model, RegCacheConfig(), calibration)
+    objective = CosineObjective(first.float_model, selection)
+    known = first.score(registers, deletion, objective)
+    few = ImageRange(calibration, 4)
+    fewer = first.score(registers, deletion, objective, few)
+    monkeypatch.setattr("optimum_regcache.search.trials.calibrate", lambda *args: pytest.fail("calibrated again"))
+    second = TrialRunner(model, RegCacheConfig(), calibration, scales=first.scales)
+    assert bool((second.score(registers, deletion, objective) == known).all())
+    monkeypatch.undo()
+    assert bool((second.score(registers, deletion, objective, few) == fewer).all())
+    assert not bool((fewer == known).all())
+    other = RegisterCache(
+        {b: k + 1e-6 for b, k in ((b, registers.rows(b)[0]) for b in registers.blocks)},
+        {b: registers.rows(b)[1] for b in registers.blocks},
+        len(registers.layers),
+    )
+    digests = {setting_digest(c, d) for c in (registers, other, None) for d in (deletion, DeletionConfig())}
+    assert len(digests) == 6

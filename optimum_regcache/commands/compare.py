@@ -72,7 +72,9 @@ def compare(
     report = ImageInputs(source.report_images, source.processor)
     config, fit = run.quantized.config, run.fit
     data = plan.recipe.data
-    runner = TrialRunner(source.model, search_config(config), run.calibration, space=run.space)
+    same = fit is not None and search_config(fit.config) == search_config(config)
+    scales = fit.scales if fit is not None and same else None
+    runner = TrialRunner(source.model, search_config(config), run.calibration, space=run.space, scales=scales)
     found = fit.sensitive_block if fit else None
     sensitive = len(find_tower(source.model).blocks) // 2 if found is None else found
     targets = targets_of(source, report)

@@ -23,7 +23,7 @@ def expected_work(parts: ReferenceParts, search: SearchConfig, depth: int, linea
     calibration, selection, confirmation = (len(p) for p in (parts.calibration, parts.selection, parts.confirmation))
     images = min(search.sensitivity_images, selection)
     scanned = images * depth / 2  # from a block to the end, on average
-    coarse = depth * coarse_images(images) / max(images, 1) + COARSE_BLOCKS * linears / depth
+    coarse = (depth + COARSE_BLOCKS * linears / depth) * coarse_images(images) / max(images, 1) + COARSE_BLOCKS
     steps = {"linear": linears, "block": depth, "coarse": coarse}
     starts = search.blocks_before + 1 if search.strategy == "averaged_tokens" else search.num_candidates
     space = Space(((0, None, "onwards"),) * starts * len(search.scopes), search.num_copies, search.max_delete)

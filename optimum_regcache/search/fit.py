@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_regcache.calibration.calibrate import QParams
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
 from optimum_regcache.config.effects import require_patches, require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
@@ -58,6 +59,7 @@ class FitResult:
         parts: the images.
         requested, settings, data: the arguments of the fit.
         seconds: duration of each stage.
+        scales: of the configurations that were calibrated on all calibration images (`TrialRunner`).
     """
 
     resolved: ResolvedConfig
@@ -72,6 +74,7 @@ class FitResult:
     settings: SearchConfig
     data: DataConfig
     seconds: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, QParams] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> RegCacheConfig:
@@ -264,7 +267,7 @@ class _Fit:
         resolved = install_setup(self.resolved, cache, deletion, result.chosen.refinement)
         return FitResult(
             resolved, cache, scan, sensitive, mined, result, variants, self.parts,
-            self.resolved.config, self.search, self.plan.recipe.data, self.seconds,
+            self.resolved.config, self.search, self.plan.recipe.data, self.seconds, self.runner.scales,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,8 @@ class SensitivityReport:
     Attributes:
         drops: name of the layer (or ``block N``) -> drop of the objective against the float model.
         blocks: name -> block index.
-        sensitive_block: l_q, block of the largest drop of a linear layer (of a block, if only blocks were scanned).
+        sensitive_block: l_q, block of the largest drop of a linear layer (of a block, if only blocks were scanned) on all
+            images.
         objective: name of the objective.
     """
 
@@ -82,8 +83,8 @@ def scan_sensitivity(
         config: activations and modules.
         calibration: batches for the scales.
         objective: scored on its own batches.
-        granularity: ``linear``, ``block``, or ``coarse``: blocks on a quarter of the images, then the linear layers of the two
-            worst on all of them.
+        granularity: ``linear``, ``block``, or ``coarse``: on a quarter of the images blocks, then the linear layers of the two
+            worst; the worst layer of each of these on all images.
         progress: show a progress bar.
         journal: finished steps.
 
@@ -103,14 +104,17 @@ def scan_sensitivity(
     }
     first = linears if granularity == "linear" else whole
     worst = min(COARSE_BLOCKS, len(whole)) if granularity == "coarse" else 0
-    steps = len(first) + round(worst * len(linears) / len(whole))
+    steps = len(first) + round(worst * len(linears) / len(whole)) + worst
     with tqdm(total=steps, desc="sensitivity", disable=not progress) as bar:
-        drops = few.drops(first, bar)
+        drops = decisive = few.drops(first, bar)
         if worst:
-            blocks = {whole[name][0] for name in sorted(drops, key=lambda name: -drops[name])[:worst]}
-            drops |= scan.drops({name: entry for name, entry in linears.items() if entry[0] in blocks}, bar)
-    report = SensitivityReport(drops, {name: (linears | whole)[name][0] for name in drops}, 0, objective.name)
-    return replace(report, sensitive_block=report.blocks[report.top(1)[0][0]])
+            suspects = {whole[name][0] for name in sorted(drops, key=lambda name: -drops[name])[:worst]}
+            layers = few.drops({name: entry for name, entry in linears.items() if entry[0] in suspects}, bar)
+            tops = [max((n for n in layers if linears[n][0] == b), key=lambda n: layers[n]) for b in suspects]
+            decisive = scan.drops({name: entry for name, entry in linears.items() if name in tops}, bar)
+            drops = drops | layers | decisive
+    blocks = {name: (linears | whole)[name][0] for name in drops}
+    return SensitivityReport(drops, blocks, blocks[max(decisive, key=lambda name: decisive[name])], objective.name)
 
 
 COARSE_BLOCKS = 2

@@ -7,6 +7,7 @@ scores are bit-identical to those without the record.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -58,6 +59,16 @@ class BlockInputs:
         return max((b for b in self._recorded if b <= block), default=-1)
 
 
+def setting_digest(cache: RegisterCache | None, deletion: DeletionConfig) -> str:
+    """Identity of registers, bit by bit, and deletion."""
+    digest = hashlib.sha256(repr(deletion).encode())
+    for block in () if cache is None else cache.blocks:
+        digest.update(f"{block} {cache.copies(block)!r}".encode())
+        for rows in cache.rows(block):
+            digest.update(str(tuple(rows.shape)).encode() + rows.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class TrialRunner:
     """Calibrates and scores configurations that share their weights.
 
@@ -71,6 +82,7 @@ class TrialRunner:
         reuse: record what configurations have in common; without it, or with quantized attention products, every configuration
             is computed from the pixels on.
         space: where the record is kept; in the memory of the model's device by default.
+        scales: of configurations that another runner of the same model, config and images calibrated; new ones are added.
 
     Attributes:
         float_model: float copy, wired for registers.
@@ -86,8 +98,10 @@ class TrialRunner:
         *,
         reuse: bool = True,
         space: TensorSpace | None = None,
+        scales: dict[str, QParams] | None = None,
     ) -> None:
         self.config, self.calibration, self.space = config, calibration, space
+        self.scales: dict[str, QParams] = {} if scales is None else scales
         # calibration computes the attention products in other steps than a recording pass: not the same bits
         self.reuse = reuse and not config.attention.quantize
         self.float_model = shared_copy(model).eval()
@@ -139,18 +153,35 @@ class TrialRunner:
         elif first is None or not plain:  # dynamic scales need no calibration
             qparams = plain
         else:
-            known = Recorded(first, self._inputs(self._float[id(calibration)], first))
-            self._count(calibration, first)
-            qparams = {**plain, **calibrate(self.float_model, self.config, calibration, known)}
+            qparams = {**plain, **self._changed_qparams(cache, deletion, first, calibration)}
         assign_input_qparams(self.quantized, qparams)
+
+    def _changed_qparams(
+        self, cache: RegisterCache | None, deletion: DeletionConfig, first: int, calibration: Sequence[Batch]
+    ) -> QParams:
+        """The scales from block ``first`` on, of what is installed."""
+        name = setting_digest(cache, deletion)
+        if calibration is self.calibration and name in self.scales:
+            return self.scales[name]
+        known = Recorded(first, self._inputs(self._float[id(calibration)], first))
+        self._count(calibration, first)
+        found = calibrate(self.float_model, self.config, calibration, known)
+        if calibration is self.calibration:
+            self.scales[name] = found
+        return found
 
     def _plain_qparams(self, calibration: Sequence[Batch]) -> QParams:
         """The scales with nothing installed."""
-        key = id(calibration)
+        key, nothing = id(calibration), setting_digest(None, DeletionConfig())
         if key not in self._plain:
-            self.reset()
-            self._count(calibration, 0)
-            self._plain[key] = calibrate(self.float_model, self.config, calibration)
+            found = self.scales.get(nothing) if calibration is self.calibration else None
+            if found is None:
+                self.reset()
+                self._count(calibration, 0)
+                found = calibrate(self.float_model, self.config, calibration)
+            if calibration is self.calibration:
+                self.scales[nothing] = found
+            self._plain[key] = found
             self._float[key] = BlockInputs(self.float_model, calibration, self.space)  # keeps the list, and so its id
         return self._plain[key]
 
