@@ -91,8 +91,8 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
 
 
 def without_pixel_mask(inputs: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Inputs of one image without a mask of its pixels (Idefics3, SmolVLM), which must be true everywhere; a mask of its patches
-    (SigLIP2) stays.
+    """Inputs of one image without a mask of its pixels (Idefics3, SmolVLM), which must be true everywhere; a mask of its
+    patches (SigLIP2) stays.
 
     Raises:
         ValueError: some pixels are padding.
