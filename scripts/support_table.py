@@ -67,8 +67,9 @@ def examine(whole: Whole) -> Row:
     try:
         tower = find_tower(model)
     except ValueError as error:
-        if "contains no supported vision encoder. Supported: " not in str(error) or not whole.note:
+        if "contains no supported vision encoder. Supported: " not in str(error):
             raise
+        assert whole.note, f"{whole.family} is refused and no note says why"
         return Row(whole.family, f"`{whole.model_class}`", reason=whole.note)
     original, batch = copy.deepcopy(model), next(ImageInputs(images).batches(len(images)))
     quantized, reason = quantize(model, images)
@@ -105,8 +106,8 @@ def quantize(model: Any, images: Sequence[Any]) -> tuple[Any, str]:
     except ValueError as error:
         if REFUSED not in str(error):
             raise
-        reason = "patches of all images in one sequence, merged after the last block"
-        return fit(model, images, registers=registers), reason
+    reason = "patches of all images in one sequence, merged after the last block"
+    return fit(model, images, registers=registers), reason
 
 
 def fit(model: Any, images: Sequence[Any], **parts: Any) -> Any:
