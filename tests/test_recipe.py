@@ -101,7 +101,10 @@ def test_a_complete_config_stands_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"serach": {}}, r"Unknown key in the recipe: serach\. Known keys: data, dataset, model, notes, preset, quant"),
+        (
+            {"serach": {}},
+            r"Unknown key in the recipe: serach\. Known keys: data, dataset, expect, model, notes, preset, quant",
+        ),
         ({"b": 1, "a": 1}, r"Unknown keys in the recipe: a, b\. Known keys: "),
         ({4: "w4a4"}, r"Unknown key in the recipe: 4\. Known keys: "),
         ({"preset": "w3a3"}, r"Unknown preset 'w3a3'; expected one of w8a8"),
@@ -128,7 +131,10 @@ def test_sections_must_be_mappings() -> None:
 
 
 def test_load_names_the_presets_when_there_is_no_such_file(tmp_path: Path) -> None:
-    expected = r"No recipe .*absent\.yaml': it is neither a preset \(w8a8, w6a6, w4a4, w8a8-dynamic\) nor a file\."
+    presets = r"w8a8, w6a6, w4a4, w8a8-dynamic"
+    expected = (
+        rf"No recipe .*absent\.yaml': it is neither a preset \({presets}\) nor a file, none of the \d+ packaged ones"
+    )
     with pytest.raises(FileNotFoundError, match=expected):
         Recipe.load(tmp_path / "absent.yaml")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from optimum_regcache.config import PRESETS
@@ -41,7 +42,8 @@ def recipe_file(source: str | Path, token: str | None = None) -> Path:
             return Path(hf_hub_download(repository, "recipe.yaml", revision=revision or None, token=token))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = f" The Hub says: {error}"
+    near = ", ".join(get_close_matches(name, packaged) or list(packaged)[:3])
     raise FileNotFoundError(
-        f"No recipe {name!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file, none of the packaged ones "
-        f"({', '.join(packaged)}), and no repository of the Hub with a recipe.yaml.{reason}"
+        f"No recipe {name!r}: it is neither a preset ({', '.join(PRESETS)}) nor a file, none of the {len(packaged)} "
+        f"packaged ones (such as {near}), and no repository of the Hub with a recipe.yaml.{reason}"
     )
