@@ -108,6 +108,18 @@ def test_it_ends_after_a_few_images_where_nothing_can_win() -> None:
     assert flat.work < len(Halving(COARSE, SearchConfig(), IMAGES)._first()) * 8 / IMAGES + 5
 
 
+def test_it_ends_after_a_few_images_where_nobody_can_be_better_than_the_leader() -> None:
+    landscape = Landscape(Setup(5, num_copies=4.0, count=4), noise=1e-5)
+    landscape.difficulty.zero_()
+    top = landscape.quality(Setup(5, num_copies=4.0, count=4)) + 0.5
+    trials = Halving(COARSE, SearchConfig(), IMAGES, best_score=top + 5e-4).run(landscape)
+    assert len(trials) == 4  # nothing, and the best of each kind
+    assert landscape.work < 20
+    whole = Landscape(Setup(5, num_copies=4.0, count=4), noise=1e-5)
+    assert len(Halving(COARSE, SearchConfig(), IMAGES, best_score=top + 0.1).run(whole)) > 4
+    assert whole.work > landscape.work
+
+
 def test_no_number_never_wins_a_round() -> None:
     class Broken(Landscape):
         def __call__(self, setup: Setup, images: int | None = None) -> Trial:

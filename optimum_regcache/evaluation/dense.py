@@ -28,6 +28,7 @@ class PatchCosineObjective(Objective):
     """
 
     name = "patch cosine"
+    best_score = 1.0
 
     def __init__(self, float_model: nn.Module, batches: Sequence[Batch]) -> None:
         self.batches = batches

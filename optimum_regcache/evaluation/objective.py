@@ -90,12 +90,14 @@ class Objective(ABC):
         name: shown in reports.
         labels_read: ``model``: labels in the numbers of the model's classes; ``any``: labels in whatever numbers; ``none``.
         needs_bank: whether images are compared with those of a `Bank`.
+        best_score: of every image under the float model; None where that depends on the image.
         batches: the images, in the order of the scores.
     """
 
     name: str
     labels_read: ClassVar[Literal["none", "model", "any"]] = "none"
     needs_bank: ClassVar[bool] = False
+    best_score: ClassVar[float | None] = None
     batches: Sequence[Batch]  # `scores` runs the model once for each, in order
 
     @classmethod
@@ -130,6 +132,7 @@ class CosineObjective(Objective):
     """
 
     name = "feature cosine"
+    best_score = 1.0
 
     def __init__(self, float_model: nn.Module, batches: Sequence[Batch]) -> None:
         self.batches = batches

@@ -35,6 +35,7 @@ class SimilarityObjective(Objective):
     """
 
     name = "minus KL of similarities"
+    best_score = 0.0
     needs_bank = True
 
     def __init__(self, float_model: nn.Module, batches: Sequence[Batch], bank: Bank) -> None:
@@ -136,6 +137,7 @@ class LogitObjective(Objective):
     """
 
     name = "minus KL of class probabilities"
+    best_score = 0.0
 
     def __init__(self, float_model: nn.Module, batches: Sequence[Batch]) -> None:
         require(

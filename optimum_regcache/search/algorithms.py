@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from optimum_regcache.config.recipe import SearchConfig
-from optimum_regcache.search.setups import Setup, Space, Trial, best
+from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
 
 
 class Evaluate(Protocol):
@@ -34,10 +34,11 @@ class Algorithm(ABC):
         space: what may be installed.
         config: search settings.
         images: number of selection images.
+        best_score: of an image, if there is one that none can exceed.
     """
 
-    def __init__(self, space: Space, config: SearchConfig, images: int) -> None:
-        self.space, self.config, self.images = space, config, images
+    def __init__(self, space: Space, config: SearchConfig, images: int, best_score: float | None = None) -> None:
+        self.space, self.config, self.images, self.best_score = space, config, images, best_score
 
     @abstractmethod
     def work(self) -> float:
@@ -94,8 +95,9 @@ class Halving(Algorithm):
 
     Scores are paired, image by image. A configuration stays while it is within ``search.noise_sigmas`` standard errors of the
     leader, at least an eighth and at most a third of a round; the best of each kind stays in any case. It ends where the lead
-    over "nothing installed" cannot reach ``search.min_gain`` any more. tau is a logit bias, ln(tau), so around the winner it
-    is no longer bound to the grid; a neighbour that is clearly behind on the images of the round before is not tried on all.
+    over "nothing installed" cannot reach ``search.min_gain`` any more, or where nobody can lead the leader by that. tau is a
+    logit bias, ln(tau), so around the winner it is no longer bound to the grid; a neighbour that is clearly behind on the
+    images of the round before is not tried on all.
     """
 
     FIRST, FACTOR = 8, 4  # images of the first round, and how their number grows
@@ -131,8 +133,14 @@ class Halving(Algorithm):
         return self._neighbours(trials, evaluate)
 
     def _settled(self, trials: list[Trial]) -> bool:
-        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for."""
+        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for, or the
+        leader loses less than that even if it was lucky by as much."""
         leads = [t.lead(trials[0]) for t in trials[1:] if not math.isnan(t.mean)]
+        leader = best(trials)
+        if leader is not None and self.best_score is not None:
+            loss, error = mean_and_error(self.best_score - leader.scores)
+            if loss + 3 * error < self.config.min_gain:
+                return True
         return all(gain + 3 * error < self.config.min_gain for gain, error in leads)
 
     def _leaders(self, trials: list[Trial]) -> list[Setup]:

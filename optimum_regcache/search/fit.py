@@ -218,7 +218,7 @@ class _Fit:
         objective = self.judges.selection.first(self.search.sensitivity_images)
         scan = scan_sensitivity(
             self.runner.float_model, self.runner.config, self.runner.calibration, objective, self.search.sensitivity,
-            progress=False, journal=self.journal,
+            progress=False, journal=self.journal, scales=self.runner.plain_scales() if self.runner.reuse else None,
         )  # fmt: skip
         return scan, scan.sensitive_block
 

@@ -215,7 +215,8 @@ class RegisterSearch:
         """
         before = self.runner.block_forwards
         available = count_images(self.judges.selection.batches)
-        algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available)
+        limit = self.judges.selection.best_score
+        algorithm = ALGORITHMS[self.config.algorithm](self.space(), self.config, available, limit)
         evaluate, unfinished = _Evaluate(self, available), False
         try:
             trials = algorithm.run(evaluate)

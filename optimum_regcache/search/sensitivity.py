@@ -64,7 +64,7 @@ class SensitivityReport:
         }
 
 
-def scan_sensitivity(
+def scan_sensitivity(  # noqa: PLR0913 (exported: every argument has its name)
     float_model: nn.Module,
     config: RegCacheConfig,
     calibration: Sequence[Batch],
@@ -72,6 +72,7 @@ def scan_sensitivity(
     granularity: str = "linear",
     progress: bool = True,
     journal: Journal | None = None,
+    scales: QParams | None = None,
 ) -> SensitivityReport:
     """Quantize one linear layer (or all of one block) at a time and measure the drop of ``objective``.
 
@@ -87,6 +88,7 @@ def scan_sensitivity(
             worst; the worst layer of each of these on all images.
         progress: show a progress bar.
         journal: finished steps.
+        scales: of every layer, if they are known already.
 
     Raises:
         ValueError: everything in the blocks is ignored by ``config``.
@@ -96,6 +98,8 @@ def scan_sensitivity(
         raise ValueError("No linear layer of the blocks is left to quantize; shorten modules.ignore.")
     journal = Journal(None, "") if journal is None else journal  # an empty journal is false
     scan = _Scan(float_model, config, calibration, objective, journal)
+    if scales:
+        scan.qparams = scales
     few = scan.on(coarse_images(count_images(objective.batches))) if granularity == "coarse" else scan
     linears = {site.name: (int(site.block or 0), [site.name]) for site in sites}
     whole = {

@@ -142,7 +142,7 @@ class TrialRunner:
             calibration: in place of the runner's; the same list object for the same images.
         """
         calibration = self.calibration if calibration is None else calibration
-        plain = self._plain_qparams(calibration) if self.reuse else {}
+        plain = self.plain_scales(calibration) if self.reuse else {}
         for model in (self.float_model, self.quantized):
             set_registers(model, cache)
             set_deletion(model, deletion)
@@ -170,8 +170,9 @@ class TrialRunner:
             self.scales[name] = found
         return found
 
-    def _plain_qparams(self, calibration: Sequence[Batch]) -> QParams:
-        """The scales with nothing installed."""
+    def plain_scales(self, calibration: Sequence[Batch] | None = None) -> QParams:
+        """The scales with nothing installed; ``calibration`` as for `install`."""
+        calibration = self.calibration if calibration is None else calibration
         key, nothing = id(calibration), setting_digest(None, DeletionConfig())
         if key not in self._plain:
             found = self.scales.get(nothing) if calibration is self.calibration else None
