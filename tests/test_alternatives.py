@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from optimum_regcache import Recipe, RegCacheConfig, RegCacheQuantizer, SearchConfig
 from optimum_regcache.config.recipe import DataConfig
 from optimum_regcache.data.reference import load
+from optimum_regcache.encoders.sharing import shared_copy
+from optimum_regcache.evaluation.targets import Targets
 from optimum_regcache.search import alternatives
 from optimum_regcache.search.alternatives import SCHEMES, Alternative, Scheme, find_alternatives
+from optimum_regcache.search.objectives import objective_on
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import QuantizationRun, run_plan
 
@@ -161,3 +165,16 @@ def test_accuracy_judges_where_it_was_maximised(
     found = find_alternatives(encoder.model, plain.quantized.model, recipe, images, progress=False)
     assert found.objective == "top-1 accuracy"
     assert found.ceiling > found.score
+
+
+def test_an_objective_is_made_once_for_a_model_and_forgotten_with_the_images() -> None:
+    encoder = load("planted-outlier")
+    images = ReferenceImages(encoder.dataset("search", 16, 0), encoder.processor)
+    parts = images.split(DataConfig(num_samples=16), 0)
+    model, targets = encoder.model, Targets(False)
+    first = objective_on("confirmation", "cosine", model, parts, targets, None)
+    assert objective_on("confirmation", "cosine", shared_copy(model), parts, targets, None) is first
+    assert objective_on("selection", "cosine", model, parts, targets, None) is not first
+    assert objective_on("confirmation", "cosine", copy.deepcopy(model), parts, targets, None) is not first
+    parts.release()
+    assert not parts.objectives

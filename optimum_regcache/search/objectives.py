@@ -30,7 +30,7 @@ def bank_of(kind: str, float_model: nn.Module, parts: ReferenceParts, targets: T
 def objective_on(
     name: str, kind: str, float_model: nn.Module, parts: ReferenceParts, targets: Targets, bank: Bank | None
 ) -> Objective:
-    """The objective ``kind`` on the part called ``name`` (``selection`` or ``confirmation``).
+    """The objective ``kind`` on the part called ``name`` (``selection`` or ``confirmation``), made once for a model.
 
     Args:
         name: of the part.
@@ -43,6 +43,10 @@ def objective_on(
     Raises:
         ValueError: labels, a classifier or text features are missing.
     """
+    key = (name, kind, next(float_model.parameters()).data_ptr())  # copies of the model share their tensors
+    if key in parts.objectives:
+        return parts.objectives[key]
     beside = bank if name == "selection" else bank and replace(bank, own=None)
     labels = targets.labels(getattr(parts, name))
-    return make_objective(kind, float_model, parts.batches(name), labels, targets.text_features, beside)
+    made = make_objective(kind, float_model, parts.batches(name), labels, targets.text_features, beside)
+    return parts.objectives.setdefault(key, made)

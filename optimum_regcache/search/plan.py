@@ -74,6 +74,7 @@ class ReferenceParts:
         everything: the three together, in the order of the data set.
         data: how they are read.
         space: where what was read is kept.
+        objectives: those made so far (`optimum_regcache.search.objectives`); the float model's features are in them.
     """
 
     calibration: ImageInputs
@@ -82,6 +83,7 @@ class ReferenceParts:
     everything: ImageInputs
     data: DataConfig
     space: TensorSpace
+    objectives: dict[tuple[str, str, int], Any] = field(default_factory=dict, repr=False)
     _stored: dict[str, StoredBatches] = field(default_factory=dict, repr=False)
 
     def batches(self, part: str, *, progress: bool = False) -> StoredBatches:
@@ -93,6 +95,7 @@ class ReferenceParts:
     def release(self) -> None:
         """Forget what was read; it is read again when it is asked for."""
         self._stored.clear()
+        self.objectives.clear()
 
 
 def split_inputs(inputs: ImageInputs, data: DataConfig, seed: int, folder: Path | None = None) -> ReferenceParts:

@@ -91,6 +91,7 @@ class Progress:
         self._expected[name] = self._done.get(name, 0.0)
         self._bar.total = max(self.total, 1)
         self._stage = before
+        self.best("")
         if self.enabled and not self.terminal:
             self.say(f"{name} done in {duration(seconds)}")
 
