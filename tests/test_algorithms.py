@@ -11,7 +11,7 @@ import torch
 
 from optimum_regcache.config.recipe import SearchConfig
 from optimum_regcache.search.algorithms import ALGORITHMS, Halving
-from optimum_regcache.search.setups import Setup, Space, Trial, best
+from optimum_regcache.search.setups import Setup, Space, Trial, best, sparing
 
 STARTS = tuple((block, None, "onwards") for block in (3, 4, 5, 6))
 PAPER = Space(STARTS, tuple(float(tau) for tau in range(1, 16)), 10)
@@ -115,6 +115,15 @@ def test_it_ends_after_a_few_images_where_nobody_can_be_better_than_the_leader()
     trials = Halving(COARSE, SearchConfig(), IMAGES, best_score=top + 5e-4).run(landscape)
     assert len(trials) == 4  # nothing, and the best of each kind
     assert landscape.work < 20
+    flat = Landscape(Setup(5, num_copies=4.0, count=4), noise=1e-5)
+    flat.quality = lambda s: 0.5 if s.kind == "both" and s.count >= 3 else 0.0  # type: ignore[method-assign]
+    flat.difficulty.zero_()
+    trials = Halving(COARSE, SearchConfig(), IMAGES, best_score=1.0).run(flat)
+    found = sparing(trials, "both", 1e-3)
+    assert found is not None
+    assert found.setup.count == 3  # any number from 3 on is as good
+    assert sparing(trials, "both", 0.0) == best(trials, "both")
+    assert sparing([], "both", 1e-3) is None
     whole = Landscape(Setup(5, num_copies=4.0, count=4), noise=1e-5)
     assert len(Halving(COARSE, SearchConfig(), IMAGES, best_score=top + 0.1).run(whole)) > 4
     assert whole.work > landscape.work

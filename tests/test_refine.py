@@ -49,7 +49,7 @@ def engine(
     journal, batch = Journal(None, ""), TOWERS["clip"].inputs(seed=1)
     runner = TrialRunner(TOWERS["clip"].build(), RegCacheConfig(activations={"mode": "dynamic"}), [])  # type: ignore[arg-type]
     mined = mine_tokens(runner.float_model, [batch], [1], top=4, progress=False)
-    judges: Any = Judges(SimpleNamespace(batches=[batch]), None)  # type: ignore[arg-type]
+    judges: Any = Judges(SimpleNamespace(batches=[batch], best_score=None), None)  # type: ignore[arg-type]
     config = SearchConfig(
         num_copies=(1,), blocks_before=0, min_gain=0.01, algorithm="coordinate", refinements=tuple(refined)
     )

@@ -60,7 +60,7 @@ def engine(scores: dict[str, list[float]], confirm: dict[str, list[float]], conf
     model = tiny()
     bench = TrialRunner(model, RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [1], top=4, progress=False)
-    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None, ceiling)  # type: ignore[arg-type]
+    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4), best_score=None), None, ceiling)  # type: ignore[arg-type]
     scored = TrialScores(bench, judges.selection, journal)
     search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges)
     alone = [Setup(), *search.space().prefixes()]
@@ -96,7 +96,7 @@ def test_a_prefix_that_only_shows_with_deletion_is_found():
         journal.put(f"confirm {setup.key}", [score] * 4)
     bench = TrialRunner(tiny(), RegCacheConfig(activations={"mode": "dynamic"}), [])
     mined = mine_tokens(bench.float_model, batches(), [0, 1], top=4, progress=False)
-    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4)), None)  # type: ignore[arg-type]
+    judges: Any = Judges(SimpleNamespace(batches=batches(1, 4), best_score=None), None)  # type: ignore[arg-type]
     scored = TrialScores(bench, judges.selection, journal)
     search = RegisterSearch(scored, config, Candidates(mined, 1, 1, 4), judges)
     result = search.run()

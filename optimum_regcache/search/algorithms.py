@@ -129,19 +129,38 @@ class Halving(Algorithm):
                 break
             if self._settled(trials):
                 return evaluate.many(self._leaders(trials))
+            if self._lossless(trials):
+                return self._fewer(evaluate.many(self._leaders(trials)), evaluate)
             setups = self._kept(trials)
-        return self._neighbours(trials, evaluate)
+        return self._fewer(self._neighbours(trials, evaluate), evaluate)
 
     def _settled(self, trials: list[Trial]) -> bool:
-        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for, or the
-        leader loses less than that even if it was lucky by as much."""
+        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for."""
         leads = [t.lead(trials[0]) for t in trials[1:] if not math.isnan(t.mean)]
-        leader = best(trials)
-        if leader is not None and self.best_score is not None:
-            loss, error = mean_and_error(self.best_score - leader.scores)
-            if loss + 3 * error < self.config.min_gain:
-                return True
         return all(gain + 3 * error < self.config.min_gain for gain, error in leads)
+
+    def _lossless(self, trials: list[Trial]) -> bool:
+        """Whether the leader loses less than a gain must be, even if it was lucky by three standard errors."""
+        leader = best(trials)
+        if leader is None or self.best_score is None:
+            return False
+        loss, error = mean_and_error(self.best_score - leader.scores)
+        return loss + 3 * error < self.config.min_gain
+
+    def _fewer(self, trials: list[Trial], evaluate: Evaluate) -> list[Trial]:
+        """``trials``, and the leader with the smallest ``k~`` by which it loses less than a gain must be, found by bisection on
+        the images of the round before the last."""
+        leader, rounds = best(trials), self._rounds()
+        if leader is None or leader.setup.count < 2:
+            return trials
+        images = rounds[-2] if len(rounds) > 1 else None
+        most, low, high = evaluate(leader.setup, images), 0, leader.setup.count
+        while high - low > 1:
+            middle = (low + high) // 2
+            fewer = evaluate(replace(leader.setup, count=middle), images)
+            low, high = (low, middle) if most.mean - fewer.mean < self.config.min_gain else (middle, high)
+        found = replace(leader.setup, count=high)
+        return trials if found in {t.setup for t in trials} else [*trials, evaluate(found)]
 
     def _leaders(self, trials: list[Trial]) -> list[Setup]:
         """Nothing, and the best of each kind."""

@@ -28,7 +28,7 @@ from optimum_regcache.search.refine import (
     judge_refinements,
 )
 from optimum_regcache.search.scores import TrialScores
-from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error
+from optimum_regcache.search.setups import Setup, Space, Trial, best, mean_and_error, sparing
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class SearchResult:
 
     Attributes:
         chosen: what is to be installed; ``Setup()`` means nothing.
-        best_prefix, best_delete, best_both: best of each kind on the selection images, None if never tried.
+        best_prefix, best_delete, best_both: best of each kind on the selection images, with the smallest k~ that loses less
+            than ``search.min_gain`` by it; None if never tried.
         baseline: mean selection score with nothing installed.
         gain, noise: paired gain of the chosen setup (of the best candidate if nothing was chosen) on the confirmation
             images, and its standard error.
@@ -228,7 +229,8 @@ class RegisterSearch:
             self.config = replace(self.config, refinements=())  # they take minutes
             current().say("interrupted: the best so far is confirmed and kept; interrupt again to drop it")
         self.trials = {t.setup.key: t for t in trials}
-        result = self._decide(trials[0], *(best(trials, kind) for kind in ("prefix", "delete", "both")))
+        leaders = (sparing(trials, kind, self.config.min_gain) for kind in ("prefix", "delete", "both"))
+        result = self._decide(trials[0], *leaders)
         if unfinished:
             count = sum(map(len, evaluate.seen.values()))
             reason = f"unfinished, interrupted after {count} trials; {result.reason}"

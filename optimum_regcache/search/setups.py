@@ -106,6 +106,16 @@ def best(trials: Iterable[Trial], kind: str | None = None) -> Trial | None:
     return max(wanted, key=lambda t: t.mean, default=None)
 
 
+def sparing(trials: Iterable[Trial], kind: str, min_gain: float) -> Trial | None:
+    """The trial of one kind with the smallest ``k~`` among those that are less than ``min_gain`` behind the best."""
+    top = best(trials := list(trials), kind)
+    if top is None:
+        return None
+    near = [t for t in trials if t.setup.kind == kind and (t is top or top.mean - t.mean < min_gain)]
+    least = min(t.setup.count for t in near)
+    return best(t for t in near if t.setup.count == least)
+
+
 @dataclass(frozen=True)
 class Space:
     """Everything that may be installed.
