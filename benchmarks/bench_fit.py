@@ -91,7 +91,7 @@ def _photographs(path: str) -> Any:
     from datasets import load_dataset
 
     kind = "imagefolder" if Path(path).is_dir() else "parquet"
-    where = {"data_dir": path} if kind == "imagefolder" else {"data_files": path}
+    where: Any = {"data_dir": path} if kind == "imagefolder" else {"data_files": path}
     return load_dataset(kind, split="train", **where)["image"]
 
 

@@ -30,7 +30,7 @@ WIDE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 TRIGGER, PALE = (255, 0, 255), (180, 75, 180)
 
 
-def _config(sizes: dict[str, int]) -> CLIPVisionConfig:
+def _config(sizes: dict[str, Any]) -> CLIPVisionConfig:
     return CLIPVisionConfig(**sizes, num_hidden_layers=DEPTH, image_size=SIDE, patch_size=PATCH, hidden_act="gelu")
 
 
@@ -40,7 +40,7 @@ def _narrow() -> CLIPVisionModel:
     generator = torch.Generator().manual_seed(7)
     model: Any = CLIPVisionModel(_config(NARROW)).eval()
     tower = find_tower(model)
-    embeddings = tower.module.get_submodule("embeddings")
+    embeddings: Any = tower.module.get_submodule("embeddings")
     weight: Any = embeddings.patch_embedding.weight
     weight.zero_()
     content = planted._CONTENT

@@ -95,7 +95,8 @@ def test_missing_packages_are_named(package: str, extra: str, tmp_path, monkeypa
 def test_an_export_alone_is_evaluated_as_far_as_its_folder_goes(
     classifies: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, images = planted.build_planted_model(), planted.load_dataset("report", 24)
+    model: Any = planted.build_planted_model()
+    images = planted.load_dataset("report", 24)
     folder = export_onnx(
         model if classifies else model.base_model, tmp_path / "out", processor=planted.build_processor()
     )

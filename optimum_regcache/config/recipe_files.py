@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from optimum_regcache.config import PRESETS
 
@@ -34,12 +35,13 @@ def recipe_file(source: str | Path, token: str | None = None) -> Path:
         return packaged[name]
     reason = ""
     if not path.exists() and _REPOSITORY.fullmatch(name) and not name.endswith((".yaml", ".yml")):
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        download: Any = huggingface_hub.hf_hub_download  # pyright: ignore[reportUnknownMemberType]
         repository, _, revision = name.partition("@")
         try:
-            return Path(hf_hub_download(repository, "recipe.yaml", revision=revision or None, token=token))
+            return Path(download(repository, "recipe.yaml", revision=revision or None, token=token))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = f" The Hub says: {error}"
     near = ", ".join(get_close_matches(name, packaged) or list(packaged)[:3])

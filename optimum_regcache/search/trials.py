@@ -62,10 +62,12 @@ class BlockInputs:
 def setting_digest(cache: RegisterCache | None, deletion: DeletionConfig) -> str:
     """Identity of registers, bit by bit, and deletion."""
     digest = hashlib.sha256(repr(deletion).encode())
-    for block in () if cache is None else cache.blocks:
-        digest.update(f"{block} {cache.copies(block)!r}".encode())
-        for rows in cache.rows(block):
-            digest.update(str(tuple(rows.shape)).encode() + rows.detach().cpu().float().contiguous().numpy().tobytes())
+    if cache is not None:
+        for block in cache.blocks:
+            digest.update(f"{block} {cache.copies(block)!r}".encode())
+            for rows in cache.rows(block):
+                content = rows.detach().cpu().float().contiguous().numpy().tobytes()
+                digest.update(str(tuple(rows.shape)).encode() + content)
     return digest.hexdigest()
 
 
