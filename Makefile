@@ -10,7 +10,7 @@ OUT ?= regcache-out
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes test oldest coverage slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -27,6 +27,11 @@ coverage: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= --cov-fail-under=0
 	$(BIN)/python -m coverage report --fail-under=0 | awk 'NR <= 2 || $$NF + 0 < 90'
 	$(BIN)/python -m coverage report --format=total
+
+# the recipes of the embedded encoders with something to repair: each must reach what it expects
+recipes: $(VENV)/ready
+	for name in planted-outlier-w8a8 clip-scenes-induced-w8a8 siglip-scenes-induced-w4a4; do \
+	    $(BIN)/optimum-cli regcache run $$name --overwrite --no-recommend --output $(OUT)/recipes/$$name || exit; done
 
 # thousands of mutated checkpoints; none may be wrong in silence
 campaign: $(VENV)/ready

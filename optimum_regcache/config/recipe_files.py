@@ -38,10 +38,10 @@ def recipe_file(source: str | Path, token: str | None = None) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        download: Any = huggingface_hub.hf_hub_download  # pyright: ignore[reportUnknownMemberType]
+        hub: Any = huggingface_hub
         repository, _, revision = name.partition("@")
         try:
-            return Path(download(repository, "recipe.yaml", revision=revision or None, token=token))
+            return Path(hub.hf_hub_download(repository, "recipe.yaml", revision=revision or None, token=token))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = f" The Hub says: {error}"
     near = ", ".join(get_close_matches(name, packaged) or list(packaged)[:3])
