@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from optimum_regcache import Recipe, RegCacheConfig, RegCacheQuantizer
 from optimum_regcache.commands.evaluate import Subject, evaluate_job
+from optimum_regcache.commands.page.write import report_job
 from optimum_regcache.commands.tasks import TASKS, Score
 from optimum_regcache.data.captions import caption_column, captions_of
 from optimum_regcache.data.images import ImageInputs
@@ -109,6 +110,11 @@ def test_by_default_what_needs_nothing_more(folder: Path, tmp_path: Path, monkey
     out = capsys.readouterr().out
     assert f"accuracy, top-1: {100 * results['accuracy']:.2f} % +- " in out
     assert "patch_cosine, patch tokens: 0." in out
+    report_job([tmp_path / "r.json"], tmp_path / "page.html")
+    top5 = found["top-5"]
+    shown = [f"{100 * top5['value']:.2f} ± {100 * top5['standard_error']:.2f} %", f"{100 * top5['float_value']:.2f} %"]
+    difference = f"{100 * top5['difference']:.2f} ± {100 * top5['difference_error']:.2f} %"
+    assert " | ".join(["| accuracy, top-5", *shown, difference, f"{REPORT} |"]) in (tmp_path / "page.md").read_text()
 
 
 def test_retrieval_finds_equal_captions(folder: Path, tmp_path: Path, monkeypatch) -> None:

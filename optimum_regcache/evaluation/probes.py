@@ -1,4 +1,4 @@
-"""Frozen features judged by simple classifiers: nearest neighbours, and a linear probe. Both are scikit-learn's."""
+"""Frozen features judged by classifiers of scikit-learn: nearest neighbours, and a linear probe (docs/method.md 12)."""
 
 from __future__ import annotations
 

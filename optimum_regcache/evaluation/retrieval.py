@@ -1,4 +1,4 @@
-"""Retrieval between images and texts: which query finds one of its own among the first k."""
+"""Retrieval between images and texts: which query finds one of its own among the first k (docs/method.md 12)."""
 
 from __future__ import annotations
 
