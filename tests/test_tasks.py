@@ -25,9 +25,9 @@ from optimum_regcache.commands.tasks import TASKS, Score
 from optimum_regcache.data.captions import caption_column, captions_of
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import load, planted
-from optimum_regcache.encoders.passes import encode
+from optimum_regcache.encoders.passes import FeatureEncoder, encode
 from optimum_regcache.evaluation.dense import ProjectedCosineObjective, projector_problem
-from optimum_regcache.evaluation.objective import encode_texts
+from optimum_regcache.evaluation.objective import AccuracyObjective, encode_texts
 from optimum_regcache.export import export_onnx
 from optimum_regcache.hub.loading import load_model
 from support_table import fit
@@ -86,6 +86,19 @@ def test_paired_differences_and_their_errors() -> None:
         == "100.00 %, float 0.00 %, difference +100.00 points"
     )
     assert Score.of(torch.tensor([0.5, 0.7]), share=False).describe() == "0.6000 +- 0.1000"
+
+
+def test_ranks_put_the_first_of_equal_classes_first_and_nan_last() -> None:
+    class Encoder(FeatureEncoder):
+        def image_features(self, batch: Any) -> torch.Tensor:
+            return batch["pixel_values"]
+
+    features = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, float("nan")], [0, 0.2, 1]])
+    batches = [{"pixel_values": features[:3]}, {"pixel_values": features[3:]}]
+    accuracy = AccuracyObjective(batches, torch.tensor([0, 0, 1, 2, 0]), torch.eye(3))
+    assert accuracy.ranks(Encoder()).tolist() == [0, 0, 1, 3, 2]
+    assert (accuracy.ranks(Encoder()) == 0).float().tolist() == accuracy.scores(Encoder()).tolist()
+    assert accuracy.classes(Encoder()) == 3
 
 
 def test_by_default_what_needs_nothing_more(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
