@@ -104,7 +104,7 @@ def test_an_export_alone_is_evaluated_as_far_as_its_folder_goes(
     subject = Subject(str(folder), dataset=str(tmp_path / "images.parquet"))
     recipe = Recipe().override(["data.num_samples=4", "data.num_report=8", "data.batch_size=8"])
     if not classifies:
-        with pytest.raises(ValueError, match=r"is exported and predicts no classes: .* Give --float-model\."):
+        with pytest.raises(ValueError, match=r"is exported and predicts no classes: .* Give --float-model, or --task"):
             evaluate_job(subject, recipe, tmp_path / "results.json")
         return
     results, _ = evaluate_job(subject, recipe, tmp_path / "results.json")

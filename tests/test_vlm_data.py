@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,14 @@ def test_a_folder_with_a_vlm_on_the_command_line(
     assert {name.split("encoder")[0] for name, _ in quant_linears(model)} == {"model.vision_tower."}
     model.generation_config.eos_token_id = None
     assert run(whole, model)[-1].shape == (1, 22)
+    results = tmp_path / "results.json"
+    command = ["optimum-cli", "regcache", "evaluate", "--model", str(tmp_path / "out"), "--dataset", str(pictures)]
+    monkeypatch.setattr(sys, "argv", [*command, "--float-model", str(folder), "--output", str(results)])
+    main()
+    found = json.loads(results.read_text())["tasks"]
+    assert list(found) == ["cosine", "patch_cosine", "projector"]
+    assert 0.9 < found["projector"]["projected tokens"]["value"] < 1
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite", "--task", "knn"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "LlavaForConditionalGeneration reads patch tokens and has no pooled feature" in capsys.readouterr().err

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from optimum_regcache.commands.report import environment, retention
-from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe, targets_of
+from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe
+from optimum_regcache.commands.tasks import FEATURES_ALONE, Harness, check_tasks, run_tasks
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
@@ -22,7 +23,7 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import store_batches
 from optimum_regcache.encoders.passes import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
-from optimum_regcache.evaluation.objective import AccuracyObjective
+from optimum_regcache.evaluation.objective import check_template
 from optimum_regcache.export.layout import is_exported
 from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.fusion import fuse
@@ -39,20 +40,22 @@ class Subject:
 
     Attributes:
         model: directory, Hub id or reference name. An exported encoder takes the place of the image side; text features are
-            those of the float original, without which a classifier alone can be evaluated.
+            those of the float original, without which classifiers and the tasks `FEATURES_ALONE` remain.
         original: the float original; default: the one in the recipe beside the model, if it can be opened.
         dataset: images; default: those of the recipe.
-        template: zero-shot prompt.
+        template: zero-shot prompt, or several.
         device: ``cpu`` or ``cuda``.
         hub: for `load_model` and `load_processor`; ``revision`` is that of ``model``.
+        caption_column: of the captions, for the task ``retrieval``; default: found by its name.
     """
 
     model: str
     original: str | None = None
     dataset: str | None = None
-    template: str | None = None
+    template: str | Sequence[str] | None = None
     device: str = "cpu"
     hub: Hub = field(default_factory=dict)
+    caption_column: str | None = None
 
 
 def evaluate_job(
@@ -60,6 +63,7 @@ def evaluate_job(
     recipe: Recipe,
     output: str | Path,
     *,
+    tasks: Sequence[str] = (),
     metrics: Sequence[str] = (),
     fused: bool = False,
     overwrite: bool = False,
@@ -71,6 +75,7 @@ def evaluate_job(
         subject: model and images.
         recipe: amounts and seed.
         output: JSON file.
+        tasks: names of `TASKS`; default: those that need nothing more than the images, as far as they can be done.
         metrics: further metrics: names that the `evaluate` library ships, or paths; they get predictions and labels.
         fused: evaluate the model twice more after `fuse`, with float32 and with int8 attention (simulated where this machine
             has no operator for it).
@@ -80,10 +85,16 @@ def evaluate_job(
         (results, text).
 
     Raises:
-        ValueError: ``metrics`` without labels or of another kind, ``fused`` with an exported model, or a float original that
-            is the model itself or quantized.
+        ValueError: ``metrics`` without labels or of another kind, ``fused`` with an exported model, a float original that is
+            the model itself or quantized, or a task that cannot be done.
         OSError: a name that leads nowhere.
+        ImportError: scikit-learn is missing.
     """
+    check_tasks(tasks)
+    for template in [subject.template] if isinstance(subject.template, str) else subject.template or ():
+        check_template(template)
+    if subject.caption_column is not None and "retrieval" not in tasks:
+        raise ValueError("--caption-column has no effect without --task retrieval. Leave it out, or give the task.")
     model_dir, device = subject.model, subject.device
     if subject.original is not None:
         refuse_itself(subject.original, model_dir)
@@ -91,7 +102,7 @@ def evaluate_job(
         **asdict(subject),
         "hub": subject.hub.get("revision"),
         "recipe": recipe.to_dict(),
-        "more": [*metrics, fused],
+        "more": [*metrics, fused, *tasks],
     }
     job = check_result_file(output, asked, overwrite)
     loaded = {name: load_metric(name) for name in metrics}
@@ -105,24 +116,32 @@ def evaluate_job(
         network, processor = open_model(model_dir, subject.hub)
         model = cast("Any", network).to(device)
     original, opened, saved = _float_original(subject, model)
-    if original is None and exported and not model.classifies:
+    if original is None and exported and not model.classifies and not (tasks and set(tasks) <= set(FEATURES_ALONE)):
         raise ValueError(
-            f"{model_dir} is exported and predicts no classes: its features can be judged beside those of the float original "
-            "only. Give --float-model."
+            f"{model_dir} is exported and predicts no classes: its features can be judged beside those of the float original, "
+            f"or on labelled images. Give --float-model, or --task {' '.join(FEATURES_ALONE)}."
         )
     dataset = saved.dataset if subject.dataset is None else subject.dataset
     source = open_source(
         original or model_dir,
         dataset,
         divided_alike(recipe, saved, dataset),
-        template=subject.template,
         device=device,
         opened=opened or (model, processor),
     )
     report = ImageInputs(source.report_images, source.processor)
     batches = store_batches(report, recipe.data, space_of(recipe.data), progress=True)
-    targets = targets_of(source, report)
-    labels, text = targets.labels(report), targets.text_features
+    harness = Harness(
+        model, source, original is None, report, recipe.data, batches, subject.template, subject.caption_column
+    )
+    labelled = not tasks or "accuracy" in tasks or bool(metrics) or fused
+    accuracy = harness.accuracy if labelled else None
+    if metrics and accuracy is None:
+        raise ValueError(
+            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none: "
+            f"{harness.targets.note}."
+        )
+    found = run_tasks(harness, tasks)
     results: dict[str, Any] = {
         "job": job,
         "model": model_dir if model_dir in reference.names() else recorded_name(model_dir),
@@ -130,26 +149,22 @@ def evaluate_job(
         "dataset": source.dataset_name,
         "images": len(report),
         "dropped_images": source.dropped.get("report", 0),
-        "accuracy_note": targets.note,
+        "accuracy_note": harness.targets.note if labelled else None,
         "quantized_layers": model.info["quantized_layers"] if exported else sum(1 for _ in quant_linears(model)),
         "environment": environment(),
+        "tasks": {task: {name: score.to_dict() for name, score in scores.items()} for task, scores in found.items()},
     }
-    if labels is not None:
-        accuracy = AccuracyObjective(batches, labels, text)
-        results["accuracy"] = float(accuracy.scores(model).mean())
-        if original is not None:
-            results["float_accuracy"] = float(accuracy.scores(source.model).mean())
-            results["retention"] = retention(results["accuracy"], results["float_accuracy"])
+    if "accuracy" in found:
+        top1 = found["accuracy"]["top-1"]
+        results["accuracy"] = top1.value
+        if top1.float_value is not None:
+            results["float_accuracy"] = top1.float_value
+            results["retention"] = retention(top1.value, top1.float_value)
+    if "cosine" in found:
+        results["feature_cosine"] = found["cosine"]["features"].value
+    if accuracy is not None:
         for metric in loaded.values():
-            results |= metric.compute(predictions=accuracy.predictions(model), references=labels) or {}
-    elif metrics:
-        raise ValueError(
-            f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none: "
-            f"{targets.note}."
-        )
-    if original is not None:
-        ours, theirs = encode(model, batches), encode(source.model, batches)
-        results["feature_cosine"] = float(F.cosine_similarity(ours, theirs).mean())
+            results |= metric.compute(predictions=accuracy.predictions(model), references=accuracy.labels) or {}
     if exported:
         results["quantization"], results["format"] = model.info["quantization"], model.format
     else:
@@ -160,13 +175,15 @@ def evaluate_job(
         results["fused"] = {}
         for attention in ("float32", "simulated" if native.unavailable_reason() else "int8"):
             again: dict[str, Any] = {"how": str(fuse(model, attention=attention))}
-            if labels is not None:
+            if accuracy is not None:
                 again["accuracy"] = float(accuracy.scores(model).mean())
             if original is not None:
-                again["feature_cosine"] = float(F.cosine_similarity(encode(model, batches), theirs).mean())
+                cosines = F.cosine_similarity(encode(model, batches), harness.features(True))
+                again["feature_cosine"] = float(cosines.mean())
             results["fused"][f"{attention} attention"] = again
     write_json(output, results)
-    shown = {k: v for k, v in results.items() if k not in ("job", "norms", "environment", "fused")}
+    shown = {k: v for k, v in results.items() if k not in ("job", "norms", "environment", "fused", "tasks")}
+    shown |= {f"{task}, {name}": score.describe() for task, scores in found.items() for name, score in scores.items()}
     shown |= {f"fused, {k}": ", ".join(f"{n} {x}" for n, x in v.items()) for k, v in results.get("fused", {}).items()}
     return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {output}"
 

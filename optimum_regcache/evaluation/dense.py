@@ -1,17 +1,20 @@
-"""The objective for dense use: every patch token counts, not the pooled feature."""
+"""Scores for dense use: every patch token counts, not the pooled feature."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, batch_sizes, patch_tokens
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, batch_sizes, move, patch_tokens
 from optimum_regcache.encoders.store import StoredBatches, TensorSpace
+from optimum_regcache.encoders.tower import find_tower, reads_patches
 from optimum_regcache.evaluation.objective import Given, Objective
 
 
@@ -35,7 +38,7 @@ class PatchCosineObjective(Objective):
         self.reference = StoredBatches(batches.space if isinstance(batches, StoredBatches) else TensorSpace())
         self.lengths: list[list[int]] = []
         for batch, images in zip(batches, batch_sizes(batches), strict=True):
-            tokens, lengths = _unit_tokens(float_model, batch)
+            tokens, lengths = self.unit_tokens(float_model, batch)
             self.reference.append({"tokens": tokens}, images)
             self.lengths.append(lengths)
 
@@ -53,7 +56,7 @@ class PatchCosineObjective(Objective):
         scores: list[torch.Tensor] = []
         for batch, lengths, stored in zip(self.batches, self.lengths, self.reference, strict=False):
             reference = stored["tokens"][: sum(lengths)]
-            tokens, found = _unit_tokens(model, batch)
+            tokens, found = self.unit_tokens(model, batch)
             require(
                 found == lengths,
                 f"The model gives {found[0]} patch tokens for an image of which the float model gives {lengths[0]}: which "
@@ -63,9 +66,50 @@ class PatchCosineObjective(Objective):
             scores += [part.mean() for part in cosines.split(lengths)]
         return torch.stack(scores)
 
+    @torch.inference_mode()
+    def unit_tokens(self, model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        """Normalised tokens [rows, D] on the CPU, and the rows of each image."""
+        tokens, lengths = self.tokens(model, batch)
+        return F.normalize(tokens, dim=-1).cpu(), lengths
 
-@torch.inference_mode()
-def _unit_tokens(model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
-    """Normalised patch tokens [rows, D] on the CPU, and the rows of each image."""
-    tokens, lengths = patch_tokens(model, batch)
-    return F.normalize(tokens, dim=-1).cpu(), lengths
+    def tokens(self, model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        """What is compared, [rows, D], and the rows of each image."""
+        return patch_tokens(model, batch)
+
+
+class ProjectedCosineObjective(PatchCosineObjective):
+    """The same for the image tokens that the language model of a VLM reads: those behind the projector
+    (``get_image_features``)."""
+
+    name = "projected token cosine"
+
+    def tokens(self, model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        call: Any = model
+        inputs = move(batch, model)
+        given = {"pixel_values": inputs["pixel_values"]}
+        if "image_grid_thw" in inputs:
+            given["image_grid_thw"] = inputs["image_grid_thw"]
+        elif "pixel_attention_mask" in _parameters(model):  # Idefics3, SmolVLM: pictures x crops
+            given["pixel_values"] = given["pixel_values"][:, None]
+        output = call.get_image_features(**given)
+        found = getattr(output, "pooler_output", output)
+        images: list[torch.Tensor] = [image.float().reshape(-1, image.shape[-1]) for image in found]
+        return torch.cat(images), [len(image) for image in images]
+
+
+def projector_problem(model: Any) -> str | None:
+    """Why there are no projected tokens to compare; None if there are."""
+    kind = type(model).__name__
+    if isinstance(model, FeatureEncoder) or not reads_patches(model, find_tower(model)):
+        return f"{kind} is no vision tower with a language model around it"
+    if not hasattr(model, "get_image_features"):
+        return f"{kind} has no get_image_features"
+    required = [n for n, p in _parameters(model).items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    more = [name for name in required if name != "pixel_values"]
+    if more:
+        return f"get_image_features of {kind} needs {', '.join(more)} too, and a picture is one crop here"
+    return None
+
+
+def _parameters(model: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(model.get_image_features).parameters)

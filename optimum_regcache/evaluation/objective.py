@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from optimum_regcache.encoders.passes import (
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
+_TEXTS = 256  # in one pass
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,32 @@ class AccuracyObjective(Objective):
     @torch.inference_mode()
     def predictions(self, model: Any) -> torch.Tensor:
         """Predicted classes, int64 [n]; -1 where the logits are no numbers."""
-        predictions = []
+        return torch.cat([_classes(logits) for logits in self._logits(model)])
+
+    @torch.inference_mode()
+    def ranks(self, model: Any) -> torch.Tensor:
+        """How many classes come before the label, int64 [n]: 0 where it is predicted, all classes where logits are no numbers;
+        of equal logits the first comes first."""
+        found, start = [], 0
+        for logits in self._logits(model):
+            labels = self.labels[start : start + len(logits), None]
+            own, classes = logits.gather(1, labels), torch.arange(logits.shape[1])
+            before = (logits > own) | ((logits == own) & (classes < labels))
+            found.append(before.sum(1).masked_fill(logits.isnan().any(1), logits.shape[1]))
+            start += len(logits)
+        return torch.cat(found)
+
+    def classes(self, model: Any) -> int:
+        """How many classes there are."""
+        return model.config.num_labels if self.text_features is None else len(self.text_features)
+
+    def _logits(self, model: Any) -> Iterator[torch.Tensor]:
+        """float32 [B, classes] of each batch."""
         for batch in self.batches:
             if self.text_features is not None:
-                logits = F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
+                yield F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
             else:
-                logits = model(**move(batch, model)).logits.float().cpu()
-            predictions.append(_classes(logits))
-        return torch.cat(predictions)
+                yield model(**move(batch, model)).logits.float().cpu()
 
 
 def require_labels(labels: torch.Tensor, batches: Sequence[Batch]) -> None:
@@ -287,24 +306,42 @@ def zero_shot_problem(model: Any, processor: Any) -> str | None:
     return None
 
 
-@torch.inference_mode()
-def zero_shot_features(model: Any, processor: Any, names: list[str], template: str = DEFAULT_TEMPLATE) -> torch.Tensor:
-    """Normalised text features [classes, D] of ``template.format(name)``.
+def zero_shot_features(
+    model: Any, processor: Any, names: list[str], template: str | Sequence[str] = DEFAULT_TEMPLATE
+) -> torch.Tensor:
+    """Normalised text features [classes, D] of ``template.format(name)``; of several templates the mean of the normalised ones.
 
-    Of a list of synonyms ("tench, Tinca tinca") the first is taken. SigLIP's text tower expects padding to its full length.
+    Of a list of synonyms ("tench, Tinca tinca") the first is taken.
 
     Raises:
-        ValueError: the model has no text tower, the processor no tokenizer or one without its files, or the template no
-            place for the name.
+        ValueError: the model has no text tower, the processor no tokenizer or one without its files, or a template no place
+            for the name.
     """
-    check_template(template)
+    templates = [template] if isinstance(template, str) else template
+    for one in templates:
+        check_template(one)
     problem = zero_shot_problem(model, processor)
     require(problem is None, f"Zero-shot accuracy cannot be computed: {problem}. Use objective='cosine'.")
-    tokenizer = processor.tokenizer
+    firsts = [name.split(",")[0] for name in names]
+    found = [encode_texts(model, processor, [one.format(name) for name in firsts]) for one in templates]
+    return found[0] if len(found) == 1 else F.normalize(torch.stack(found).mean(0), dim=-1)
+
+
+@torch.inference_mode()
+def encode_texts(model: Any, processor: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Normalised features of texts, float32 [m, D] on the CPU. SigLIP's text tower expects padding to its full length.
+
+    Args:
+        model, processor: without a `zero_shot_problem`.
+        texts: cut where they are longer than the text tower takes.
+    """
     length = model.config.text_config.max_position_embeddings
     padding = "max_length" if "siglip" in str(model.config.model_type) else True
-    prompts = [template.format(name.split(",")[0]) for name in names]
-    tokens = tokenizer(prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
-    output = model.get_text_features(**move(dict(tokens), model))
-    features = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return F.normalize(features.float().cpu(), dim=-1)
+    found = []
+    for start in range(0, len(texts), _TEXTS):
+        part = list(texts[start : start + _TEXTS])
+        tokens = processor.tokenizer(part, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        output = model.get_text_features(**move(dict(tokens), model))
+        features = output if isinstance(output, torch.Tensor) else output.pooler_output
+        found.append(F.normalize(features.float().cpu(), dim=-1))
+    return torch.cat(found)

@@ -70,12 +70,17 @@ def objective_targets(
         return None
     if read == "model":
         return accuracy_targets(model, processor, inputs, template, warn=False).needed(kind)
-    reason = _unusable(inputs.label_values())
+    reason = label_problem(inputs.label_values())
     return Targets(reason is None, reason).needed(kind)
 
 
 def accuracy_targets(
-    model: Any, processor: Any, inputs: ImageInputs, template: str = DEFAULT_TEMPLATE, *, warn: bool = True
+    model: Any,
+    processor: Any,
+    inputs: ImageInputs,
+    template: str | Sequence[str] = DEFAULT_TEMPLATE,
+    *,
+    warn: bool = True,
 ) -> Targets:
     """Match the classes of the data with those of the model.
 
@@ -86,7 +91,7 @@ def accuracy_targets(
     Args:
         model, processor: of the reports.
         inputs: all images that labels will be asked for.
-        template: zero-shot prompt.
+        template: zero-shot prompt, or several.
         warn: warn once where the data has labels that cannot be used.
 
     Raises:
@@ -94,7 +99,7 @@ def accuracy_targets(
     """
     values = inputs.label_values()
     names = inputs.class_names()
-    reason = _unusable(values)
+    reason = label_problem(values)
     if reason == NO_LABELS:
         return Targets(False, reason)
     if reason is None and has_classifier(model):
@@ -108,7 +113,8 @@ def accuracy_targets(
     return targets
 
 
-def _unusable(values: Sequence[Any]) -> str | None:
+def label_problem(values: Sequence[Any]) -> str | None:
+    """Why values of `ImageInputs.label_values` are no class numbers; None if they are."""
     if all(value is None for value in values):
         return NO_LABELS
     missing = sum(value is None for value in values)
@@ -166,7 +172,7 @@ def _of_classifier(config: Any, inputs: ImageInputs, names: list[str] | None, va
 
 
 def _of_text_tower(
-    model: Any, processor: Any, names: list[str] | None, values: Sequence[int], template: str
+    model: Any, processor: Any, names: list[str] | None, values: Sequence[int], template: str | Sequence[str]
 ) -> Targets:
     problem = zero_shot_problem(model, processor)
     if problem is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 _PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
+TASKS = ("accuracy", "cosine", "patch_cosine", "projector", "retrieval", "knn", "linear_probe")
 _OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
 
 
@@ -42,7 +43,9 @@ def hub_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
-def add_common(parser: ArgumentParser, several: bool = False, recipe: str = "--recipe") -> None:
+def add_common(
+    parser: ArgumentParser, several: bool = False, recipe: str = "--recipe", templates: bool = False
+) -> None:
     add_hub(parser)
     parser.add_argument("--model", help="Hub id, directory, or reference encoder (default: clip-scenes-induced)")
     parser.add_argument(
@@ -73,7 +76,10 @@ def add_common(parser: ArgumentParser, several: bool = False, recipe: str = "--r
         choices=_OBJECTIVES,
         help="what the search maximises (default cosine); accuracy and knn read labels",
     )
-    parser.add_argument("--template", help="zero-shot prompt template, for example 'a photo of a {}.'")
+    parser.add_argument(
+        "--template", action="append" if templates else "store",
+        help=f"zero-shot prompt template, for example 'a photo of a {{}}.'{'; several are averaged' if templates else ''}",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed of subsets and search (default 0)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(

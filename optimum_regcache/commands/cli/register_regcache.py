@@ -8,6 +8,7 @@ from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.register.regcache_base import (  # pyright: ignore[reportMissingImports] (its installed place)
+    TASKS,
     Command,
     add_common,
     add_hub,
@@ -186,9 +187,14 @@ class EvaluateCommand(Command):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        add_common(parser)
+        add_common(parser, templates=True)
         parser.add_argument("--float-model", help="the float original (default: the one recorded in recipe.yaml)")
         parser.add_argument("--output", required=True, help="JSON file of the results")
+        parser.add_argument(
+            "--task", nargs="+", action="extend", default=[], choices=TASKS, metavar="NAME",
+            help=f"what to measure: {', '.join(TASKS)} (default: the first four, as far as they can be done)",
+        )  # fmt: skip
+        parser.add_argument("--caption-column", help="column of the captions, for --task retrieval")
         parser.add_argument(
             "--metric", action="append", default=[],
             help="further metric: a name that the evaluate library ships (its script is downloaded from the Hub and run), or "
@@ -209,12 +215,10 @@ class EvaluateCommand(Command):
         self.args.model = self.args.dataset = self.args.revision = None
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
-        subject = Subject(model, args.float_model, dataset, args.template, args.device, hub)
-        print(
-            evaluate_job(subject, recipe, args.output, metrics=args.metric, fused=args.fused, overwrite=args.overwrite)[
-                1
-            ]
-        )
+        template = None if args.template is None else tuple(args.template)
+        subject = Subject(model, args.float_model, dataset, template, args.device, hub, args.caption_column)
+        options = {"tasks": tuple(dict.fromkeys(args.task)), "metrics": args.metric, "fused": args.fused}
+        print(evaluate_job(subject, recipe, args.output, **options, overwrite=args.overwrite)[1])
 
 
 class ExportCommand(Command):

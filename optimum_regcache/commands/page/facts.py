@@ -178,9 +178,23 @@ def _evaluated(run: Run, plotter: Plotter) -> list[Item]:
     for kind, found in fused.items():
         cells = percent(found.get("accuracy"), 2), number(found.get("feature_cosine"))
         rows.append([f"fused, {kind}", *cells, "", str(found["how"])])
-    caption = f"On {data['images']} report images of {title_of(data['dataset'])}. evaluate gives no standard errors."
+    caption = f"On {data['images']} report images of {title_of(data['dataset'])}."
     headings = ["variant", "top-1", "cosine", "retention", "how"]
     items: list[Item] = [Table(headings, rows, caption, words=frozenset({0, 4}))]
+    tasks: list[list[str]] = []
+    for task, scores in (data.get("tasks") or {}).items():
+        for figure, score in scores.items():
+            share = score["share"]
+            shown = with_error(score["value"], score["standard_error"], share)
+            base = with_error(score["float_value"], None, share)
+            difference = with_error(score["difference"], score["difference_error"], share)
+            tasks.append([f"{task}, {figure}", shown, base, difference, str(score["count"])])
+    if tasks:
+        caption = (
+            "± standard errors over images or texts; differences one by one. Cosines are those to the float original."
+        )
+        headings = ["figure", name, "float original", "difference", "images or texts"]
+        items.append(Table(headings, tasks, caption, words=frozenset({0})))
     if data.get("accuracy_note"):
         items.append(Text(f"top-1: {data['accuracy_note']}"))
     if data.get("accuracy") is not None and data.get("float_accuracy") is not None:
