@@ -199,7 +199,9 @@ def test_refusals_say_why(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    with pytest.raises(ValueError, match=r"The layout 'transformers\.js' is none of the format openvino; leave --layout"):
+    with pytest.raises(
+        ValueError, match=r"The layout 'transformers\.js' is none of the format openvino; leave --layout"
+    ):
         export_job("clip-scenes", "openvino", tmp_path / "x", layout="transformers.js")
     info, text = export_job("clip-scenes", "onnx", tmp_path / "x", num_images=2, layout="transformers.js")
     assert info["parity"]["outputs"]["image_embeds"]["cosine"] > 0.9999

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_regcache.encoders.compat import divides_tensors
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.export.layout import COMPRESSED_TENSORS, float_config, versions, write_info
 from optimum_regcache.hub.dequantize import lasting_change
@@ -83,10 +84,17 @@ def _check(model: PreTrainedModel) -> tuple[int, int]:
         reason = "its attention products are quantized"
     elif any(isinstance(module, QuantPatchEmbedding) for module in model.modules()):
         reason = "its patch embedding is quantized as a product of patches"
-    elif not all(p.dtype == torch.float32 for p in model.parameters()):
-        reason = f"it holds {model.dtype} (open it with dtype=torch.float32)"
     if reason is not None:
         raise ValueError(f"{name} cannot be written as {COMPRESSED_TENSORS}: {reason}. {_ADVICE}")
+    if divides_tensors(model):
+        raise ValueError(
+            f"{name} cannot be written as {COMPRESSED_TENSORS}: transformers divides tensors of this type as it opens them, "
+            "which fails for this format. Use the format onnx."
+        )
+    if not all(p.dtype == torch.float32 for p in model.parameters()):
+        raise ValueError(
+            f"{name} holds {model.dtype}, {COMPRESSED_TENSORS} is written of float32. Open it with dtype=torch.float32."
+        )
     for layer, module in layers.items():
         a, state = module.activations, module.state()
         plain = a.mode == "static" and a.symmetric and state.activations.outlier_tokens == "clip" and a.bits <= 8
