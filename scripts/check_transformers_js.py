@@ -77,7 +77,7 @@ def main(model_dir: str | None, packages: str | None) -> None:
         model, processor = load_model(model_dir), load_processor(model_dir)
         folder = export_transformers_js(model, place / "exported", processor=processor)
         dataset = scenes.load_dataset("report", 4, seed=0)
-        images, texts = [row["image"] for row in dataset], ["a red ring", "a blue square", "two green circles"]
+        images, texts = list(dataset["image"]), ["a red ring", "a blue square", "two green circles"]
         found = in_transformers_js(folder, images, texts, place / "node" if packages is None else Path(packages))
         expected = in_pytorch(model, processor, images, texts)
     print(f"transformers.js {found['version']}, {model.config.quantization_config.label}")

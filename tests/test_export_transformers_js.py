@@ -126,7 +126,9 @@ def test_files_beside_the_networks(exported: Exported):
     assert "image_processor" not in images
     info = json.loads((exported.path / "export.json").read_text())
     assert info["text"]["weights"] in ("int8", "int8, float embeddings")
-    assert f"weights {info['text']['weights']}" in (exported.path / "README.md").read_text()
+    readme = (exported.path / "README.md").read_text()
+    assert f"weights {info['text']['weights']}" in readme
+    assert "image encoder, w8a8, with registers and token deletion: " in readme
     sizes = [(exported.path / f"onnx/text_model{suffix}.onnx").stat().st_size for suffix in ("_quantized", "")]
     assert sizes[0] < 0.6 * sizes[1]
 
@@ -137,6 +139,7 @@ def test_the_runner_opens_the_layout(exported: Exported):
     with torch.no_grad():
         expected = exported.model.get_image_features(**pixels).pooler_output
     assert cosine(encoder.image_features(pixels), expected) > 0.9999
+    assert hasattr(encoder.processor, "tokenizer")
     with pytest.raises(ValueError, match=r"holds the format transformers\.js; a directory of export_onnx is needed"):
         export_openvino(exported.path, exported.path / "openvino")
 

@@ -18,6 +18,7 @@ from optimum_regcache.data.labels import imagenet_classes
 from optimum_regcache.export.layout import float_config, need, write_info
 from optimum_regcache.export.onnx import describe, encoder_program, prepare_export, save_program, trace
 from optimum_regcache.export.qdq import OPSET
+from optimum_regcache.registers import get_register_cache, prepare_tower
 
 LAYOUT = "transformers.js"
 TEXT_COSINE = 0.999  # an int8 text tower below it is not written
@@ -87,7 +88,7 @@ def export_transformers_js(
     config = float_config(model.config).to_dict()
     config["transformers.js_config"] = {"dtype": "q8" if suffix else "fp32"}
     write_json(path / "config.json", config)
-    write_text(path / "README.md", _readme(path, info))
+    write_text(path / "README.md", _readme(model, path, info))
     write_info(path, info)
     return path
 
@@ -173,7 +174,7 @@ def _quantize_weights(source: Path, target: Path, operators: list[str]) -> None:
     network = onnx.load(source)
     network.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # the shapes are known already
     quantization.quantize_dynamic(
-        network, target, op_types_to_quantize=operators, weight_type=quantization.QuantType.QUInt8
+        network, target, op_types_to_quantize=operators, weight_type=quantization.QuantType.QUInt8, per_channel=True
     )
 
 
@@ -232,10 +233,12 @@ def _parameter(model: Any, name: str) -> torch.Tensor:
     return getattr(model, name).detach().cpu().float()
 
 
-def _readme(path: Path, info: dict[str, Any]) -> str:
+def _readme(model: PreTrainedModel, path: Path, info: dict[str, Any]) -> str:
     """What each network is, for who finds the folder."""
     label = info["quantization"]
-    tower = f"{label}, registers and token deletion inside" if label else "float"
+    inside = ["registers"] if get_register_cache(model) is not None else []
+    inside += ["token deletion"] if prepare_tower(model).deletion.active else []
+    tower = ", with ".join([label or "float", *([" and ".join(inside)] if inside else [])])
     rows = {Path(info["network"]).stem: f"image encoder, {tower}: {', '.join(info['outputs'])}"}
     if "text" in info:
         text = f"weights {info['text']['weights']}, smallest cosine {info['text']['cosine']:.5f} of {_TEXTS} texts"
