@@ -329,7 +329,7 @@ def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
 
 def test_job_refuses_impossible_options(tmp_path):
     for options, message in (
-        (("tflite",), "Unknown export format 'tflite'; expected onnx or openvino"),
+        (("tflite",), "Unknown export format 'tflite'; expected onnx, openvino, compressed-tensors"),
         (("onnx", tmp_path, [1, 2, 3]), "image_size takes the side, or height and width; got 3 numbers"),
         (("onnx", tmp_path, None, None, 0), "at least one image, got num_images=0"),
     ):

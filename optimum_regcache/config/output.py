@@ -299,12 +299,14 @@ def _files(folder: Path, patterns: Iterable[str]) -> set[str]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether config.json is that of a quantized or of an exported model; without one, whether an analysis is there."""
-    exported = (folder / "export.json").exists() and not _files(folder, ("*.safetensors", "pytorch_model*.bin"))
+    info = folder / "export.json"
+    exported = info.exists() and not _files(folder, ("*.safetensors", "pytorch_model*.bin"))
     if exported or not (folder / _CONFIG).exists():
         return exported or (folder / "analysis.json").exists()
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == QUANT_METHOD
+        method = config["quantization_config"]["quant_method"]
+        return method == QUANT_METHOD or (info.exists() and method == json.loads(info.read_text("utf-8"))["format"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

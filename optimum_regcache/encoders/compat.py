@@ -111,6 +111,12 @@ def _loaded_names(model: PreTrainedModel, names: list[str]) -> dict[str, list[st
     return found
 
 
+def divides_tensors(model: PreTrainedModel) -> bool:
+    """Whether a stored tensor of this model's type may become several as it is opened."""
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    return any(len(getattr(transform, "target_patterns", ())) > 1 for transform in transforms)
+
+
 def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors of ``model`` under the names, and in the form, in which `save_pretrained` writes them."""
     return cast("Any", core_model_loading).revert_weight_conversion(model, model.state_dict())

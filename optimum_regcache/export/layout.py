@@ -1,7 +1,8 @@
-"""What lies in an exported directory: the network, config and processor, the recipe, and ``export.json``."""
+"""What lies in an exported directory: networks or weights, config and processor, the recipe, and ``export.json``."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from importlib import import_module
@@ -12,8 +13,9 @@ from typing import Any
 from optimum_regcache.config.files import write_json
 
 INFO = "export.json"
-NETWORKS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
-_EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+NETWORKS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}  # unless export.json names another
+COMPRESSED_TENSORS = "compressed-tensors"
+_EXTRAS = {"openvino": "openvino", "compressed_tensors": "compressed-tensors"}  # of the others: onnx
 
 
 def need(package: str) -> Any:
@@ -22,12 +24,13 @@ def need(package: str) -> Any:
     Raises:
         ImportError: it is not installed; the message names the extra that brings it.
     """
+    extra = _EXTRAS.get(package, "onnx")
     try:
         return import_module(package)
     except ImportError as error:
         raise ImportError(
             f"{package} is needed for exported encoders and could not be imported ({error}). "
-            f'Install it: pip install "optimum-regcache[{_EXTRAS[package]}]"'
+            f'Install it: pip install "optimum-regcache[{extra}]"'
         ) from error
 
 
@@ -43,8 +46,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def is_exported(directory: str | Path) -> bool:
-    """Whether ``directory`` was written by an export."""
-    return (Path(directory) / INFO).is_file()
+    """Whether ``directory`` holds a network that an export wrote, and no weights that transformers opens."""
+    return (Path(directory) / INFO).is_file() and not any(Path(directory).glob("*.safetensors"))
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}). Export the model again.") from None
     if not isinstance(info, dict):
         raise ValueError(f"{path} must hold a mapping. Export the model again.")
-    if info.get("format") not in NETWORKS:
+    if info.get("format") not in (*NETWORKS, COMPRESSED_TENSORS):
         raise ValueError(f"{path}: unknown format {info.get('format')!r}; expected {' or '.join(NETWORKS)}.")
     return info
 
@@ -72,6 +75,15 @@ def read_info(directory: str | Path) -> dict[str, Any]:
 def write_info(directory: Path, info: dict[str, Any]) -> None:
     """Write ``export.json``."""
     write_json(directory / INFO, info)
+
+
+def float_config(config: Any) -> Any:
+    """A copy of a model's config that says nothing of this package: that of the float architecture."""
+    new = copy.deepcopy(config)
+    for name in ("quantization_config", "auto_map"):
+        if hasattr(new, name):
+            delattr(new, name)
+    return new
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -63,34 +63,68 @@ def export_onnx(
         ValueError: a model that has no such form, with the reason.
         ImportError: onnx or onnxscript is missing.
     """
+    tower, size = prepare_export(model, processor, image_size, opset)
+    path = Path(output_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    names, program = encoder_program(model, tower, size, opset, dynamic_batch)
+    save_program(program, path / NETWORKS["onnx"])
+    model.config.save_pretrained(path)
+    if processor is not None:
+        processor.save_pretrained(path)
+    info = {"format": "onnx", **describe(model, tower, size, opset), "outputs": names, "dynamic_batch": dynamic_batch}
+    write_info(path, info)
+    return path
+
+
+def prepare_export(
+    model: PreTrainedModel, processor: Any, image_size: int | tuple[int, int] | None, opset: int
+) -> tuple[Tower, tuple[int, int]]:
+    """The tower, and (height, width) of the pixels that the graph accepts; before anything is written.
+
+    Raises:
+        ValueError, ImportError: as `export_onnx`.
+    """
     need("onnx")
     need("onnxscript")
     tower = find_tower(model)
     if opset < OPSET:
         raise ValueError(f"opset must be at least {OPSET}, got {opset}.")
     check_exportable(model, tower)
-    height, width = _image_size(tower, processor, image_size)
-    path = Path(output_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    wrapper = EncoderOutputs(model, tower, (height, width)).eval()
-    pixels = torch.zeros(2 if dynamic_batch else 1, 3, height, width, device=model.device)
+    return tower, pixel_size(tower, processor, image_size)
+
+
+def encoder_program(
+    model: PreTrainedModel,
+    tower: Tower,
+    size: tuple[int, int],
+    opset: int,
+    dynamic_batch: bool,
+    outputs: tuple[str, ...] | None = None,
+) -> tuple[list[str], Any]:
+    """Names of the outputs and the ONNX program of the image side; ``outputs``: only these, in this order."""
+    wrapper = EncoderOutputs(model, tower, size, outputs).eval()
+    pixels = torch.zeros(2 if dynamic_batch else 1, 3, *size, device=model.device)
     with torch.no_grad():
         names = list(wrapper.named(pixels))
-    program = _trace(wrapper, pixels, names, opset, dynamic_batch)
-    with tempfile.TemporaryDirectory(dir=path) as temporary:  # weights above 2 GB lie in a second file
-        program.save(Path(temporary) / NETWORKS["onnx"])
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+    with _export_attention(wrapper.tower), unfused(model), running_as(model, QDQLinear):
+        return names, trace(wrapper, {"pixel_values": pixels}, names, opset, shapes)
+
+
+def save_program(program: Any, path: Path) -> None:
+    """Write ``path``, and ``path.data`` beside it for weights above 2 GB."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        program.save(Path(temporary) / path.name)
         for file in Path(temporary).iterdir():
-            os.replace(file, path / file.name)
-    model.config.save_pretrained(path)
-    if processor is not None:
-        processor.save_pretrained(path)
+            os.replace(file, path.parent / file.name)
+
+
+def describe(model: PreTrainedModel, tower: Tower, size: tuple[int, int], opset: int) -> dict[str, Any]:
+    """What ``export.json`` says about a model in ONNX, whatever the layout."""
     config = getattr(model.config, "quantization_config", None)
-    info = {
-        "format": "onnx",
+    return {
         "model_class": type(model).__name__,
-        "outputs": names,
-        "image_size": [height, width],
-        "dynamic_batch": dynamic_batch,
+        "image_size": list(size),
         "num_prefix_tokens": tower.num_prefix_tokens,
         "quantization": config.label if config else None,
         "quantized_layers": sum(1 for _ in quant_linears(model)),
@@ -98,8 +132,6 @@ def export_onnx(
         "opset": opset,
         "versions": versions("optimum-regcache", "torch", "transformers", "onnx", "onnxscript"),
     }
-    write_info(path, info)
-    return path
 
 
 def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
@@ -144,7 +176,7 @@ def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
         )
 
 
-def _image_size(tower: Tower, processor: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def pixel_size(tower: Tower, processor: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) of the pixels that the graph accepts."""
     images = getattr(processor, "image_processor", processor)
     if image_size is None and images is not None:
@@ -164,12 +196,14 @@ class EncoderOutputs(nn.Module):
     """Pixels [B, 3, H, W] -> the tensors that the exported graph returns.
 
     ``last_hidden_state`` and ``pooler_output`` of the tower, ``image_embeds`` where the model projects them, ``logits`` of a
-    classifier.
+    classifier; with ``outputs`` only these, in this order.
     """
 
-    def __init__(self, model: PreTrainedModel, tower: Tower, size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tower: Tower, size: tuple[int, int], outputs: tuple[str, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.tower = model, tower.module
+        self.model, self.tower, self._outputs = model, tower.module, outputs
         trained = tower.config.image_size
         trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
         parameters = inspect.signature(type(tower.module).__mro__[0].forward).parameters
@@ -199,7 +233,7 @@ class EncoderOutputs(nn.Module):
                 self.tower(pixel_values=pixel_values, **self._options)
         finally:
             handle.remove()
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: found[name] for name in self._outputs or found if found.get(name) is not None}
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.named(pixel_values).values())
@@ -266,23 +300,16 @@ def _stable_sort() -> Any:
     return stable_sort
 
 
-def _trace(wrapper: EncoderOutputs, pixels: torch.Tensor, names: list[str], opset: int, dynamic_batch: bool) -> Any:
-    """The ONNX program."""
-    batch = {"pixel_values": {0: torch.export.Dim("batch")}} if dynamic_batch else None
-    with (
-        _quiet(),
-        _export_attention(wrapper.tower),
-        unfused(wrapper.model),
-        running_as(wrapper.model, QDQLinear),
-        torch.no_grad(),
-    ):
+def trace(wrapper: nn.Module, inputs: dict[str, torch.Tensor], names: list[str], opset: int, shapes: Any) -> Any:
+    """The ONNX program of ``wrapper`` with inputs and outputs of these names."""
+    with _quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
             wrapper,
-            (pixels,),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes=batch,
-            input_names=["pixel_values"],
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
             output_names=names,
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             verbose=False,

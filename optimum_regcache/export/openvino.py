@@ -36,8 +36,9 @@ def export_openvino(model_or_onnx: PreTrainedModel | str | Path, output_dir: str
         raise ValueError(f"{', '.join(kwargs)} belong to the ONNX export; {model_or_onnx} is exported already.")
     source, path = Path(model_or_onnx), Path(output_dir)
     info = read_info(source)
-    if info["format"] != "onnx":
-        raise ValueError(f"{source} holds the format {info['format']}; a directory of export_onnx is needed.")
+    if info["format"] != "onnx" or "layout" in info:
+        kind = info.get("layout", info["format"])
+        raise ValueError(f"{source} holds the format {kind}; a directory of export_onnx is needed.")
     path.mkdir(parents=True, exist_ok=True)
     network = openvino.convert_model(source / NETWORKS["onnx"])
     openvino.save_model(network, path / NETWORKS["openvino"], compress_to_fp16=False)

@@ -72,7 +72,11 @@ class ExportedEncoder(FeatureEncoder):
         """
         path = Path(directory)
         info = read_info(path)
-        file = path / NETWORKS[info["format"]]
+        if info["format"] not in NETWORKS:
+            raise ValueError(
+                f"{directory} holds the format {info['format']}; open it with from_pretrained of transformers."
+            )
+        file = path / info.get("network", NETWORKS[info["format"]])
         if not file.is_file():
             raise ValueError(f"{directory} is incomplete: {file.name} is missing. Export the model again.")
         saturates = info.get("needs_vnni", info.get("quantization") is not None) and sums_saturate()

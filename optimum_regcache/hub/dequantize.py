@@ -31,7 +31,7 @@ def dequantize_modules(model: nn.Module, config: RegCacheConfig, dtype: torch.dt
     Raises:
         ValueError: something of the model cannot be undone, with the reason; it then stays as it is.
     """
-    reason = _lasting_change(config)
+    reason = lasting_change(config)
     if reason is not None:
         raise ValueError(f"This model cannot be dequantized: {reason}. Open the float original instead.")
     unfuse(model)
@@ -48,8 +48,8 @@ def dequantize_modules(model: nn.Module, config: RegCacheConfig, dtype: torch.dt
         setattr(model.get_submodule(parent), attribute, new)
 
 
-def _lasting_change(config: RegCacheConfig) -> str | None:
-    """What the float classes cannot compute."""
+def lasting_change(config: RegCacheConfig) -> str | None:
+    """What the float classes cannot compute, or None."""
     if config.rewrites.rotation:
         return "its residual stream is rotated (method rotation)"
     if config.activations.mlp_out_hadamard:

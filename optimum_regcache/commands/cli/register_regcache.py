@@ -222,13 +222,17 @@ class EvaluateCommand(Command):
 
 
 class ExportCommand(Command):
-    COMMAND = CommandInfo(name="export", help="Write a saved model for ONNX Runtime or OpenVINO and check it.")
+    COMMAND = CommandInfo(name="export", help="Write a saved model for other runtimes and check it.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         add_hub(parser)
         parser.add_argument("--model", required=True, help="directory, Hub id, or reference encoder")
-        parser.add_argument("--format", required=True, choices=("onnx", "openvino"))
+        parser.add_argument("--format", required=True, choices=("onnx", "openvino", "compressed-tensors"))
+        parser.add_argument(
+            "--layout", default="flat", choices=("flat", "transformers.js"),
+            help="of the format onnx: model.onnx, or text tower too, as transformers.js reads it (default flat)",
+        )  # fmt: skip
         parser.add_argument("--output", required=True, help="directory of the exported encoder")
         parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
         parser.add_argument("--dataset", help="images of the check (default: the recipe's embedded ones, else random)")
@@ -239,7 +243,7 @@ class ExportCommand(Command):
         from optimum_regcache.commands.export import export_job
 
         a = self.args
-        options: dict[str, Any] = {"overwrite": a.overwrite, "hub": hub_options(a)}
+        options: dict[str, Any] = {"layout": a.layout, "overwrite": a.overwrite, "hub": hub_options(a)}
         print(export_job(a.model, a.format, a.output, a.image_size, a.dataset, a.num_images, **options)[1])
 
 
