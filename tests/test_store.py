@@ -21,7 +21,7 @@ from optimum_regcache.data import reading
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import number_of_workers, read_batches, store_batches
 from optimum_regcache.encoders import store
-from optimum_regcache.encoders.passes import ImageRange, count_images
+from optimum_regcache.encoders.passes import ImageRange, count_images, encode
 from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import CosineObjective
 from optimum_regcache.search.fit import fit_registers
@@ -204,3 +204,16 @@ def test_stored_batches_feed_the_store(pictures: ImageInputs, tmp_path: Path) ->
     stored = store_batches(pictures, DataConfig(batch_size=3), TensorSpace(0, tmp_path))
     assert stored.sizes == [3, 3, 3, 1]
     assert all(same(a, b) for a, b in zip(stored, pictures.batches(3), strict=True))
+
+
+@pytest.mark.parametrize("family", ["dinov2", "clip"])
+def test_features_keep_nothing_else_of_a_batch(family: str) -> None:
+    model = TOWERS[family].build()
+    images = [TOWERS[family].inputs(seed=s, batch=b) for s, b in ((1, 3), (2, 3), (3, 1))]
+    found, streamed = encode(model, images), encode(model, iter(images))
+    assert torch.equal(found, streamed)
+    assert torch.equal(found, torch.cat([encode(model, [batch]) for batch in images]))
+    for features in (found, streamed):
+        assert features.untyped_storage().nbytes() == features.nbytes  # no view of all tokens
+    with pytest.raises(ValueError, match="The data set is empty"):
+        encode(model, [])

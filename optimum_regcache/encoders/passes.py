@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.store import LazySequence
 from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
 
@@ -243,8 +244,19 @@ def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
 
 @torch.inference_mode()
 def encode(model: nn.Module | FeatureEncoder, batches: Iterable[Batch]) -> torch.Tensor:
-    """Features of all batches, [n, D] float32 on the CPU."""
-    return torch.cat([image_features(model, batch).cpu() for batch in batches])
+    """Features of all batches, [n, D] float32 on the CPU. Nothing else of a batch is kept: features may be views of all tokens,
+    and many small tensors between large ones would hold on to the memory of these."""
+    if not isinstance(batches, Sequence):
+        return torch.cat([image_features(model, batch).cpu().clone() for batch in batches])
+    found, first = torch.empty(0), 0
+    for batch in batches:
+        features = image_features(model, batch)
+        if first == 0:
+            found = torch.empty(count_images(batches), *features.shape[1:], dtype=features.dtype)
+        found[first : first + len(features)] = features
+        first += len(features)
+    require(first > 0, "The data set is empty.")
+    return found
 
 
 def unfuse(model: nn.Module) -> None:
