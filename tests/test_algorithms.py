@@ -129,6 +129,23 @@ def test_it_ends_after_a_few_images_where_nobody_can_be_better_than_the_leader()
     assert whole.work > landscape.work
 
 
+def test_what_is_lossless_on_a_few_images_only_does_not_end_it() -> None:
+    class Rare(Landscape):
+        """Images from the 65th on need more deleted tokens."""
+
+        def __call__(self, setup: Setup, images: int | None = None) -> Trial:
+            trial = super().__call__(setup, images)
+            scores = torch.full_like(trial.scores, 0.5 if setup.kind == "both" and setup.count >= 2 else 0.0)
+            scores[64:] = 0.5 if setup.kind == "both" and setup.count >= 7 else 0.0
+            return replace(trial, scores=scores + 1e-6 * torch.rand(len(scores)))
+
+    landscape = Rare(Setup(5, num_copies=4.0, count=4))
+    trials = Halving(COARSE, SearchConfig(), IMAGES, best_score=0.5).run(landscape)
+    found = sparing(trials, "both", 1e-3)
+    assert found is not None
+    assert found.mean == pytest.approx(0.5, abs=1e-3)
+
+
 def test_no_number_never_wins_a_round() -> None:
     class Broken(Landscape):
         def __call__(self, setup: Setup, images: int | None = None) -> Trial:

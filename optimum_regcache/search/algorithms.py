@@ -129,8 +129,8 @@ class Halving(Algorithm):
                 break
             if self._settled(trials):
                 return evaluate.many(self._leaders(trials))
-            if self._lossless(trials):
-                return self._fewer(evaluate.many(self._leaders(trials)), evaluate)
+            if self._lossless(trials) and self._lossless(leaders := evaluate.many(self._leaders(trials))):
+                return self._fewer(leaders, evaluate)
             setups = self._kept(trials)
         return self._fewer(self._neighbours(trials, evaluate), evaluate)
 
@@ -140,7 +140,8 @@ class Halving(Algorithm):
         return all(gain + 3 * error < self.config.min_gain for gain, error in leads)
 
     def _lossless(self, trials: list[Trial]) -> bool:
-        """Whether the leader loses less than a gain must be, even if it was lucky by three standard errors."""
+        """Whether the leader loses less than a gain must be, even if it was lucky by three standard errors. A few images may
+        all lack what is rare, so this has to hold on all of them."""
         leader = best(trials)
         if leader is None or self.best_score is None:
             return False
