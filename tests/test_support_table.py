@@ -34,8 +34,9 @@ def test_the_page_has_what_a_run_finds(whole: Whole) -> None:
     line = next(line for line in support_table.committed() if line.startswith(f"| {whole.family} |"))
     if Version(hf.__version__).release[:2] == Version(TESTED_TRANSFORMERS[1]).release[:2]:
         assert found == line
-    else:  # towers have other names in other releases
-        assert found.split("|")[4:] == line.split("|")[4:]
+    else:  # towers have other names in other releases, and not all ask for states between the blocks
+        ours, theirs = (text.replace(" masked grid ", " yes ").split("|")[4:] for text in (found, line))
+        assert ours == theirs
 
 
 def test_the_page_has_every_family_once() -> None:
