@@ -57,6 +57,12 @@ class Row:
     reason: str = ""
 
 
+def demand(good: bool, what: str) -> None:
+    """Raise ``AssertionError`` with ``what`` unless ``good``; `python -O` does not silence it."""
+    if not good:
+        raise AssertionError(what)
+
+
 def examine(whole: Whole) -> Row:
     """The row of a family.
 
@@ -69,27 +75,27 @@ def examine(whole: Whole) -> Row:
     except ValueError as error:
         if "contains no supported vision encoder. Supported: " not in str(error):
             raise
-        assert whole.note, f"{whole.family} is refused and no note says why"
+        demand(bool(whole.note), f"{whole.family} is refused and no note says why")
         return Row(whole.family, f"`{whole.model_class}`", reason=whole.note)
     original, batch = copy.deepcopy(model), next(ImageInputs(images).batches(len(images)))
     quantized, reason = quantize(model, images)
-    assert get_register_cache(quantized) is not None
+    demand(get_register_cache(quantized) is not None, "no registers were installed")
     require_untouched(original, quantized, tower.name)
 
     outputs, expected = run(whole, quantized), run(whole, original)
-    assert [t.shape for t in outputs] == [t.shape for t in expected], "the shape of an output changed"
+    demand([t.shape for t in outputs] == [t.shape for t in expected], "the shape of an output changed")
     with torch.no_grad():
         grids = [patch_tokens(m, batch)[1] for m in (quantized, original)]
-        assert grids[0] == grids[1], f"patch tokens {grids[0]} in place of {grids[1]}"
+        demand(grids[0] == grids[1], f"patch tokens {grids[0]} in place of {grids[1]}")
         deleted, exact = image_features(quantized, batch), image_features(original, batch)
-        assert bool(torch.isfinite(deleted).all())
+        demand(bool(torch.isfinite(deleted).all()), "features are not finite")
         plain = fit(model, images, registers={"mode": "none"})
         cosine = float(F.cosine_similarity(image_features(plain, batch), exact).min())
-    assert cosine > LEAST_COSINE, f"cosine {cosine:.4f} of the image features"
+    demand(cosine > LEAST_COSINE, f"cosine {cosine:.4f} of the image features")
 
     opened = save_and_open(whole, quantized)
     for a, b in zip(run(whole, opened), outputs, strict=True):
-        assert torch.equal(a, b), "the opened model gives other values"
+        demand(torch.equal(a, b), "the opened model gives other values")
     require_untouched(original, opened, tower.name, trainable=True)
     deletion = "refused" if reason else "masked grid" if keeps_places(whole, quantized) else "yes"
     return Row(
@@ -120,13 +126,13 @@ def require_untouched(original: Any, model: Any, tower: str, trainable: bool = F
     """Everything outside ``tower`` has the values of ``original``, bit for bit, and may be trained as before if ``trainable``:
     what `quantize` returns shares these tensors with the float model and is frozen."""
     inside = f"{tower}." if tower else ""
-    assert all(name.startswith(inside) for name, _ in quant_linears(model))
+    demand(all(name.startswith(inside) for name, _ in quant_linears(model)), "a layer outside the tower is quantized")
     found = model.state_dict(keep_vars=True)
     for name, tensor in original.state_dict(keep_vars=True).items():
         if name.startswith(inside):
             continue
-        assert torch.equal(found[name], tensor), f"{name} changed"
-        assert not trainable or found[name].requires_grad == tensor.requires_grad, f"requires_grad of {name} changed"
+        demand(torch.equal(found[name], tensor), f"{name} changed")
+        demand(not trainable or found[name].requires_grad == tensor.requires_grad, f"requires_grad of {name} changed")
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -145,7 +151,7 @@ def run(whole: Whole, model: Any) -> list[torch.Tensor]:
     found = list(tensors(model(**inputs)))
     if whole.tokens:
         ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        assert ids.shape[1] == inputs["input_ids"].shape[1] + 3
+        demand(ids.shape[1] == inputs["input_ids"].shape[1] + 3, "not three tokens were generated")
         found.append(ids)
     return found
 
@@ -170,7 +176,7 @@ def save_and_open(whole: Whole, model: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = getattr(hf, auto).from_pretrained(folder).eval()
-    assert type(again) is type(model), f"{auto} opened a {type(again).__name__}"
+    demand(type(again) is type(model), f"{auto} opened a {type(again).__name__}")
     return copy.deepcopy(again)  # tensors of a mapped file begin anywhere, and products of one row round by where
 
 
@@ -195,7 +201,7 @@ def main() -> None:
     rows: list[Row] = []
     for whole in WHOLES:
         reason = whole.missing()
-        assert reason is None, f"The page is written with a release that has all of them: {reason}"
+        demand(reason is None, f"The page is written with a release that has all of them: {reason}")
         rows.append(examine(whole))
     text = table(rows)
     if not arguments.update:

@@ -89,11 +89,8 @@ def quantize_job(
             found, reporter = compare(source, plan, run, opened.to(source.model.device), options, progress, advice)
             if fit is not None:
                 found.notes += pictures(source, fit, reporter, found.rows, output.stage, options.show_photos)
-        checks = (
-            []
-            if recipe.expect is None
-            else compare_expected(recipe.expect, found.rows[0], found.rows[1], found.rows[-1])
-        )
+        original, naive, *_, last = found.rows
+        checks = [] if recipe.expect is None else compare_expected(recipe.expect, original, naive, last)
         found.notes += [f"expected by the recipe: {check.describe()}" for check in checks]
         results: dict[str, Any] = {
             "model": source.name,

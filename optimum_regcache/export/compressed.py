@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -115,10 +115,10 @@ def _check(model: PreTrainedModel) -> tuple[int, int]:
 def _layer_state(target: nn.Module, name: str, layer: QuantLinear) -> dict[str, torch.Tensor]:
     """Tensors of a quantized layer under the names of compressed-tensors; ``target`` gets places for the scales."""
     state = layer.state()
-    assert state.input_scale is not None
+    input_scale = cast("torch.Tensor", state.input_scale)  # static, as was checked
     scales = {
         "weight_scale": state.weight_scale.expand(layer.out_features).reshape(-1, 1).clone(),
-        "input_scale": state.input_scale.reshape(1).clone(),
+        "input_scale": input_scale.reshape(1).clone(),
     }
     for key, value in scales.items():
         target.register_buffer(key, torch.empty_like(value, device="meta"))
