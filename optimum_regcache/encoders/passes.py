@@ -13,6 +13,7 @@ from torch import nn
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.store import LazySequence
 from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
+from optimum_regcache.math.linear import fast_linears
 
 Batch = dict[str, torch.Tensor]
 
@@ -92,6 +93,7 @@ def _integers(numbers: torch.Tensor) -> list[int]:
     return cast("Any", numbers).tolist()
 
 
+@fast_linears()
 def run_tower(tower: Tower, batch: Batch, **options: Any) -> Any:
     """The tower's output for a batch, which is moved to its device and dtype first."""
     inputs = move(batch, tower.module)
@@ -207,6 +209,7 @@ def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[st
     return hidden, given
 
 
+@fast_linears()
 def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """Features that ``model`` is used for, [B, D], float32.
 
@@ -228,6 +231,12 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         lengths = _merged_lengths(tower, inputs)
         return torch.stack([part.mean(0) for part in torch.split(merged, lengths)]).float()
     return pooled_features(tower, output)
+
+
+@fast_linears()
+def class_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """What a model with a classifier says, [B, classes], float32 on the CPU."""
+    return model(**move(batch, model)).logits.float().cpu()
 
 
 def pooled_features(tower: Tower, output: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
     ImageRange,
+    class_logits,
     count_images,
     encode,
     image_features,
@@ -223,7 +224,7 @@ class AccuracyObjective(Objective):
             if self.text_features is not None:
                 yield F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
             else:
-                yield model(**move(batch, model)).logits.float().cpu()
+                yield class_logits(model, batch)
 
 
 def require_labels(labels: torch.Tensor, batches: Sequence[Batch]) -> None:
@@ -252,7 +253,7 @@ def score_both(
     try:
         for batch in cosine.batches:
             outputs.clear()
-            classes.append(_classes(model(**move(batch, model)).logits.float().cpu()))
+            classes.append(_classes(class_logits(model, batch)))
             parts.append(pooled_features(tower, outputs[0]).cpu())
     finally:
         handle.remove()
