@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and type(x) is torch.Tensor
         and x.numel() > 0
     )
     if not suits or (bias is not None and bias.dtype != torch.float32):
         return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -40,7 +44,7 @@ class _FastLinears(TorchFunctionMode):
 
 
 @contextmanager
-def fast_linears() -> Iterator[None]:
+def fast_linears() -> Generator[None, None, None]:
     """Inside the ``with`` block, or the function it decorates, every ``F.linear`` is `linear`; no module changes."""
     with _FastLinears():
         yield
