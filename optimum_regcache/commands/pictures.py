@@ -163,3 +163,14 @@ def draw_sheet(path: str | Path, pictures: list[Image], columns: int = 6) -> Non
     for number, picture in enumerate(pictures):
         sheet.paste(picture, ((number % columns) * width + 4, (number // columns) * height + 4))
     sheet.save(path)
+
+
+def shade_patches(picture: Image, values: torch.Tensor, grid: tuple[int, int], side: int = 192) -> Image:
+    """A picture that is red where ``values`` [patches], in the order of ``grid`` (rows, columns), are 1, and as it was where 0."""
+    from PIL import Image
+
+    width = round(side * picture.width / picture.height)
+    drawn = picture.convert("RGB").resize((width, side), Image.Resampling.NEAREST)
+    shares = (values.nan_to_num(1.0).clamp(0, 1) * 255).reshape(grid).byte().cpu().numpy()
+    mask = Image.fromarray(shares).resize((width, side), Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", drawn.size, (214, 0, 60)), drawn, mask)
