@@ -48,7 +48,7 @@ def check(address: str, browser: str, screenshot: str | None, demo: Demo) -> Non
     missing = [text for text in (best, "a blue ring", "cosine to float", "Crossed out") if text not in shown]
     for name, found in (("missing on the page", missing), ("asked of other machines", elsewhere), ("errors", problems)):
         print(f"{name}: {', '.join(found) or 'nothing'}")
-    if missing or problems:
+    if missing or elsewhere or problems:
         sys.exit(1)
 
 

@@ -22,7 +22,7 @@ from optimum_regcache.data.images import class_names, collate, image_column
 from optimum_regcache.data.labels import readable_names
 from optimum_regcache.data.picture import model_inputs
 from optimum_regcache.encoders.passes import Batch, image_features, patch_tokens
-from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import zero_shot_features, zero_shot_problem
 from optimum_regcache.evaluation.places import patch_norms
 from optimum_regcache.methods import without_methods

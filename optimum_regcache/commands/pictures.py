@@ -166,7 +166,7 @@ def draw_sheet(path: str | Path, pictures: list[Image], columns: int = 6) -> Non
 
 
 def shade_patches(picture: Image, values: torch.Tensor, grid: tuple[int, int], side: int = 192) -> Image:
-    """A picture that is red where ``values`` [patches], in the order of ``grid`` (rows, columns), are 1, and as it was where 0."""
+    """A picture that is red where ``values`` [patches], in the order of ``grid`` (rows, columns), are 1, unchanged where 0."""
     from PIL import Image
 
     width = round(side * picture.width / picture.height)

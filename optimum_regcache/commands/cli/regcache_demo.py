@@ -19,7 +19,7 @@ class DemoCommand(Command):
         add_hub(parser, writes=False)
         parser.add_argument(
             "--model",
-            help="float model, or what `quantize` wrote: directory, Hub id, or reference encoder (default: clip-scenes-induced)",
+            help="float model or what `quantize` wrote: directory, Hub id or reference encoder (default: clip-scenes-induced)",
         )
         parser.add_argument("--float-model", help="of a quantized model (default: the one recorded in recipe.yaml)")
         parser.add_argument("--images", help="image folder or Hub id (default: the embedded encoder's scenes)")
