@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from models import MODELS
 from PIL import Image
 
 from optimum_regcache.commands.demo import FLOAT, NAIVE, REGCACHE, Demo
-from optimum_regcache.commands.demo_page import build_page, need_gradio, serve
+from optimum_regcache.commands.demo_page import OnlySelf
 from optimum_regcache.commands.pictures import shade_patches
 
 
@@ -87,16 +87,24 @@ def test_options_without_effect_and_a_missing_extra(monkeypatch: pytest.MonkeyPa
     assert "pip install 'optimum-regcache[demo]'" in error
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
-def test_the_page_is_served_to_this_machine_and_loads_nothing_from_others(demo: Demo) -> None:
-    assert need_gradio().Blocks is type(build_page(demo))
-    page, address = serve(demo, "127.0.0.1", None, False, wait=False)
-    try:
-        answer = urlopen(address)
-        assert answer.headers["content-security-policy"].startswith("default-src 'self' data: blob:")
-        assert not page.share and not page.analytics_enabled  # noqa: PT018
-    finally:
-        page.close()
+def test_browsers_are_told_to_load_nothing_from_other_machines() -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with contextlib.suppress(StopIteration):
+        OnlySelf(app)({}, None, send).send(None)
+    (first, policy), body = sent[0]["headers"], sent[1]
+    assert first == (b"a", b"b")
+    assert policy[0] == b"content-security-policy"
+    assert policy[1].startswith(b"default-src 'self' data: blob:")
+    assert b"http" not in policy[1]
+    assert body == {"type": "http.response.body", "body": b"x"}
 
 
 def test_patches_are_shaded_by_their_values() -> None:

@@ -81,7 +81,7 @@ def build_page(demo: Demo) -> Any:
                     visible=demo.zero_shot,
                 )
                 button = gr.Button("Compare", variant="primary")
-            gallery = gr.Gallery(demo.examples(), label="Examples", columns=6, height=420, allow_preview=False, scale=2)
+            gallery = gr.Gallery(demo.examples(), label="Examples", columns=6, height=330, allow_preview=False, scale=2)
         named = demo.zero_shot or bool(demo.look(demo.example(0), demo.classes or ["a"]).predictions)
         with gr.Row():
             predictions = [gr.Label(label=name, num_top_classes=5, visible=named) for name in names]
