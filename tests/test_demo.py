@@ -16,6 +16,7 @@ from PIL import Image
 from optimum_regcache.commands.demo import FLOAT, NAIVE, REGCACHE, Demo
 from optimum_regcache.commands.demo_page import OnlySelf
 from optimum_regcache.commands.pictures import shade_patches
+from optimum_regcache.encoders.tower import has_classifier
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,10 @@ def test_a_saved_folder_is_opened_beside_its_original(tmp_path: Path, run: Any) 
         Demo.open(str(tmp_path / "out"))
 
 
-def test_an_encoder_without_texts_has_cosines_only() -> None:
+def test_an_encoder_without_texts_has_cosines_and_its_own_classes() -> None:
     demo = Demo.open("planted-outlier")
     look = demo.look(demo.example(0))
-    assert (
-        bool(look.predictions) == hasattr(demo.source.model, "logit_scale") or demo.source.model.config.num_labels > 0
-    )
+    assert bool(look.predictions) == has_classifier(demo.source.model)
     assert len(look.cosines) == 3
 
 

@@ -21,7 +21,7 @@ from optimum_regcache.data import reference
 from optimum_regcache.data.images import class_names, collate, image_column
 from optimum_regcache.data.labels import readable_names
 from optimum_regcache.data.picture import model_inputs
-from optimum_regcache.encoders.passes import Batch, image_features, patch_tokens
+from optimum_regcache.encoders.passes import Batch, image_features, move, patch_tokens
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import zero_shot_features, zero_shot_problem
 from optimum_regcache.evaluation.places import patch_norms
@@ -123,7 +123,8 @@ class Demo:
         hub = {k: v for k, v in hub.items() if k not in ("revision", "code_revision")}
         revised = replace(recipe, model=name, revision=None if original else saved.revision)
         source = open_source(name, images, revised, device=device, hub=hub)
-        made = {REGCACHE: opened[0].to(device)}
+        finished: Any = opened[0]
+        made = {REGCACHE: finished.to(device)}
         registers = config.registers.mode != "none" or config.deletion.active
         return cls(source, {**_plain(source, config, recipe), **made}, "as saved" if registers else "nothing")
 
@@ -199,8 +200,9 @@ class Demo:
             return {k: _named(v.softmax(-1)[0], names) for k, v in logits.items()}
         if not has_classifier(self.source.model):
             return {}
-        labels = self.source.model.config.id2label or {}
-        found = {name: model(**batch).logits.float().cpu().softmax(-1)[0] for name, model in self.models.items()}
+        labels: Any = self.source.model.config.id2label or {}
+        inputs = move(batch, self.source.model)
+        found = {name: model(**inputs).logits.float().cpu().softmax(-1)[0] for name, model in self.models.items()}
         return {name: _named(v, [str(labels.get(i, i)) for i in range(len(v))]) for name, v in found.items()}
 
     def _curves(self, norms: dict[str, torch.Tensor]) -> Picture:
@@ -229,4 +231,4 @@ def _named(values: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """The largest by name; nan counts as 0."""
     best = values.nan_to_num(0.0).topk(min(SHOWN, len(values)))
     found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {names[i]: value for i, value in found}
+    return {str(names[i]): value for i, value in found}

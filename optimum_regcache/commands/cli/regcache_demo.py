@@ -22,7 +22,9 @@ class DemoCommand(Command):
             help="float model or what `quantize` wrote: directory, Hub id or reference encoder (default: clip-scenes-induced)",
         )
         parser.add_argument("--float-model", help="of a quantized model (default: the one recorded in recipe.yaml)")
-        parser.add_argument("--images", help="image folder or Hub id (default: the embedded encoder's scenes)")
+        parser.add_argument(
+            "--images", "--dataset", help="image folder or Hub id (default: the embedded encoder's scenes)"
+        )
         parser.add_argument("--preset", choices=PRESETS, help="bit widths for a float model (default w8a8)")
         parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         parser.add_argument(
