@@ -10,7 +10,7 @@ OUT ?= regcache-out
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign recipes test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -32,6 +32,10 @@ coverage: $(VENV)/ready
 recipes: $(VENV)/ready
 	for name in planted-outlier-w8a8 clip-scenes-induced-w8a8 siglip-scenes-induced-w4a4; do \
 	    $(BIN)/optimum-cli regcache run $$name --overwrite --no-recommend --output $(OUT)/recipes/$$name || exit; done
+
+# the notebooks, one after the other; nothing is written
+examples: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --timeout=300 examples/*.ipynb
 
 # thousands of mutated checkpoints; none may be wrong in silence
 campaign: $(VENV)/ready

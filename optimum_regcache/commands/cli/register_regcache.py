@@ -16,6 +16,7 @@ from optimum.commands.register.regcache_base import (  # pyright: ignore[reportM
     hub_options,
     resolve_recipe,
 )
+from optimum.commands.register.regcache_demo import DemoCommand  # pyright: ignore[reportMissingImports]
 from optimum.commands.register.regcache_push import PushCommand  # pyright: ignore[reportMissingImports]
 from optimum.commands.register.regcache_report import ReportCommand  # pyright: ignore[reportMissingImports]
 
@@ -277,6 +278,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("report", help=ReportCommand.COMMAND.help, subcommand_class=ReportCommand),
+        CommandInfo("demo", help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
         CommandInfo("push", help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
