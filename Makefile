@@ -8,9 +8,10 @@ OLDEST ?= torch==2.13.0 transformers==5.4.0
 OUT ?= regcache-out
 # the extra "docs" of setup.cfg, without the package and its requirements
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
+DIST_TOOLS = build==1.6.1 twine==7.0.0 readme_renderer[md]==46.0 setuptools==84.2.1 pip
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs dist bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -58,6 +59,10 @@ types: $(VENV)/ready
 docs: $(VENV)-docs/ready
 	$(VENV)-docs/bin/mkdocs build --strict
 
+# archive and wheel into dist/: complete, equal to the checkout, no path of this machine, and the installed wheel quantizes
+dist: $(VENV)/ready $(VENV)-dist/ready
+	$(VENV)-dist/bin/python scripts/check_distribution.py --environment $(VENV)
+
 # CPU time and memory against other runtimes; most of an hour on two idle cores
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
@@ -89,5 +94,10 @@ $(VENV)-docs/ready: setup.cfg
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_TOOLS)
 	touch $@
 
+$(VENV)-dist/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(DIST_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-oldest .version-matrix site $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-oldest .version-matrix site $(OUT) build dist *.egg-info
