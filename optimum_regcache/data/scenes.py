@@ -60,8 +60,8 @@ class Scene:
         caption: a sentence that always names colour and shape, sometimes size, place and background.
         box: left, top, right, bottom of the shape, as fractions of the image; everything outside is background.
         mask: uint8, index into :data:`MASK_NAMES`; a pixel belongs to the shape that covers half of it.
-        depth: SYNTHETIC, uint16 in thousandths. All shapes are taken for objects of one radius (0.3 image widths at distance 1),
-            flat and facing the camera: half the apparent radius is twice as far. The background is a wall at :data:`WALL`.
+        depth: SYNTHETIC, uint16 in thousandths. All shapes are taken for objects of one radius (0.3 image widths at a distance
+            of 1), flat and facing the camera: half the apparent radius is twice as far. The background is at :data:`WALL`.
     """
 
     image: Image.Image
@@ -196,9 +196,7 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     covered = np.asarray(mask.resize((size, size), Image.Resampling.BOX)) >= 128
     classes = np.where(covered, 1 + SHAPES.index(shape), 0).astype(np.uint8)
     depth = np.where(covered, round(1000 * 0.3 * big / radius), WALL).astype(np.uint16)
-    return Scene(
-        image, label, caption, (left, top, right, bottom), Image.fromarray(classes), Image.fromarray(depth)
-    )
+    return Scene(image, label, caption, (left, top, right, bottom), Image.fromarray(classes), Image.fromarray(depth))
 
 
 def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
