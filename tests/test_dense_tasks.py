@@ -126,7 +126,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
          r"pictures mask, .* or label; name it with --mask-column\."),
         ("bare", "depth", Columns(), r"the data set has no column of pictures depth or depth_map; name it"),
         ("bare", "depth", Columns(depth="far"), r"no column of pictures 'far'; those of pictures are image\. Give one"),
-        ("blank", "segmentation", Columns(), r"masks of several classes; beside the ignored 255 those of the search side hold \[\]"),
+        ("blank", "segmentation", Columns(), r"several classes; beside the ignored 255 those of the search side hold \[\]"),
         ("blank", "segmentation", Columns(ignore=-1), r"beside the ignored -1 those of the search side hold \[255\]"),
         ("blank", "depth", Columns(), r"No training image has a depth\. Depths are numbers above 0; see --depth-column\."),
     ):  # fmt: skip
