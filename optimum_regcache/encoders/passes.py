@@ -18,17 +18,11 @@ Batch = dict[str, torch.Tensor]
 
 
 class FeatureEncoder(ABC):
-    """An encoder that is no torch module and takes batches on the CPU, such as an exported one.
+    """An encoder that is no torch module and takes batches on the CPU, such as an exported one."""
 
-    Attributes:
-        num_prefix_tokens: leading tokens of ``last_hidden_state`` that are no patches.
-        patch_size: pixels (h, w) of a patch, None if nobody knows.
-        gives_tokens: whether there is a ``last_hidden_state``.
-    """
-
-    num_prefix_tokens: int = 0
-    patch_size: tuple[int, int] | None = None
-    gives_tokens: bool = False
+    num_prefix_tokens: int = 0  # of `last_hidden_state`
+    patch_size: tuple[int, int] | None = None  # pixels (h, w), None if nobody knows
+    gives_tokens: bool = False  # whether there is a `last_hidden_state`
 
     @abstractmethod
     def run(self, batch: Batch) -> Any:
@@ -37,6 +31,10 @@ class FeatureEncoder(ABC):
     @abstractmethod
     def features_of(self, output: Any) -> torch.Tensor:
         """Pooled features [B, D], float32, of what :meth:`run` gave."""
+
+    def image_features(self, batch: Batch) -> torch.Tensor:
+        """Pooled features [B, D], float32."""
+        return self.features_of(self.run(batch))
 
 
 def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
@@ -236,7 +234,7 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """
     inputs = move(batch, model)
     if isinstance(model, FeatureEncoder):
-        return model.features_of(model.run(inputs))
+        return model.image_features(inputs)
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         output = model.get_image_features(**inputs)
         return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()

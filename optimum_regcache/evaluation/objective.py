@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.outputs import Outputs, run_once
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, count_images, encode, move
+from optimum_regcache.encoders.passes import (
+    Batch,
+    FeatureEncoder,
+    ImageRange,
+    count_images,
+    encode,
+    image_features,
+    move,
+)
 from optimum_regcache.encoders.tower import has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -190,7 +198,13 @@ class AccuracyObjective(Objective):
     @torch.inference_mode()
     def predictions(self, model: Any) -> torch.Tensor:
         """Predicted classes, int64 [n]; -1 where the logits are no numbers."""
-        return torch.cat([predicted_classes(self.logits_of(run_once(model, batch))) for batch in self.batches])
+        return torch.cat([predicted_classes(self._logits(model, batch)) for batch in self.batches])
+
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """float32 [B, classes]; a classifier may be any module."""
+        if self.text_features is not None:
+            return F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
+        return model(**move(batch, model)).logits.float().cpu()
 
     def logits_of(self, outputs: Outputs) -> torch.Tensor:
         """float32 [B, classes]."""
