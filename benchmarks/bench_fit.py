@@ -34,7 +34,8 @@ COMMAND = """
 import importlib, sys
 checkout = sys.argv.pop(1)
 sys.path.insert(0, checkout)
-importlib.import_module("optimum.commands.register").__path__ = [checkout + "/optimum_regcache/commands/cli"]
+register = importlib.import_module("optimum.commands.register")
+register.__path__ = register.__spec__.submodule_search_locations = [checkout + "/optimum_regcache/commands/cli"]
 from optimum.commands.optimum_cli import main
 main()
 """

@@ -196,6 +196,14 @@ class EvaluateCommand(Command):
             help=f"what to measure: {', '.join(TASKS)} (default: the first four, as far as they can be done)",
         )  # fmt: skip
         parser.add_argument("--caption-column", help="column of the captions, for --task retrieval")
+        parser.add_argument("--mask-column", help="column of the class masks, for --task segmentation")
+        parser.add_argument(
+            "--ignore-index",
+            type=int,
+            default=255,
+            help="number in masks that is no class, for --task segmentation (default 255; -1: none)",
+        )
+        parser.add_argument("--depth-column", help="column of the depth maps, for --task depth")
         parser.add_argument(
             "--metric", action="append", default=[],
             help="further metric: a name that the evaluate library ships (its script is downloaded from the Hub and run), or "
@@ -207,6 +215,7 @@ class EvaluateCommand(Command):
 
     def job(self) -> None:
         from optimum_regcache.commands.evaluate import Subject, evaluate_job
+        from optimum_regcache.commands.harness import Columns
         from optimum_regcache.data.reference import DEFAULT
 
         unread = [f"--{name}" for name in ("preset", "objective") if getattr(self.args, name) is not None]
@@ -217,7 +226,8 @@ class EvaluateCommand(Command):
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
         template = None if args.template is None else tuple(args.template)
-        subject = Subject(model, args.float_model, dataset, template, args.device, hub, args.caption_column)
+        columns = Columns(args.caption_column, args.mask_column, args.depth_column, args.ignore_index)
+        subject = Subject(model, args.float_model, dataset, template, args.device, hub, columns)
         options = {"tasks": tuple(dict.fromkeys(args.task)), "metrics": args.metric, "fused": args.fused}
         print(evaluate_job(subject, recipe, args.output, **options, overwrite=args.overwrite)[1])
 
