@@ -62,6 +62,7 @@ def run_once(model: Any, batch: Batch, *, tokens: bool = False) -> Outputs:
             features = image_features(model, batch)
     finally:
         handle.remove()
+    features = features.clone()  # it may be a view, which would hold on to all tokens
     mean = reads_patches(model, tower) and not tower.family.packed
     if not (mean or tokens):
         return Outputs(features.cpu(), features.cpu(), logits)
