@@ -10,7 +10,7 @@ OUT ?= regcache-out
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign recipes test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes test oldest coverage slow lint types docs bench bench-profile bench-methods bench-static clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -66,6 +66,12 @@ bench-profile: $(VENV)/ready
 # every method alone and under registers; hours on two cores, continues where it was interrupted
 bench-methods: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_methods.py --output docs/results/methods.json
+
+# static compositions; the search is pinned to the place and tau that the whole search finds
+bench-static: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_methods.py --static --model clip-scenes-induced siglip-scenes-induced --variants none both \
+	  --num-report 256 --threads 1 --set search.sensitive_block=3 --set search.blocks_before=0 --set "search.num_copies=[1]" \
+	  --set search.max_delete=3 --output docs/results/static.json
 
 # torch first and pinned: an unpinned requirement may pull a build with CUDA
 $(VENV)/ready: setup.cfg pyproject.toml
