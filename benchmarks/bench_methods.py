@@ -85,9 +85,10 @@ class Bench:
         source: encoder and images.
         recipe: preset, search settings and amounts.
         directory: for the record of the search.
+        norms: measure the largest token norms too.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, directory: Path) -> None:
+    def __init__(self, source: Source, recipe: Recipe, directory: Path, norms: bool = True) -> None:
         self.source, self.recipe = source, recipe
         data = recipe.data
         inputs = ImageInputs(source.search_images, source.processor)
@@ -97,7 +98,7 @@ class Bench:
         report = ImageInputs(source.report_images, source.processor)
         batches = list(report.batches(data.batch_size))
         labels, text = accuracy_data(source, report)
-        self.norm_batches = batches[: max(1, 64 // data.batch_size)]
+        self.norm_batches = batches[: max(1, 64 // data.batch_size)] if norms else []
         self.cosine = CosineObjective(source.model, batches)
         self.metric: Objective = self.cosine if labels is None else AccuracyObjective(batches, labels, text)
         begun = time.perf_counter()
@@ -112,17 +113,23 @@ class Bench:
 
     def header(self) -> dict[str, Any]:
         """What the cells of this encoder and bit width have in common."""
-        norms = measure_token_norms(self.source.model, self.norm_batches)
+        norms = self._norms(self.source.model, "float_max_norm", "float_max_fc2")
         return {
             "metric": self.metric.name,
             "images": len(self.source.report_images),
             "float": float(self.metric.scores(self.source.model).mean()),
-            "float_max_norm": float(norms.max_block_input.max()),
-            "float_max_fc2": float(norms.max_any_fc2_input.max()),
+            **norms,
             "setup": self.both().describe(),
             "search_reason": self.fit.search.reason,
             "search_seconds": round(self.search_seconds, 1),
         }
+
+    def _norms(self, model: Any, block_input: str, fc2: str) -> dict[str, float]:
+        """The largest token norms under these names; nothing if they are not asked for."""
+        if not self.norm_batches:
+            return {}
+        norms = measure_token_norms(model, self.norm_batches)
+        return {block_input: float(norms.max_block_input.max()), fc2: float(norms.max_any_fc2_input.max())}
 
     def both(self) -> Setup:
         """The best setup with prefix and deletion, installed or not."""
@@ -166,7 +173,6 @@ class Bench:
             scores = cosine if self.metric is self.cosine else self.metric.scores(result.model)
             if kind == "none":
                 plain = {"scores": scores, "confirm": confirm}
-            norms = measure_token_norms(result.float_model, self.norm_batches)
             self.cosines[name, kind] = cosine
             given = self.cosines.get((name.replace(SEARCHED, GIVEN), kind)) if name.endswith(SEARCHED) else None
             cells[kind] = {
@@ -178,7 +184,7 @@ class Bench:
                 "over_given": None if given is None else _paired(cosine - given),
                 "gain": _paired(scores - plain["scores"]),
                 "confirmed_gain": _paired(confirm - plain["confirm"]),
-                "max_fc2": float(norms.max_any_fc2_input.max()),
+                **self._norms(result.float_model, "max_norm", "max_fc2"),
                 "seconds": round(seconds, 2),
                 "simulated": result.config.simulated_reason,
                 "protocol": result.config.protocol,
@@ -254,7 +260,8 @@ def measure(model: str, preset: str, args: argparse.Namespace, results: dict[str
         model=model,
         dataset=args.images,
     ).override(args.set)
-    bench = Bench(open_source(None, None, recipe), recipe, Path(args.work_dir) / f"{Path(name).name}-{preset}")
+    directory = Path(args.work_dir) / f"{Path(name).name}-{preset}"
+    bench = Bench(open_source(None, None, recipe), recipe, directory, norms=not args.static)
     results["runs"][f"{name}/{preset}"] = bench.header()
     for method in tqdm(missing, desc=f"{Path(name).name} {preset}"):
         key = f"{name}/{preset}/{method}"
