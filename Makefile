@@ -67,7 +67,7 @@ bench-profile: $(VENV)/ready
 bench-methods: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_methods.py --output docs/results/methods.json
 
-# static compositions; the search is pinned to the place and tau that the whole search finds
+# static compositions; the search is pinned to the place that the whole search finds
 bench-static: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_methods.py --static --model clip-scenes-induced siglip-scenes-induced --variants none both \
 	  --num-report 256 --threads 1 --set search.sensitive_block=3 --set search.blocks_before=0 --set "search.num_copies=[1]" \
