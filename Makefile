@@ -11,7 +11,7 @@ DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p
 DIST_TOOLS = build==1.6.1 twine==7.0.0 readme_renderer[md]==46.0 setuptools==84.2.1 pip
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs dist bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs dist bench bench-profile bench-methods bench-static clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -75,6 +75,12 @@ bench-profile: $(VENV)/ready
 # every method alone and under registers; hours on two cores, continues where it was interrupted
 bench-methods: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_methods.py --output docs/results/methods.json
+
+# static compositions; the search is pinned to the place that the whole search finds
+bench-static: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_methods.py --static --model clip-scenes-induced siglip-scenes-induced --variants none both \
+	  --num-report 256 --threads 1 --set search.sensitive_block=3 --set search.blocks_before=0 --set "search.num_copies=[1]" \
+	  --set search.max_delete=3 --output docs/results/static.json
 
 # torch first and pinned: an unpinned requirement may pull a build with CUDA
 $(VENV)/ready: setup.cfg pyproject.toml

@@ -21,7 +21,7 @@ from optimum_regcache.search.objectives import objective_on
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.run import QuantizationRun, run_plan
 
-NAMES = [scheme.name for scheme in SCHEMES]
+NAMES = [scheme.name for scheme in SCHEMES if scheme.most_bits >= 8]
 DYNAMIC = SCHEMES[0]
 DATA = DataConfig(num_samples=32, batch_size=16)
 
@@ -143,6 +143,20 @@ def test_dynamic_results_and_their_observers_are_left_behind() -> None:
     made = {c.name: QuantizationPlan.of(c.recipe).resolved.config for c in alternatives._candidates(Recipe(base))}
     assert made["mse"].activations.observer == "mse"
     assert made["percentile"].activations.percentile == 99.99
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(8, 8), (6, 6), (4, 4), (4, 8)])
+def test_each_width_has_its_own_list(weights: int, activations: int) -> None:
+    config = RegCacheConfig(weights={"bits": weights}, activations={"bits": activations})
+    config = config.replace(registers={"mode": "fixed", "blocks": [3]})
+    tried = alternatives._candidates(Recipe(config))
+    bits = min(weights, activations)
+    names = [(s.name, registers) for s in SCHEMES if bits <= s.most_bits for registers in s.registers]
+    assert [(c.scheme.name, c.registers) for c in tried] == names
+    for candidate in tried:
+        made = QuantizationPlan.of(candidate.recipe).resolved.config
+        assert (made.weights.bits, made.activations.bits) == (weights, activations)
+        assert made.registers.mode == ("fixed" if candidate.registers else "none")
 
 
 def test_one_image_decides_nothing_and_no_infinity_is_written() -> None:

@@ -227,6 +227,7 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         "order_by_hessian": [changes(False, W4)],
         "token_weights": [changes("inverse_energy", W4)],
         "max_tokens": [changes(8, W4)],
+        "row_scales": [changes("searched", W4)],
     },
     "rotation": {
         "residual": [changes(False)],

@@ -17,7 +17,7 @@ from optimum_regcache.config import ActivationsConfig, WeightsConfig
 from optimum_regcache.math.nonuniform import log_quantize, twin_signed, twin_unit
 from optimum_regcache.methods._search.product import search_products
 from optimum_regcache.methods._search.scale import LayerGroup, SearchSpace, search_scales
-from optimum_regcache.methods.gptq import WeightGrid, gptq_codes
+from optimum_regcache.methods.gptq import Curvature, WeightGrid, gptq_codes
 from optimum_regcache.methods.noisyquant import expected_error, predicted_gain
 from optimum_regcache.methods.repq_vit import reparametrise
 
@@ -336,7 +336,8 @@ def test_gptq_is_optimal_brain_surgery_column_by_column(bits: int, by_hessian: b
     steps = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
     order = sorted(range(10), key=lambda c: -float(hessian[c, c])) if by_hessian else list(range(10))
     expected = obs_codes(weight.numpy(), hessian.numpy(), steps.numpy(), bits, 0.01, order)
-    found = gptq_codes(weight, hessian, WeightGrid(steps, torch.zeros(6), bits), 0.01, by_hessian, block=4)
+    curvature = Curvature.of(hessian, 0.01, by_hessian)
+    found, _ = gptq_codes(weight, curvature, WeightGrid(steps, torch.zeros(6), bits), block=4)
     np.testing.assert_array_equal(found.double().numpy(), expected)
 
 
@@ -345,7 +346,7 @@ def test_gptq_is_optimal_brain_surgery_column_by_column(bits: int, by_hessian: b
 def test_gptq_beats_rounding_on_correlated_inputs(seed: int, bits: int) -> None:
     x, weight = correlated(seed, 200, 24), randn(seed + 50, 16, 24)
     step = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
-    codes = gptq_codes(weight, x.T.double() @ x.double(), WeightGrid(step, torch.zeros(16), bits))
+    codes, _ = gptq_codes(weight, Curvature.of(x.T.double() @ x.double()), WeightGrid(step, torch.zeros(16), bits))
     plain = (weight / step[:, None]).round() * step[:, None]
 
     def error(w: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from optimum_regcache.math.nonuniform import log_quantize
 from optimum_regcache.math.uniform import percentile_mse_range
 from optimum_regcache.methods._search.product import search_products
 from optimum_regcache.methods._search.scale import FoundScales, LayerGroup, SearchSpace, search_scales
-from optimum_regcache.methods.gptq import WeightGrid, gptq_codes
+from optimum_regcache.methods.gptq import Curvature, WeightGrid, gptq_codes
 from optimum_regcache.methods.noisyquant import expected_error, predicted_gain
 from optimum_regcache.methods.repq_vit import reparametrise
 
@@ -115,7 +115,9 @@ def gptq_values() -> dict[str, Any]:
     for bits in (3, 4, 8):
         step = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
         for by_hessian in (True, False):
-            codes = gptq_codes(weight, x.T @ x, WeightGrid(step, torch.zeros(4), bits), 0.01, by_hessian, block=5)
+            codes = gptq_codes(
+                weight, Curvature.of(x.T @ x, 0.01, by_hessian), WeightGrid(step, torch.zeros(4), bits), block=5
+            )[0]
             found[f"{bits} {'by diagonal' if by_hessian else 'in order'}"] = [
                 [int(c) for c in r] for r in codes.tolist()
             ]

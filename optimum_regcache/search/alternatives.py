@@ -36,11 +36,14 @@ class Scheme:
         registers: whether it is tried with the registers and the deletion of the result, without, or both; where the result
             has none, once. A scale of its own for each token leaves them nothing to repair; a scale that covers all tokens
             needs them where round to nearest does.
+        most_bits: it is tried where weights or activations have at most so many bits; where rounding is finer, others do as
+            well for less.
     """
 
     name: str
     methods: tuple[str, ...]
     registers: tuple[bool, ...]
+    most_bits: int = 8
 
 
 SCHEMES = (
@@ -48,6 +51,9 @@ SCHEMES = (
     Scheme("percentile", ("percentile",), (False, True)),
     Scheme("mse", ("mse",), (True,)),
     Scheme("smoothquant + gptq", ("smoothquant", "gptq"), (True,)),
+    Scheme("rotation", ("rotation",), (False,)),
+    Scheme("rotation + mse", ("rotation", "mse"), (True,), most_bits=4),
+    Scheme("rotation + mse + gptq", ("rotation", "mse", "gptq"), (True,), most_bits=4),
 )
 
 
@@ -152,7 +158,7 @@ def find_alternatives(
 
     One of them is clearly better if its mean gain reaches ``search.min_gain`` and ``search.noise_sigmas`` paired standard
     errors, the latter corrected for how many were tried (Bonferroni). For a result that loses less than ``least_loss`` nothing
-    is tried. At most five runs of the methods.
+    is tried. At most eight runs of the methods.
 
     Args:
         model: the float model, unchanged.
@@ -220,7 +226,7 @@ def _candidates(recipe: Recipe) -> list[Alternative]:
     installs = config.registers.mode != "none" or config.deletion.active
     installed = plain.replace(registers=config.registers, deletion=config.deletion)
     found: list[Alternative] = []
-    for scheme in SCHEMES:
+    for scheme in (scheme for scheme in SCHEMES if min(w.bits, a.bits) <= scheme.most_bits):
         for registers in scheme.registers if installs else (False,):
             name = f"{scheme.name} with registers" if registers else scheme.name
             made = (installed if registers else nothing).replace(methods=scheme.methods)
