@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from datasets import Dataset, Features
@@ -51,9 +52,23 @@ def as_png(picture: Image.Image) -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
+def _reads_its_own_tiff(mode: str) -> bool:
+    file = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).convert(mode).save(file, "TIFF")
+    try:
+        Image.open(file).load()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "CMYK", "1", "YCbCr"])
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_processor_that_converts_decides(name: str, mode: str) -> None:
+    if mode == "YCbCr" and not _reads_its_own_tiff(mode):
+        pytest.skip(
+            f"Pillow {PIL.__version__} cannot read the TIFF of mode {mode} that it writes, which datasets stores"
+        )
     inputs = inputs_of(as_png(logo(mode)) if mode == "P" else logo(mode), processor=name)
     stored = inputs.source[0]["image"]
     theirs = PROCESSORS[name](images=stored, return_tensors="pt")["pixel_values"][0]

@@ -11,7 +11,8 @@ from torch import nn
 
 from optimum_regcache.calibration.observers import ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
-from optimum_regcache.encoders.passes import Batch, PaddingMask, class_logits, image_features
+from optimum_regcache.encoders.outputs import class_logits
+from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations

@@ -10,12 +10,19 @@ import torch
 from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
-    class_logits,
     image_features,
+    move,
     patch_tokens,
     pooled_features,
 )
 from optimum_regcache.encoders.tower import find_tower, has_classifier, reads_patches
+from optimum_regcache.math.linear import fast_linears
+
+
+@fast_linears()
+def class_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """What a model with a classifier says, [B, classes], float32 on the CPU."""
+    return model(**move(batch, model)).logits.float().cpu()
 
 
 @dataclass(frozen=True)

@@ -252,12 +252,6 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     return pooled_features(tower, output)
 
 
-@fast_linears()
-def class_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """What a model with a classifier says, [B, classes], float32 on the CPU."""
-    return model(**move(batch, model)).logits.float().cpu()
-
-
 def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
     """Pooled features [B, D], float32, of the output of a tower whose images are not packed."""
     if getattr(output, "image_embeds", None) is not None:

@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.outputs import Outputs, run_once
+from optimum_regcache.encoders.outputs import Outputs, class_logits, run_once
 from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
     ImageRange,
-    class_logits,
     count_images,
     encode,
     image_features,

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, class_logits, count_images, encode
+from optimum_regcache.encoders.outputs import class_logits
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, count_images, encode
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import Bank, Given, Objective, require_labels
 
