@@ -8,9 +8,10 @@ OLDEST ?= torch==2.13.0 transformers==5.4.0
 OUT ?= regcache-out
 # the extra "docs" of setup.cfg, without the package and its requirements
 DOCS_TOOLS = $(shell sed -n '/^docs =/,/^[a-z]/p' setup.cfg | sed -n 's/^    //p')
+DIST_TOOLS = build==1.6.1 twine==7.0.0 readme_renderer[md]==46.0 setuptools==84.2.1 pip
 BENCH_OUT ?= bench-cpu-int8.json
 
-.PHONY: demo campaign recipes test oldest coverage slow lint types docs bench bench-profile bench-methods clean
+.PHONY: demo campaign recipes examples test oldest coverage slow lint types docs dist bench bench-profile bench-methods clean
 demo: $(VENV)/ready
 	$(BIN)/optimum-cli regcache quantize --preset w8a8 w6a6 w4a4 --output $(OUT)
 
@@ -33,6 +34,10 @@ recipes: $(VENV)/ready
 	for name in planted-outlier-w8a8 clip-scenes-induced-w8a8 siglip-scenes-induced-w4a4; do \
 	    $(BIN)/optimum-cli regcache run $$name --overwrite --no-recommend --output $(OUT)/recipes/$$name || exit; done
 
+# the notebooks, one after the other; nothing is written
+examples: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --timeout=300 examples/*.ipynb
+
 # thousands of mutated checkpoints; none may be wrong in silence
 campaign: $(VENV)/ready
 	$(BIN)/python scripts/campaign.py --mutants 108
@@ -53,6 +58,10 @@ types: $(VENV)/ready
 # package and imports nothing of it
 docs: $(VENV)-docs/ready
 	$(VENV)-docs/bin/mkdocs build --strict
+
+# archive and wheel into dist/: complete, equal to the checkout, no path of this machine, and the installed wheel quantizes
+dist: $(VENV)/ready $(VENV)-dist/ready
+	$(VENV)-dist/bin/python scripts/check_distribution.py --environment $(VENV)
 
 # CPU time and memory against other runtimes; most of an hour on two idle cores
 bench: $(VENV)/ready
@@ -85,5 +94,10 @@ $(VENV)-docs/ready: setup.cfg
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_TOOLS)
 	touch $@
 
+$(VENV)-dist/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(DIST_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-oldest .version-matrix site $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-oldest .version-matrix site $(OUT) build dist *.egg-info

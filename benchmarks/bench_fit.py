@@ -2,7 +2,8 @@
 
     python benchmarks/bench_fit.py --photos FOLDER_OR_PARQUET                    # CLIP ViT-B/16 size, SYNTHETIC sink
     python benchmarks/bench_fit.py --photos PHOTOS --model DIR                   # any other model on the same photographs
-    python benchmarks/bench_fit.py --photos PHOTOS --before ad64e87 --limit 1800 # an earlier revision first, up to 1,800 s
+    python benchmarks/bench_fit.py --photos PHOTOS --before ad64e87 --limit 1800 # an earlier revision too, up to 1,800 s
+    python benchmarks/bench_fit.py --demo --before ad64e87 --repeats 3           # what ``make demo`` runs, in turns
 
 Without ``--model`` the encoder is that of ``planted_clip.py`` and its patches are drawn on the photographs; the block, tau and
 ``k~`` that were found stand beside the planted ones. The command runs in a process of its own, without a terminal. A silence is
@@ -33,7 +34,8 @@ COMMAND = """
 import importlib, sys
 checkout = sys.argv.pop(1)
 sys.path.insert(0, checkout)
-importlib.import_module("optimum.commands.register").__path__ = [checkout + "/optimum_regcache/commands/cli"]
+register = importlib.import_module("optimum.commands.register")
+register.__path__ = register.__spec__.submodule_search_locations = [checkout + "/optimum_regcache/commands/cli"]
 from optimum.commands.optimum_cli import main
 main()
 """
@@ -125,40 +127,53 @@ def found(output: Path) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", required=True, help="folder or parquet file of photographs")
+    parser.add_argument("--photos", help="folder or parquet file of photographs")
+    parser.add_argument("--demo", action="store_true", help="the embedded encoder at three widths, without photographs")
     parser.add_argument("--model", help="in place of the synthetic encoder")
     parser.add_argument("--preset", default="w8a8")
-    parser.add_argument("--before", metavar="REVISION", help="run this revision of the project first")
+    parser.add_argument("--before", metavar="REVISION", help="run this revision of the project in turns with this one")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which a run is stopped")
     parser.add_argument("--folder", type=Path, help="for encoder, images and results (default: a temporary one)")
     parser.add_argument("options", nargs="*", help="passed on to quantize; after --")
     arguments = parser.parse_args()
+    if arguments.demo == bool(arguments.photos):
+        parser.error("give either --photos or --demo")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        model, images = (arguments.model, arguments.photos) if arguments.model else _prepare(folder, arguments.photos)
+        what = ["--preset", "w8a8", "w6a6", "w4a4"]
+        if not arguments.demo:
+            own = (arguments.model, arguments.photos)
+            model, images = own if arguments.model else _prepare(folder, arguments.photos)
+            what = ["--model", model, "--dataset", images, "--preset", arguments.preset]
+        checkouts = {"this": ROOT}
+        if arguments.before:
+            checkouts = {arguments.before: folder / "checkout", **checkouts}
+            _git("worktree", "add", "--quiet", "--detach", str(folder / "checkout"), arguments.before)
         print("| code | seconds | CPU seconds | longest silence, s | memory, MiB |\n|---|---|---|---|---|", flush=True)
-        for revision in [*([arguments.before] if arguments.before else []), None]:
-            checkout = ROOT if revision is None else folder / "checkout"
-            if revision is not None:
-                git = ["git", "-C", str(ROOT)]
-                subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(checkout), revision], check=True)
-            output = folder / f"result-{revision or 'now'}"
-            command = [sys.executable, "-c", COMMAND, str(checkout), "regcache", "quantize"]
-            command += ["--model", model, "--dataset", images, "--preset", arguments.preset, "--output", str(output)]
-            try:
-                run = run_command(command + arguments.options, arguments.limit)
-            finally:
-                if revision is not None:
-                    subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(checkout)], check=True)
-            end = "" if run.finished else " (stopped)"
-            print(
-                f"| {revision or 'this'} | {run.seconds:.0f}{end} | {run.cpu_seconds:.0f} | {run.silence:.1f} | "
-                f"{run.memory:.0f} |",
-                flush=True,
-            )
-            if run.finished and not arguments.model:
-                print(json.dumps(found(output), indent=1), flush=True)
+        try:
+            for repeat in range(arguments.repeats):
+                for name, checkout in checkouts.items():
+                    output = folder / f"result-{name}-{repeat}"
+                    command = [sys.executable, "-c", COMMAND, str(checkout), "regcache", "quantize", *what]
+                    run = run_command([*command, "--output", str(output), *arguments.options], arguments.limit)
+                    print(row(name, run), flush=True)
+                    if run.finished and arguments.photos and not arguments.model:
+                        print(json.dumps(found(output), indent=1), flush=True)
+        finally:
+            if arguments.before:
+                _git("worktree", "remove", "--force", str(folder / "checkout"))
+
+
+def _git(*words: str) -> None:
+    subprocess.run(["git", "-C", str(ROOT), *words], check=True)
+
+
+def row(name: str, run: Run) -> str:
+    """Markdown."""
+    end = "" if run.finished else " (stopped)"
+    return f"| {name} | {run.seconds:.0f}{end} | {run.cpu_seconds:.0f} | {run.silence:.1f} | {run.memory:.0f} |"
 
 
 if __name__ == "__main__":

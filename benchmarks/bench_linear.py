@@ -1,4 +1,4 @@
-"""One linear layer on the CPU: float32, oneDNN's int8 kernel and our AVX2 operator, time and error.
+"""One linear layer on the CPU: float32 (PyTorch's own choice, and oneDNN), oneDNN's int8 kernel and our AVX2 operator.
 
     python benchmarks/bench_linear.py --output linear.json
     OPTIMUM_REGCACHE_NATIVE=avx2 python benchmarks/bench_linear.py      # our operator on a CPU with VNNI
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from cpu_measure import describe_environment
 from optimum_regcache.config.files import write_json
 from optimum_regcache.kernels import native, onednn
+from optimum_regcache.math.linear import linear
 
 SHAPES = {  # rows of one and eight images, input and output features
     "CLIP-B/16 qkv": [(197, 768, 2304), (1576, 768, 2304)],
@@ -39,7 +40,7 @@ def kernels(rows: int, inner: int, outer: int) -> tuple[dict[str, Any], torch.Te
     weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8, generator=generator)
     x, w, one = codes.float(), weight.float(), torch.ones(outer)
     zero = torch.zeros(outer, dtype=torch.int64)
-    found: dict[str, Any] = {"float32": lambda: F.linear(x, w)}
+    found: dict[str, Any] = {"float32": lambda: F.linear(x, w), "float32 oneDNN": lambda: linear(x, w)}
     library = native.library()
     if onednn.kernel_reason() is None:
         packed = onednn.PackedWeight(torch.ops.onednn.qlinear_prepack(weight, None), one, zero, None)
@@ -80,9 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         "layer",
         "rows x in x out",
         "float32 ms",
-        "oneDNN ms",
+        "float32 oneDNN ms",
+        "oneDNN int8 ms",
         "ours ms",
-        "float32 / oneDNN",
+        "float32 / int8",
         "float32 / ours",
     ):
         table.add_column(column)
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = [
                 layer,
                 " x ".join(map(str, shape)),
-                *(f"{ms[k]:.2f}" if k in ms else "-" for k in ("float32", "oneDNN", "ours")),
+                *(f"{ms[k]:.2f}" if k in ms else "-" for k in ("float32", "float32 oneDNN", "oneDNN", "ours")),
             ]
             row += [f"{ms['float32'] / ms[k]:.2f}" if k in ms else "-" for k in ("oneDNN", "ours")]
             table.add_row(*row, *(f"{error[k]:.1e}" if k in error else "-" for k in ("oneDNN", "ours")))

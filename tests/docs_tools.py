@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +28,15 @@ class Block:
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Files that git knows or would add, matching the patterns."""
+    """Files that git knows or would add, matching the patterns; in an unpacked archive all there are."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    names = listed.stdout.splitlines()
+    if listed.returncode or not names:
+        top = [path for path in ROOT.iterdir() if path.name == ".ci" or not path.name.startswith(".")]
+        found = [path for folder in top for path in (folder.rglob("*") if folder.is_dir() else [folder])]
+        relative = sorted(path.relative_to(ROOT).as_posix() for path in found)
+        names = [name for name in relative if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 

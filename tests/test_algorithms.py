@@ -108,6 +108,29 @@ def test_it_ends_after_a_few_images_where_nothing_can_win() -> None:
     assert flat.work < len(Halving(COARSE, SearchConfig(), IMAGES)._first()) * 8 / IMAGES + 5
 
 
+@pytest.mark.parametrize(("sigmas", "ends"), [(1.5, True), (2.5, False)])
+def test_no_neighbours_are_tried_where_all_images_say_that_nothing_wins(sigmas: float, ends: bool) -> None:
+    """The lead of one standard error is too small to be installed, and too uncertain to give up on a few images."""
+    landscape = Landscape(Setup(5, num_copies=4.0, count=4), height=0.0, noise=0.0)
+    signs = torch.ones(IMAGES).index_fill(0, torch.arange(0, IMAGES, 2), -1)
+
+    class Barely(Landscape):
+        def __call__(self, setup: Setup, images: int | None = None) -> Trial:
+            trial = super().__call__(setup, images)
+            paired = 0.1 + 1.0 * signs if setup != Setup() else torch.zeros(IMAGES)  # 0.1 +- 0.089
+            return Trial(setup, trial.scores + paired[: len(trial.scores)])
+
+    barely = Barely(landscape.summit, height=0.0, noise=0.0)
+    config = SearchConfig(min_gain=0.3, noise_sigmas=sigmas)
+    trials = Halving(COARSE, config, IMAGES).run(barely)
+    on_all = [setup for setup, count in barely.asked if count == IMAGES]
+    assert {t.setup for t in trials} == set(on_all)
+    rounds = {count for _, count in barely.asked}
+    assert rounds == {8, 32, IMAGES}
+    neighbours = [s for s in on_all if s.num_copies not in COARSE.copies or s.count not in (0, 1, 2, 4, 8, 10)]
+    assert bool(neighbours) is not ends
+
+
 def test_it_ends_after_a_few_images_where_nobody_can_be_better_than_the_leader() -> None:
     landscape = Landscape(Setup(5, num_copies=4.0, count=4), noise=1e-5)
     landscape.difficulty.zero_()

@@ -14,6 +14,7 @@ import torch
 from models import COMPOSITES, DINOV2_BACKBONE, PACKED, TOWERS, TinyModel, random_cache
 from optimum.commands.register.register_regcache import QuantizeCommand
 from test_hidden_states import llava
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer, SearchConfig
 from optimum_regcache.config import DeletionConfig
@@ -237,12 +238,15 @@ def test_patch_tokens_of_backbones_larger_models_and_packed_towers() -> None:
     )
 
 
-def test_exported_encoders_have_no_patch_tokens() -> None:
+def test_encoders_without_hidden_states_have_no_patch_tokens() -> None:
     class Exported(FeatureEncoder):
-        def image_features(self, batch: Any) -> torch.Tensor:
-            return torch.ones(len(batch["pixel_values"]), 4)
+        def run(self, batch: Any) -> Any:
+            return BaseModelOutputWithPooling(pooler_output=torch.ones(len(batch["pixel_values"]), 4))
 
-    with pytest.raises(ValueError, match="An exported encoder gives pooled features and no patch tokens"):
+        def features_of(self, output: Any) -> torch.Tensor:
+            return output.pooler_output
+
+    with pytest.raises(ValueError, match="The encoder gives pooled features and no patch tokens"):
         patch_tokens(Exported(), TOWERS["clip"].inputs())
 
 

@@ -103,10 +103,10 @@ def test_rows_that_start_at_a_known_block_are_those_of_whole_passes(monkeypatch:
         rows.append([reporter.row("both", cache, deletion, ""), reporter.row("delete", None, deletion, "")])
     assert rows[0] == rows[1]
     assert rows[0][0] != rows[0][1]
-    monkeypatch.setattr("optimum_regcache.commands.report.NORM_FLOPS", 1.0)  # 32 images at least: all 16
+    monkeypatch.setattr("optimum_regcache.commands.report.NORM_FLOPS", 1.0)  # 16 images at least
     assert count_images(Reporter(runner, second, None, None, 2).norm_batches) == 16
     many = [TOWERS["clip"].inputs(seed=seed, batch=30) for seed in (1, 2)]
-    assert count_images(Reporter(runner, many, None, None, 2).norm_batches) == 32
+    assert count_images(Reporter(runner, many, None, None, 2).norm_batches) == 16
 
 
 def test_rows_tell_how_far_the_report_is(capsys: Any, monkeypatch: Any) -> None:

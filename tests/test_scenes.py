@@ -14,10 +14,12 @@ from optimum_regcache.data.scenes import (
     BACKGROUNDS,
     CLASS_NAMES,
     COLOURS,
+    MASK_NAMES,
     SHAPES,
     SIZE,
     SPLITS,
     TEXTURES,
+    WALL,
     Scene,
     load_dataset,
     prompt,
@@ -160,7 +162,7 @@ def test_data_set_needs_a_scene(count: int) -> None:
 
 def test_data_set_holds_the_rendered_scenes(scenes: list[Scene]) -> None:
     dataset = load_dataset("train", 6)
-    assert dataset.column_names == ["image", "label", "caption", "box"]
+    assert dataset.column_names == ["image", "label", "caption", "box", "mask", "depth"]
     assert isinstance(dataset.features["image"], Image)
     labels = dataset.features["label"]
     assert isinstance(labels, ClassLabel)
@@ -168,6 +170,24 @@ def test_data_set_holds_the_rendered_scenes(scenes: list[Scene]) -> None:
     for row, scene in zip(dataset, scenes[:6], strict=True):
         assert np.array_equal(np.asarray(row["image"]), pixels(scene))  # stored without loss
         assert (row["label"], row["caption"]) == (scene.label, scene.caption)
+        assert np.array_equal(np.asarray(row["mask"]), np.asarray(scene.mask))
+        assert np.array_equal(np.asarray(row["depth"]), np.asarray(scene.depth))
+
+
+def test_masks_and_depths_are_of_the_shape_that_is_seen(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        colour, shape = CLASS_NAMES[scene.label].split(" ")
+        mask, depth = np.asarray(scene.mask), np.asarray(scene.depth)
+        assert set(np.unique(mask)) == {0, 1 + SHAPES.index(shape)}
+        assert MASK_NAMES[mask.max()] == shape
+        sure = coloured(scene, colour)  # pixels at the edge are mixed
+        assert (mask[sure] > 0).mean() > 0.95 or colour == "orange"  # backgrounds of brown and beige come close
+        assert sure[mask > 0].mean() > 0.7
+        assert set(np.unique(depth[mask == 0])) == {WALL}
+        (distance,) = np.unique(depth[mask > 0])
+        assert 1000 <= distance <= 2308
+        if shape == "circle":
+            assert distance == pytest.approx(300 / (np.sqrt(mask.astype(bool).mean() / np.pi)), rel=0.06)
 
 
 def test_data_set_passes_seed_and_size_on() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import isolated_cache
 from optimum_regcache.search.scores import TrialScores
 from optimum_regcache.search.search import corrected_sigmas
-from optimum_regcache.search.sensitivity import coarse_images
+from optimum_regcache.search.sensitivity import _suspects, coarse_images
 from optimum_regcache.search.setups import best
 
 SEARCH = SearchConfig(num_copies=(1, 15), max_delete=2, blocks_before=1, sensitive_block=3)
@@ -311,9 +312,24 @@ def test_the_coarse_scan_agrees_with_the_complete_one():
     assert coarse.top(1) == linear.top(1)
     assert {name: coarse.drops[name] for name in block.drops} == block.drops
     layers = set(coarse.drops) - set(block.drops)
-    assert len(layers) == 2 * 6
+    assert len(layers) == 6  # the second block loses less than a quarter as much
     assert all(coarse.drops[name] == linear.drops[name] for name in layers)
     assert block.top(1) == [("block 3", block.drops["block 3"])]
+
+
+@pytest.mark.parametrize(
+    ("drops", "expected"),
+    [
+        ([0.1, 0.8, 0.21, 0.3], [1, 3]),
+        ([0.1, 0.8, 0.19, 0.0], [1]),
+        ([-0.1, -0.2, -0.3], [0]),
+        ([0.0, 0.0], [0, 1]),
+        ([math.inf, 0.5, math.inf], [0, 2]),
+        ([math.inf, 0.5], [0]),
+    ],
+)
+def test_the_second_block_is_scanned_where_it_loses_a_quarter_as_much(drops, expected):
+    assert _suspects({str(block): drop for block, drop in enumerate(drops)}, 2) == [str(block) for block in expected]
 
 
 def test_the_coarse_scan_looks_at_blocks_with_a_quarter_of_the_images():
@@ -330,7 +346,7 @@ def test_the_coarse_scan_looks_at_blocks_with_a_quarter_of_the_images():
     assert {name: coarse.drops[name] for name in few.drops} == few.drops
     assert coarse.top(1) == linear.top(1)
     layers = {name: drop for name, drop in coarse.drops.items() if name not in few.drops}
-    assert len(layers) == 12
+    assert len(layers) == 6
     for block in {coarse.blocks[name] for name in layers}:  # the worst of each block, on all images
         worst = max((n for n in layers if coarse.blocks[n] == block), key=lambda n: layers[n])
         assert layers[worst] == linear.drops[worst]

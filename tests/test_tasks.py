@@ -20,14 +20,15 @@ from torch.nn import functional as F
 
 from optimum_regcache import Recipe, RegCacheConfig, RegCacheQuantizer
 from optimum_regcache.commands.evaluate import Subject, evaluate_job
+from optimum_regcache.commands.harness import Score, Seen
 from optimum_regcache.commands.page.write import report_job
-from optimum_regcache.commands.tasks import TASKS, Score
+from optimum_regcache.commands.tasks import TASKS
 from optimum_regcache.data.captions import caption_column, captions_of
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import load, planted
 from optimum_regcache.encoders.passes import FeatureEncoder, encode
 from optimum_regcache.evaluation.dense import ProjectedCosineObjective, projector_problem
-from optimum_regcache.evaluation.objective import AccuracyObjective, encode_texts
+from optimum_regcache.evaluation.objective import AccuracyObjective, encode_texts, label_ranks
 from optimum_regcache.export import export_onnx
 from optimum_regcache.hub.loading import load_model
 from support_table import fit
@@ -90,15 +91,18 @@ def test_paired_differences_and_their_errors() -> None:
 
 def test_ranks_put_the_first_of_equal_classes_first_and_nan_last() -> None:
     class Encoder(FeatureEncoder):
-        def image_features(self, batch: Any) -> torch.Tensor:
+        def run(self, batch: Any) -> Any:
             return batch["pixel_values"]
+
+        def features_of(self, output: Any) -> torch.Tensor:
+            return output
 
     features = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, float("nan")], [0, 0.2, 1]])
     batches = [{"pixel_values": features[:3]}, {"pixel_values": features[3:]}]
     accuracy = AccuracyObjective(batches, torch.tensor([0, 0, 1, 2, 0]), torch.eye(3))
-    assert accuracy.ranks(Encoder()).tolist() == [0, 0, 1, 3, 2]
-    assert (accuracy.ranks(Encoder()) == 0).float().tolist() == accuracy.scores(Encoder()).tolist()
-    assert accuracy.classes(Encoder()) == 3
+    ranks = label_ranks(accuracy.logits_of(Seen.of(Encoder(), batches)), accuracy.labels)
+    assert ranks.tolist() == [0, 0, 1, 3, 2]
+    assert (ranks == 0).float().tolist() == accuracy.scores(Encoder()).tolist()
 
 
 def test_by_default_what_needs_nothing_more(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -177,14 +181,16 @@ def test_an_export_without_classes_is_judged_by_its_features(tmp_path: Path) -> 
     same, _ = evaluate_job(Subject("planted-outlier", dataset=images), recipe, tmp_path / "torch.json", tasks=tasks)
     assert results["tasks"] == same["tasks"]
     assert results["tasks"]["knn"]["weighted votes"]["value"] > 0.25
-    with pytest.raises(ValueError, match=r"is exported and predicts no classes: .* or --task knn linear_probe\."):
+    with pytest.raises(
+        ValueError, match=r"is exported and predicts no classes: .* or --task knn linear_probe segmentation depth\."
+    ):
         evaluate_job(alone, recipe, tmp_path / "x.json")
     both = Subject(folder, "planted-outlier", images)
-    paired, _ = evaluate_job(both, recipe, tmp_path / "both.json", tasks=("knn", "cosine"))
+    paired, _ = evaluate_job(both, recipe, tmp_path / "both.json", tasks=("knn", "cosine", "patch_cosine"))
     assert paired["tasks"]["knn"]["plain votes"]["difference"] == 0
     assert paired["feature_cosine"] == pytest.approx(1)
+    assert paired["tasks"]["patch_cosine"]["patch tokens"]["value"] == pytest.approx(1)
     for task, message in (
-        ("patch_cosine", r"--task patch_cosine is not possible: an exported encoder gives pooled features"),
         ("retrieval", r"--task retrieval is not possible: \w+ has no text tower\."),
         ("projector", r"--task projector is not possible: ExportedEncoder is no vision tower with a language model"),
     ):

@@ -23,6 +23,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from optimum_regcache import DeletionConfig, set_deletion
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.picture import model_inputs
+from optimum_regcache.encoders.outputs import run_once
+from optimum_regcache.encoders.passes import image_features, patch_tokens
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.layers.linear import quant_linears
 from support_table import fit, run
@@ -109,7 +111,24 @@ def test_a_folder_with_a_vlm_on_the_command_line(
     found = json.loads(results.read_text())["tasks"]
     assert list(found) == ["cosine", "patch_cosine", "projector"]
     assert 0.9 < found["projector"]["projected tokens"]["value"] < 1
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite", "--task", "knn"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "LlavaForConditionalGeneration reads patch tokens and has no pooled feature" in capsys.readouterr().err
+    for seed in range(24):
+        (tmp_path / "labelled" / str(seed % 2)).mkdir(parents=True, exist_ok=True)
+        picture(seed).save(tmp_path / "labelled" / str(seed % 2) / f"{seed}.png")
+    labelled = ["--dataset", str(tmp_path / "labelled"), "--overwrite", "--task", "knn", "linear_probe"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *labelled])
+    main()
+    found = json.loads(results.read_text())["tasks"]
+    assert found["knn"]["plain votes"]["count"] == 8
+    assert found["linear_probe"]["own probe"]["float_value"] is not None
+
+
+def test_where_patches_are_read_the_pooled_feature_is_their_mean() -> None:
+    whole = next(w for w in WHOLES if w.family == "LLaVA (CLIP)")
+    model, pictures = whole.build(), [whole.picture(seed) for seed in range(2)]
+    (batch,) = ImageInputs(pictures).batches(2)
+    found = run_once(model, batch, tokens=True)
+    tokens, lengths = patch_tokens(model, batch)
+    torch.testing.assert_close(found.tokens, tokens)
+    torch.testing.assert_close(found.pooled, torch.stack([part.mean(0) for part in tokens.split(lengths)]))
+    torch.testing.assert_close(found.features, image_features(model, batch))
+    assert found.features.shape[1] == found.pooled.shape[1] * lengths[0]

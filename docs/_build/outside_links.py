@@ -1,6 +1,6 @@
 """Hook of mkdocs: pages of the repository that lie outside of docs/ join the site, and links across its border work.
 
-README.md, CONTRIBUTING.md, CHANGELOG.md and recipes/README.md appear as ``project/...``. Any other file that a page links to
+README.md, CONTRIBUTING.md, CHANGELOG.md, recipes/README.md and examples/README.md appear as ``project/...``. Any other file that a page links to
 (results as JSON, recipes, pictures) is copied to ``project/...`` as it is. A link to a file that does not exist stays as it
 is, and mkdocs reports it.
 """
@@ -16,7 +16,7 @@ from markdown.extensions.toc import slugify
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "examples/README.md")
 PREFIX = "project/"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)

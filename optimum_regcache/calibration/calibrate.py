@@ -11,7 +11,7 @@ from torch import nn
 
 from optimum_regcache.calibration.observers import ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
-from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, move
+from optimum_regcache.encoders.passes import Batch, PaddingMask, class_logits, image_features
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
@@ -137,6 +137,6 @@ def calibrate(
 def run_heads(model: Any, batch: Batch) -> None:
     """Run everything that may be quantized: the classifier if there is one, else the features."""
     if has_classifier(model):
-        model(**move(batch, model))
+        class_logits(model, batch)
     else:
         image_features(model, batch)

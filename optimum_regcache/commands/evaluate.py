@@ -12,18 +12,18 @@ import evaluate
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from optimum_regcache.commands.harness import Columns, Harness, Seen
 from optimum_regcache.commands.report import environment, retention
 from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe
-from optimum_regcache.commands.tasks import FEATURES_ALONE, Harness, check_tasks, run_tasks
+from optimum_regcache.commands.tasks import COLUMNS_OF, FEATURES_ALONE, check_tasks, run_tasks
 from optimum_regcache.config.files import write_json
 from optimum_regcache.config.output import check_result_file
 from optimum_regcache.config.recipe import LOCAL, Recipe, recorded_name
 from optimum_regcache.data import reference
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import store_batches
-from optimum_regcache.encoders.passes import encode
 from optimum_regcache.evaluation.norms import measure_token_norms
-from optimum_regcache.evaluation.objective import check_template
+from optimum_regcache.evaluation.objective import check_template, predicted_classes
 from optimum_regcache.export.layout import is_exported
 from optimum_regcache.export.runner import ExportedEncoder
 from optimum_regcache.fusion import fuse
@@ -46,7 +46,7 @@ class Subject:
         template: zero-shot prompt, or several.
         device: ``cpu`` or ``cuda``.
         hub: for `load_model` and `load_processor`; ``revision`` is that of ``model``.
-        caption_column: of the captions, for the task ``retrieval``; default: found by its name.
+        columns: of captions, masks and depths, for the tasks ``retrieval``, ``segmentation`` and ``depth``.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Subject:
     template: str | Sequence[str] | None = None
     device: str = "cpu"
     hub: Hub = field(default_factory=dict)
-    caption_column: str | None = None
+    columns: Columns = field(default_factory=Columns)
 
 
 def evaluate_job(
@@ -93,8 +93,9 @@ def evaluate_job(
     check_tasks(tasks)
     for template in [subject.template] if isinstance(subject.template, str) else subject.template or ():
         check_template(template)
-    if subject.caption_column is not None and "retrieval" not in tasks:
-        raise ValueError("--caption-column has no effect without --task retrieval. Leave it out, or give the task.")
+    for option, (task, name) in COLUMNS_OF.items():
+        if getattr(subject.columns, name) != getattr(Columns(), name) and task not in tasks:
+            raise ValueError(f"{option} has no effect without --task {task}. Leave it out, or give the task.")
     model_dir, device = subject.model, subject.device
     if subject.original is not None:
         refuse_itself(subject.original, model_dir)
@@ -131,11 +132,9 @@ def evaluate_job(
     )
     report = ImageInputs(source.report_images, source.processor)
     batches = store_batches(report, recipe.data, space_of(recipe.data), progress=True)
-    harness = Harness(
-        model, source, original is None, report, recipe.data, batches, subject.template, subject.caption_column
-    )
+    harness = Harness(model, source, original is None, report, recipe.data, batches, subject.template, subject.columns)
     labelled = not tasks or "accuracy" in tasks or bool(metrics) or fused
-    accuracy = harness.accuracy if labelled else None
+    accuracy: Any = harness.accuracy if labelled else None
     if metrics and accuracy is None:
         raise ValueError(
             f"Metrics {', '.join(metrics)} need labels that the model can predict; {source.dataset_name} gives none: "
@@ -164,7 +163,7 @@ def evaluate_job(
         results["feature_cosine"] = found["cosine"]["features"].value
     if accuracy is not None:
         for metric in loaded.values():
-            results |= metric.compute(predictions=accuracy.predictions(model), references=accuracy.labels) or {}
+            results |= metric.compute(predictions=predicted_classes(harness.logits()), references=accuracy.labels) or {}
     if exported:
         results["quantization"], results["format"] = model.info["quantization"], model.format
     else:
@@ -175,10 +174,12 @@ def evaluate_job(
         results["fused"] = {}
         for attention in ("float32", "simulated" if native.unavailable_reason() else "int8"):
             again: dict[str, Any] = {"how": str(fuse(model, attention=attention))}
+            seen = Seen.of(model, batches)
             if accuracy is not None:
-                again["accuracy"] = float(accuracy.scores(model).mean())
+                hits = predicted_classes(accuracy.logits_of(seen)).eq(accuracy.labels)
+                again["accuracy"] = float(hits.float().mean())
             if original is not None:
-                cosines = F.cosine_similarity(encode(model, batches), harness.features(True))
+                cosines = F.cosine_similarity(seen.features, harness.seen(True).features)
                 again["feature_cosine"] = float(cosines.mean())
             results["fused"][f"{attention} attention"] = again
     write_json(output, results)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from optimum_regcache.commands.sources import EMBEDDED_IMAGES, Source
 from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.norms import TokenNorms
-from optimum_regcache.evaluation.outliers import REPORTED_RATIO
-from optimum_regcache.search.mining import mine_tokens
+from optimum_regcache.evaluation.places import are_outliers, patch_norms
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def draw_report(
@@ -44,24 +47,27 @@ def draw_report(
 def _draw_outliers(source: Source, block: int, path: Path, photos: bool, count: int = 12) -> None:
     """The outlier tokens (as `measure_outliers` counts them) of the first report images at the input of ``block``, and the
     largest other tokens up to three an image; on grey sheets without ``photos``: a folder that is uploaded shows none."""
-    tower = find_tower(source.model)
     images = ImageInputs(source.report_images.select(range(min(count, len(source.report_images)))), source.processor)
-    pictures, outliers, others, grid = [], [], [], 0
-    for index in range(len(images)):
-        batch = next(images.subset([index]).batches(1))
-        if batch["pixel_values"].ndim != 4 or tower.patch_size is None:
+    framed = []
+    for batch in images.batches(1):
+        grid = patch_grid(source.model, batch)
+        if grid is None:
             return  # SigLIP2: patches of varying grids
-        every = mine_tokens(source.model, [batch], [block], top=10**6, per_image=10**6, progress=False)[block]
-        number = int((every.norms >= REPORTED_RATIO * every.norms.median()).sum())
         pixels = batch["pixel_values"][0]
-        pictures.append(_to_picture(pixels if photos else torch.ones_like(pixels)))
-        outliers.append(every.position[:number].tolist())
-        others.append(every.position[number:3].tolist())
-        grid = batch["pixel_values"].shape[-1] // tower.patch_size[1]
-    draw_outliers(path, pictures, outliers, others, tower.num_prefix_tokens, grid)
+        picture = to_picture(pixels if photos else torch.ones_like(pixels))
+        framed.append(frame_outliers(picture, patch_norms(source.model, batch)[block, 0], grid))
+    draw_sheet(path, framed)
 
 
-def _to_picture(pixels: torch.Tensor) -> Any:
+def patch_grid(model: Any, batch: Batch) -> tuple[int, int] | None:
+    """(rows, columns) of the patches of the images of ``batch``; None where it holds patches instead of pixels."""
+    size, pixels = find_tower(model).patch_size, batch["pixel_values"]
+    if pixels.ndim != 4 or size is None:
+        return None
+    return pixels.shape[-2] // size[0], pixels.shape[-1] // size[1]
+
+
+def to_picture(pixels: torch.Tensor) -> Image:
     """Model input [3, H, W] as a picture, contrast stretched; light grey if it is of one value."""
     from PIL import Image
 
@@ -113,31 +119,58 @@ def plot_analysis(
     figure.savefig(path, dpi=130)
 
 
-def draw_outliers(
-    path: str | Path, images: list[Any], outliers: list[list[int]], others: list[list[int]], lead: int, grid: int
-) -> None:
-    """Images with their outlier tokens framed (thick, magenta), and large tokens that are none (thin, grey).
+def frame_outliers(picture: Image, norms: torch.Tensor, grid: tuple[int, int], side: int = 192, most: int = 3) -> Image:
+    """A picture with its outlier tokens framed (thick, magenta), its largest other ones (thin, grey) until ``most`` are framed,
+    and those that are deleted crossed out.
 
     Args:
-        path: PNG to write.
-        images: PIL images as the model saw them (square).
-        outliers, others: token positions per image (prefix tokens counted).
-        lead: number of prefix tokens.
-        grid: patches per side.
+        picture: as the model saw it.
+        norms: float [patches] of one block, as `patch_norms` gives them.
+        grid: rows and columns of the patches.
+        side: pixels of the height that it is drawn at.
+        most: tokens framed, unless there are more outliers.
     """
     from PIL import Image, ImageDraw
 
-    side, columns = 192, min(6, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8)), "white")
-    cell = side / grid
-    for number, image in enumerate(images):
-        picture = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-        draw = ImageDraw.Draw(picture)
-        for tokens, colour, width in ((others[number], (128, 128, 128), 1), (outliers[number], (255, 0, 200), 3)):
-            for token in tokens:
-                row, column = divmod(token - lead, grid)
-                box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
-                draw.rectangle(box, outline=colour, width=width)
-        sheet.paste(picture, ((number % columns) * (side + 8) + 4, (number // columns) * (side + 8) + 4))
+    width = round(side * picture.width / picture.height)
+    drawn = picture.convert("RGB").resize((width, side), Image.Resampling.NEAREST)
+    draw, high, wide = ImageDraw.Draw(drawn), side / grid[0], width / grid[1]
+    outliers = are_outliers(norms)
+
+    def box(token: int) -> tuple[float, float, float, float]:
+        row, column = divmod(token, grid[1])
+        return column * wide, row * high, (column + 1) * wide - 1, (row + 1) * high - 1
+
+    largest = norms.nan_to_num(-1.0).argsort(descending=True, stable=True)
+    for token in reversed(largest[: max(most, int(outliers.sum()))].tolist()):  # outliers last, on top
+        colour, thick = ((255, 0, 200), 3) if outliers[token] else ((128, 128, 128), 1)
+        draw.rectangle(box(token), outline=colour, width=thick)
+    for token in norms.isnan().nonzero().flatten().tolist():
+        left, top, right, bottom = box(token)
+        for line in ((left, top, right, bottom), (left, bottom, right, top)):
+            draw.line(line, fill="white", width=5)
+            draw.line(line, fill="black", width=2)
+    return drawn
+
+
+def draw_sheet(path: str | Path, pictures: list[Image], columns: int = 6) -> None:
+    """Pictures of one size side by side, as a file."""
+    from PIL import Image
+
+    columns = min(columns, len(pictures))
+    width, height = (length + 8 for length in pictures[0].size)
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, ((number % columns) * width + 4, (number // columns) * height + 4))
     sheet.save(path)
+
+
+def shade_patches(picture: Image, values: torch.Tensor, grid: tuple[int, int], side: int = 192) -> Image:
+    """A picture that is red where ``values`` [patches], in the order of ``grid`` (rows, columns), are 1, unchanged where 0."""
+    from PIL import Image
+
+    width = round(side * picture.width / picture.height)
+    drawn = picture.convert("RGB").resize((width, side), Image.Resampling.NEAREST)
+    shares = (values.nan_to_num(1.0).clamp(0, 1) * 255).reshape(grid).byte().cpu().numpy()
+    mask = Image.fromarray(shares).resize((width, side), Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", drawn.size, (214, 0, 60)), drawn, mask)

@@ -28,7 +28,7 @@ from optimum_regcache.search.setups import mean_and_error
 from optimum_regcache.search.trials import TrialRunner
 
 NOTHING = "nothing"
-NORM_FLOPS = 2e12  # of the float model: about 57 images of CLIP ViT-B/16
+NORM_FLOPS = 1e12  # of the float model: about 28 images of CLIP ViT-B/16
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Reporter:
         one = ImageRange(self.batches, 1)
         flops = block_flops(self.runner.float_model, measure_token_norms(self.runner.float_model, one).tokens)
         count = count_images(self.batches)
-        images = count if flops is None else min(count, max(32, int(NORM_FLOPS / flops)))
+        images = count if flops is None else min(count, max(16, int(NORM_FLOPS / flops)))
         return self.batches if images == count else ImageRange(self.batches, images)
 
     @cached_property

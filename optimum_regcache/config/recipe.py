@@ -59,8 +59,9 @@ class SearchConfig:
             ``coordinate`` (start block and tau, then k~, then tau again; all images) or ``exhaustive`` (the paper's grid, every
             start, tau and k~; many times the work). A recipe saved before there was a choice means ``coordinate``.
         always: search even where round to nearest loses less than ``min_gain``.
-        sensitivity: ``coarse`` (on a quarter of the images blocks, then the linear layers of the two worst; the worst layer of
-            each on all images), ``linear`` (every linear layer, one quantized at a time) or ``block`` (all linears of a block).
+        sensitivity: ``coarse`` (on a quarter of the images blocks, then the linear layers of the worst, and of the second where
+            it loses at least a quarter as much; the worst layer of each on all images), ``linear`` (every linear layer, one
+            quantized at a time) or ``block`` (all linears of a block).
         sensitivity_images: at most this many selection images are used by the scan.
         sensitive_block: skip the scan and take this block as l_q.
         score_site: tokens are ranked by l_inf at the ``block_input`` or at the ``fc2_input`` of the block.

@@ -229,10 +229,14 @@ class ImageInputs(Sequence[Batch]):
                 return {**row, "image_grid_thw": row["image_grid_thw"].reshape(3)}
             single = row if position is None else {k: v[position] for k, v in row.items()}
             return without_pixel_mask(single, f"Item {self._rows[self.indices[index]][0]} of the data")
+        value = self._pictures[self.indices[index]].get(self._image)
+        return model_inputs(self.picture(index), self.processor, picture_name(value, self.indices[index]))
+
+    def picture(self, index: int) -> Any:
+        """The picture of an image, where :attr:`decodes`; with its EXIF orientation applied."""
         row = self.indices[index]
         value = self._pictures[row].get(self._image)
-        picture = read_picture(value, row, getattr(self.source.features[self._image], "mode", None))
-        return model_inputs(picture, self.processor, picture_name(value, row))
+        return read_picture(value, row, getattr(self.source.features[self._image], "mode", None))
 
     @property
     def decodes(self) -> bool:

@@ -35,6 +35,8 @@ _BUILDERS = {
     ".zip": "imagefolder",
 }
 _LABEL_COLUMNS = ("label", "labels", "cls")
+MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "semantic_mask", "label")
+DEPTHS = ("depth", "depth_map")
 _PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "img")
 _TRIED = 10  # values of a column that are looked at to find out what it holds
 
@@ -239,16 +241,17 @@ def with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
 
 
 def image_column(dataset: Dataset) -> str:
-    """Name of the image column.
+    """Name of the image column: the first of pictures whose name is not that of masks or depths.
 
     Raises:
         ValueError: there is none.
     """
     from datasets import Image
 
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            return name
+    names = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    names.sort(key=lambda name: name in (*MASKS, *DEPTHS))  # stable
+    if names:
+        return names[0]
     raise ValueError(
         f"The data set has no image column; its columns are {', '.join(dataset.column_names)}. "
         "Cast one with dataset.cast_column(name, datasets.Image())."

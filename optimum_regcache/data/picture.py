@@ -54,7 +54,7 @@ def read_picture(value: Any, row: int, mode: str | None = None) -> Image:
     return picture
 
 
-def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.Tensor]:
+def model_inputs(picture: Image, processor: Any, name: str, **settings: Any) -> dict[str, torch.Tensor]:
     """Tensors of one image, without the axis of images.
 
     The processor gets the picture as it is and decides what becomes of transparency, palettes and grey values. A processor
@@ -69,6 +69,7 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
         picture: any mode but I and F.
         processor: image processor or processor.
         name: for errors.
+        settings: of the processor, in place of its own.
 
     Raises:
         ValueError: pictures of a single pixel's height or width, padded by the processor, or values without a known range.
@@ -82,7 +83,7 @@ def model_inputs(picture: Image, processor: Any, name: str) -> dict[str, torch.T
         grey = isinstance(mean, (list, tuple)) and len(mean) == 1
         picture = picture.convert("L" if grey else "RGB")
     whole = {setting: False for setting in _CUTS if getattr(processor, setting, None)}
-    inputs = processor(images=picture, return_tensors="pt", **whole)
+    inputs = processor(images=picture, return_tensors="pt", **whole, **settings)
     packed = ("pixel_values",) if "image_grid_thw" in inputs else ()  # no axis of images
     single = {k: v if k in packed else v[0] for k, v in inputs.items() if k in MODEL_INPUTS}
     if single["pixel_values"].ndim == 4:  # crops

@@ -39,6 +39,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 TEXTURES = ("plain", "striped", "checkered", "dotted", "noisy", "shaded")
 SPLITS = ("train", "search", "calibration", "report")
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+MASK_NAMES = ("background", *SHAPES)  # what the numbers of `Scene.mask` mean
+WALL = 3000  # depth of the background, in thousandths
 SIZE = 64
 _SUPERSAMPLING = 2
 
@@ -57,12 +59,17 @@ class Scene:
         label: index into :data:`CLASS_NAMES`.
         caption: a sentence that always names colour and shape, sometimes size, place and background.
         box: left, top, right, bottom of the shape, as fractions of the image; everything outside is background.
+        mask: uint8, index into :data:`MASK_NAMES`; a pixel belongs to the shape that covers half of it.
+        depth: SYNTHETIC, uint16 in thousandths. All shapes are taken for objects of one radius (0.3 image widths at a distance
+            of 1), flat and facing the camera: half the apparent radius is twice as far. The background is at :data:`WALL`.
     """
 
     image: Image.Image
     label: int
     caption: str
     box: tuple[float, float, float, float]
+    mask: Image.Image
+    depth: Image.Image
 
 
 def _generator(split: str, seed: int, index: int) -> np.random.Generator:
@@ -186,13 +193,17 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     vertical = "top" if cy < big / 2 else "bottom"
     place = f"{vertical} {'left' if cx < big / 2 else 'right'}"
     caption = _caption(rng, CLASS_NAMES[label], radius > 0.215 * big, place, texture, background)
-    return Scene(image, label, caption, (left, top, right, bottom))
+    covered = np.asarray(mask.resize((size, size), Image.Resampling.BOX)) >= 128
+    classes = np.where(covered, 1 + SHAPES.index(shape), 0).astype(np.uint8)
+    depth = np.where(covered, round(1000 * 0.3 * big / radius), WALL).astype(np.uint16)
+    return Scene(image, label, caption, (left, top, right, bottom), Image.fromarray(classes), Image.fromarray(depth))
 
 
 def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
-    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption, box).
+    """Render the first ``num_samples`` scenes of a split as a ``datasets.Dataset`` (columns image, label, caption, box, mask,
+    depth).
 
-    The class names are zero-shot prompts such as ``"a red circle"``; ``box`` tells where the shape is (:class:`Scene`).
+    The class names are zero-shot prompts such as ``"a red circle"``; the other columns are those of :class:`Scene`.
     """
     from datasets import ClassLabel, Dataset, Features, List, Value
     from datasets import Image as ImageFeature
@@ -206,6 +217,8 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
             "label": [s.label for s in scenes],
             "caption": [s.caption for s in scenes],
             "box": [list(s.box) for s in scenes],
+            "mask": [s.mask for s in scenes],
+            "depth": [s.depth for s in scenes],
         },
         features=Features(
             {
@@ -213,6 +226,8 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
                 "label": ClassLabel(names=[prompt(n) for n in CLASS_NAMES]),
                 "caption": Value("string"),
                 "box": List(Value("float32"), length=4),
+                "mask": ImageFeature(),
+                "depth": ImageFeature(),
             }
         ),
     )

@@ -13,6 +13,7 @@ from torch import nn
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.store import LazySequence
 from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
+from optimum_regcache.math.linear import fast_linears
 
 Batch = dict[str, torch.Tensor]
 
@@ -20,9 +21,21 @@ Batch = dict[str, torch.Tensor]
 class FeatureEncoder(ABC):
     """An encoder that is no torch module and takes batches on the CPU, such as an exported one."""
 
+    num_prefix_tokens: int = 0  # of `last_hidden_state`
+    patch_size: tuple[int, int] | None = None  # pixels (h, w), None if nobody knows
+    gives_tokens: bool = False  # whether there is a `last_hidden_state`
+
     @abstractmethod
+    def run(self, batch: Batch) -> Any:
+        """Its output, whose ``last_hidden_state`` [B, N, D] is None where it gives no tokens."""
+
+    @abstractmethod
+    def features_of(self, output: Any) -> torch.Tensor:
+        """Pooled features [B, D], float32, of what :meth:`run` gave."""
+
     def image_features(self, batch: Batch) -> torch.Tensor:
         """Pooled features [B, D], float32."""
+        return self.features_of(self.run(batch))
 
 
 def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
@@ -92,6 +105,7 @@ def _integers(numbers: torch.Tensor) -> list[int]:
     return cast("Any", numbers).tolist()
 
 
+@fast_linears()
 def run_tower(tower: Tower, batch: Batch, **options: Any) -> Any:
     """The tower's output for a batch, which is moved to its device and dtype first."""
     inputs = move(batch, tower.module)
@@ -124,13 +138,13 @@ def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor
     return torch.cat([t.flatten(1) for t in tokens], 1) / sum(t.shape[1] for t in tokens) ** 0.5
 
 
-def _read_states(model: nn.Module, tower: Tower, batch: Batch, lead: int) -> list[torch.Tensor]:
+def _read_states(model: nn.Module, tower: Tower, batch: Batch, lead: int, output: Any = None) -> list[torch.Tensor]:
     """The states that a model around the tower reads, without the first ``lead`` tokens, each [B, N, D]; of a backbone, the
-    feature maps."""
-    if tower.is_backbone:
-        return _map_tokens(tower, run_tower(tower, batch))
+    feature maps. ``output`` is that of the tower, if it has run."""
     options = _options_of(model, tower)
-    output = run_tower(tower, batch, **options)
+    output = run_tower(tower, batch, **options) if output is None else output
+    if tower.is_backbone:
+        return _map_tokens(tower, output)
     if not options:
         return [output.last_hidden_state[:, lead:]]
     return [output.hidden_states[i][:, lead:] for i in states_read(model, tower)]
@@ -150,32 +164,39 @@ def _map_tokens(tower: Tower, output: Any) -> list[torch.Tensor]:
     return [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, lead:] for m in output.feature_maps]
 
 
-def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch, output: Any = None) -> tuple[torch.Tensor, list[int]]:
     """The patch tokens that a model gives for dense use, without CLS, trained registers and padding.
 
     ``last_hidden_state`` of the tower, whose deleted positions hold the fill (docs/method.md 7); the feature maps of a
     backbone, all of them; the states that a larger model around the tower reads; merged tokens where patches are packed.
 
+    Args:
+        model: torch module, or an exported encoder.
+        batch: the images.
+        output: of the tower, or of the exported encoder, for ``batch``; it runs if None.
+
     Returns:
         (tokens [rows, D], float32, image after image; rows of each image).
 
     Raises:
-        ValueError: an exported encoder, which gives pooled features only.
+        ValueError: an encoder that gives pooled features only.
     """
     if isinstance(model, FeatureEncoder):
-        raise ValueError(
-            "An exported encoder gives pooled features and no patch tokens. Compare the PyTorch model, or its features."
-        )
+        last = (model.run(batch) if output is None else output).last_hidden_state
+        if last is None:
+            raise ValueError("The encoder gives pooled features and no patch tokens. Compare its features.")
+        last = last[:, model.num_prefix_tokens :].float()
+        return last.flatten(0, 1), [last.shape[1]] * len(last)
     inputs, tower = move(batch, model), find_tower(model)
     if tower.family.packed:
-        output = run_tower(tower, inputs)
+        output = run_tower(tower, inputs) if output is None else output
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
         return merged.float(), _merged_lengths(tower, inputs)
     lead = tower.num_prefix_tokens
     if tower.is_backbone or reads_patches(model, tower):
-        states = _read_states(model, tower, inputs, lead)
+        states = _read_states(model, tower, inputs, lead, output)
     else:
-        states = [run_tower(tower, inputs).last_hidden_state[:, lead:]]
+        states = [(run_tower(tower, inputs) if output is None else output).last_hidden_state[:, lead:]]
     tokens, mask = torch.cat(states, 1).float(), inputs.get("pixel_attention_mask")
     if mask is None or mask.shape != states[0].shape[:2]:
         return tokens.flatten(0, 1), [tokens.shape[1]] * len(tokens)
@@ -207,6 +228,7 @@ def lone_token(tower: Tower, state: torch.Tensor) -> tuple[torch.Tensor, dict[st
     return hidden, given
 
 
+@fast_linears()
 def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """Features that ``model`` is used for, [B, D], float32.
 
@@ -228,6 +250,12 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
         lengths = _merged_lengths(tower, inputs)
         return torch.stack([part.mean(0) for part in torch.split(merged, lengths)]).float()
     return pooled_features(tower, output)
+
+
+@fast_linears()
+def class_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """What a model with a classifier says, [B, classes], float32 on the CPU."""
+    return model(**move(batch, model)).logits.float().cpu()
 
 
 def pooled_features(tower: Tower, output: Any) -> torch.Tensor:

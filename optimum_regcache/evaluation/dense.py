@@ -57,13 +57,7 @@ class PatchCosineObjective(Objective):
         for batch, lengths, stored in zip(self.batches, self.lengths, self.reference, strict=False):
             reference = stored["tokens"][: sum(lengths)]
             tokens, found = self.unit_tokens(model, batch)
-            require(
-                found == lengths,
-                f"The model gives {found[0]} patch tokens for an image of which the float model gives {lengths[0]}: which "
-                "positions are left is not known. Use deletion.fill='neighbour_mean'.",
-            )
-            cosines = (tokens * reference).sum(-1)
-            scores += [part.mean() for part in cosines.split(lengths)]
+            scores += mean_cosines(tokens, reference, found, lengths)
         return torch.stack(scores)
 
     @torch.inference_mode()
@@ -75,6 +69,26 @@ class PatchCosineObjective(Objective):
     def tokens(self, model: nn.Module | FeatureEncoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
         """What is compared, [rows, D], and the rows of each image."""
         return patch_tokens(model, batch)
+
+
+def mean_cosines(
+    tokens: torch.Tensor, reference: torch.Tensor, found: Sequence[int], lengths: Sequence[int]
+) -> list[torch.Tensor]:
+    """Mean cosine of the tokens of each image.
+
+    Args:
+        tokens, reference: [rows, D], normalised.
+        found, lengths: rows of each image in ``tokens`` and in ``reference``.
+
+    Raises:
+        ValueError: they differ.
+    """
+    require(
+        list(found) == list(lengths),
+        f"The model gives {found[0]} patch tokens for an image of which the float model gives {lengths[0]}: which "
+        "positions are left is not known. Use deletion.fill='neighbour_mean'.",
+    )
+    return [part.mean() for part in (tokens * reference).sum(-1).split(list(lengths))]
 
 
 class ProjectedCosineObjective(PatchCosineObjective):

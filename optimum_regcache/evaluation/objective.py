@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
+from optimum_regcache.encoders.outputs import Outputs, run_once
 from optimum_regcache.encoders.passes import (
     Batch,
     FeatureEncoder,
     ImageRange,
+    class_logits,
     count_images,
     encode,
     image_features,
     move,
-    pooled_features,
 )
-from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.encoders.tower import has_classifier
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _TEXTS = 256  # in one pass
@@ -198,32 +199,19 @@ class AccuracyObjective(Objective):
     @torch.inference_mode()
     def predictions(self, model: Any) -> torch.Tensor:
         """Predicted classes, int64 [n]; -1 where the logits are no numbers."""
-        return torch.cat([_classes(logits) for logits in self._logits(model)])
+        return torch.cat([predicted_classes(self._logits(model, batch)) for batch in self.batches])
 
-    @torch.inference_mode()
-    def ranks(self, model: Any) -> torch.Tensor:
-        """How many classes come before the label, int64 [n]: 0 where it is predicted, all classes where logits are no numbers;
-        of equal logits the first comes first."""
-        found, start = [], 0
-        for logits in self._logits(model):
-            labels = self.labels[start : start + len(logits), None]
-            own, classes = logits.gather(1, labels), torch.arange(logits.shape[1])
-            before = (logits > own) | ((logits == own) & (classes < labels))
-            found.append(before.sum(1).masked_fill(logits.isnan().any(1), logits.shape[1]))
-            start += len(logits)
-        return torch.cat(found)
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """float32 [B, classes]; a classifier may be any module."""
+        if self.text_features is not None:
+            return F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
+        return class_logits(model, batch)
 
-    def classes(self, model: Any) -> int:
-        """How many classes there are."""
-        return model.config.num_labels if self.text_features is None else len(self.text_features)
-
-    def _logits(self, model: Any) -> Iterator[torch.Tensor]:
-        """float32 [B, classes] of each batch."""
-        for batch in self.batches:
-            if self.text_features is not None:
-                yield F.normalize(image_features(model, batch), dim=-1).cpu() @ self.text_features.T
-            else:
-                yield model(**move(batch, model)).logits.float().cpu()
+    def logits_of(self, outputs: Outputs) -> torch.Tensor:
+        """float32 [B, classes]."""
+        if self.text_features is not None:
+            return F.normalize(outputs.features, dim=-1) @ self.text_features.T
+        return cast("torch.Tensor", outputs.logits)  # of a classifier, which the objective is only made for
 
 
 def require_labels(labels: torch.Tensor, batches: Sequence[Batch]) -> None:
@@ -232,7 +220,20 @@ def require_labels(labels: torch.Tensor, batches: Sequence[Batch]) -> None:
     require(len(labels) == count, f"{len(labels)} labels for {count} images.")
 
 
-def _classes(logits: torch.Tensor) -> torch.Tensor:
+def label_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many classes come before the label, int64 [n]: 0 where it is predicted, all classes where logits are no numbers; of
+    equal logits the first comes first.
+
+    Args:
+        logits: float [n, classes].
+        labels: int64 [n].
+    """
+    own, classes = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1])
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    return before.sum(1).masked_fill(logits.isnan().any(1), logits.shape[1])
+
+
+def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
     """The class of the largest logit, int64 [B]; -1 where one is nan, which argmax would take for the largest."""
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
@@ -246,17 +247,9 @@ def score_both(
         return cosine.scores(model), None
     if accuracy.text_features is not None:
         return _score_features(F.normalize(encode(model, cosine.batches), dim=-1), cosine, accuracy)
-    tower, outputs = find_tower(model), list[Any]()
-    handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    parts, classes = [], []
-    try:
-        for batch in cosine.batches:
-            outputs.clear()
-            classes.append(_classes(model(**move(batch, model)).logits.float().cpu()))
-            parts.append(pooled_features(tower, outputs[0]).cpu())
-    finally:
-        handle.remove()
-    features, predictions = F.normalize(torch.cat(parts), dim=-1), torch.cat(classes)
+    runs = [run_once(model, batch) for batch in cosine.batches]
+    features = F.normalize(torch.cat([run.features for run in runs]), dim=-1)
+    predictions = torch.cat([predicted_classes(accuracy.logits_of(run)) for run in runs])
     return (features * cosine.reference).sum(-1), predictions.eq(accuracy.labels).float()
 
 
@@ -274,7 +267,7 @@ def _score_features(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     hits = None
     if accuracy is not None and accuracy.text_features is not None:
-        hits = _classes(features @ accuracy.text_features.T).eq(accuracy.labels).float()
+        hits = predicted_classes(features @ accuracy.text_features.T).eq(accuracy.labels).float()
     return (features * cosine.reference).sum(-1), hits
 
 

@@ -29,7 +29,7 @@ def need_scikit_learn(part: str = "") -> Any:
         return import_module(f"sklearn{part}")
     except ImportError as error:
         raise ImportError(
-            f"scikit-learn is needed for --task knn and linear_probe and could not be imported ({error}): "
+            f"scikit-learn is needed for --task knn, linear_probe, segmentation and depth and could not be imported ({error}): "
             'pip install "optimum-regcache[eval]"'
         ) from error
 
@@ -66,17 +66,24 @@ class LinearProbe:
     Args:
         train: float [m, D].
         labels: int64 [m].
+        weights: float64 [m], how much each counts, in the mean and the deviation too; all alike if None.
+        what: rows of ``train`` are, for errors.
+
+    Attributes:
+        classes: int64 [classes], the labels that occur, in order.
 
     Raises:
         ValueError: training features that are no numbers, or one class only.
         ImportError: scikit-learn is missing.
     """
 
-    def __init__(self, train: torch.Tensor, labels: torch.Tensor) -> None:
-        _check(train, labels)
+    def __init__(
+        self, train: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None, what: str = "images"
+    ) -> None:
+        _check(train, labels, what)
         regression = need_scikit_learn(".linear_model").LogisticRegression(max_iter=STEPS)
-        scaler = need_scikit_learn(".preprocessing").StandardScaler()
-        self._model = _fit(need_scikit_learn(".pipeline").make_pipeline(scaler, regression), train, labels)
+        self._model = _fit(_standardised(regression), train, labels, weights)
+        self.classes = torch.from_numpy(regression.classes_).long()
         if max(regression.n_iter_) >= STEPS:
             logger.warning(f"The linear probe did not converge within {STEPS} steps: its figures are not its best.")
 
@@ -84,25 +91,73 @@ class LinearProbe:
         """Classes of float [n, D], int64 [n]; -1 where a feature is no number."""
         return _predict(self._model, features)
 
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of :attr:`classes` of float [n, D], float64 [n, classes]; nan where a feature is no number."""
+        scores = _apply(self._model.decision_function, features, () if len(self.classes) == 2 else (len(self.classes),))
+        return torch.stack([torch.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores
 
-def _check(train: torch.Tensor, labels: torch.Tensor) -> None:
+
+class RidgeProbe:
+    """Ridge regression (alpha = 1) on standardised features.
+
+    Args:
+        train: float [m, D] of patches.
+        values: float64 [m].
+        weights: float64 [m], how much each counts.
+
+    Raises:
+        ValueError: training features that are no numbers.
+        ImportError: scikit-learn is missing.
+    """
+
+    def __init__(self, train: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> None:
+        _check_numbers(train, "patches")
+        regression = need_scikit_learn(".linear_model").Ridge(alpha=1.0)
+        self._model = _fit(_standardised(regression), train, values, weights)
+
+    def predictions(self, features: torch.Tensor) -> torch.Tensor:
+        """Values of float [n, D], float64 [n]; nan where a feature is no number."""
+        return _apply(self._model.predict, features)
+
+
+def _check(train: torch.Tensor, labels: torch.Tensor, what: str = "images") -> None:
+    _check_numbers(train, what)
+    require(
+        len(labels.unique()) > 1,
+        f"The {len(train)} training {what} are of one class. Take more of them (--num-samples), or a data set of several.",
+    )
+
+
+def _check_numbers(train: torch.Tensor, what: str) -> None:
     broken = int((~train.isfinite().all(1)).sum())
     require(
         broken == 0,
-        f"The model gives no numbers for {broken} of {len(train)} training images. Look at them, or open the model in float32.",
-    )
-    require(
-        len(labels.unique()) > 1,
-        f"The {len(train)} training images are of one class. Take more of them (--num-samples), or a data set of several.",
+        f"The model gives no numbers for {broken} of {len(train)} training {what}. Look at them, or open the model in float32.",
     )
 
 
-def _fit(model: Any, train: torch.Tensor, labels: torch.Tensor) -> Any:
+def _standardised(regression: Any) -> Any:
+    return need_scikit_learn(".pipeline").make_pipeline(
+        need_scikit_learn(".preprocessing").StandardScaler(), regression
+    )
+
+
+def _fit(model: Any, train: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> Any:
     """``model``, fitted without the warnings that this module replaces, or that do not matter here."""
+    given = {} if weights is None else {f"{step}__sample_weight": weights.numpy() for step, _ in model.steps}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", need_scikit_learn(".exceptions").ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes is greater than")
-        return model.fit(_array(train), labels.numpy())
+        return model.fit(_array(train), targets.numpy(), **given)
+
+
+def _apply(call: Any, features: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """``call`` of the finite rows, float64 [n, *shape]; nan for the others."""
+    finite = features.isfinite().all(1)
+    found = torch.full((len(features), *shape), float("nan"), dtype=torch.float64)
+    if finite.any():
+        found[finite] = torch.from_numpy(call(_array(features[finite]))).double()
+    return found
 
 
 def _predict(model: Any, features: torch.Tensor) -> torch.Tensor:

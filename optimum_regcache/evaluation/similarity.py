@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, count_images, encode, move
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, ImageRange, class_logits, count_images, encode
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import Bank, Given, Objective, require_labels
 
@@ -177,7 +177,7 @@ def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def _class_logits(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
     """float64 [n, classes] on the CPU."""
-    return torch.cat([model(**move(batch, model)).logits.double().cpu() for batch in batches])
+    return torch.cat([class_logits(model, batch).double() for batch in batches])
 
 
 def _features(model: nn.Module, batches: Sequence[Batch], bank: Bank) -> torch.Tensor:

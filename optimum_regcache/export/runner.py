@@ -56,6 +56,9 @@ class ExportedEncoder(FeatureEncoder):
     def __init__(self, directory: Path, info: dict[str, Any], config: Any, processor: Any, network: Network) -> None:
         self.directory, self.info, self.config, self.processor = directory, info, config, processor
         self.format: str = info["format"]
+        self.num_prefix_tokens, self.gives_tokens = info["num_prefix_tokens"], "last_hidden_state" in info["outputs"]
+        patch: Any = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        self.patch_size = (patch, patch) if isinstance(patch, int) else patch and (int(patch[0]), int(patch[1]))
         self._network = network
 
     @classmethod
@@ -113,14 +116,17 @@ class ExportedEncoder(FeatureEncoder):
         output = ExportedOutput(**dict(zip(self.info["outputs"], values, strict=True)))  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()
 
-    def image_features(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Any:
+        """The output for the pixels of ``batch``."""
+        return self(batch["pixel_values"])
+
+    def features_of(self, output: Any) -> torch.Tensor:
         """Pooled features [B, D], the same that `evaluation.image_features` takes of the model itself."""
-        output: Any = self(batch["pixel_values"])
         for features in (output.image_embeds, output.pooler_output):
             if features is not None:
                 return features
         last = output.last_hidden_state
-        return last[:, 0] if self.info["num_prefix_tokens"] else last.mean(1)
+        return last[:, 0] if self.num_prefix_tokens else last.mean(1)
 
 
 def _onnx_network(file: Path, num_threads: int | None, saturates: bool) -> Network:

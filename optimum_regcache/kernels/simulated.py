@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from optimum_regcache.kernels.base import LinearBackend, LinearState
 from optimum_regcache.math import uniform
+from optimum_regcache.math.linear import linear
 from optimum_regcache.math.nonuniform import twin_signed
 
 
 class SimulatedLinear(LinearBackend):
-    """``F.linear(dequantize(quantize(x)), dequantize(codes))`` in float32 whatever the model dtype.
+    """``linear(dequantize(quantize(x)), dequantize(codes))`` in float32 whatever the model dtype.
 
     Gradients pass the quantizer of the input straight through (`uniform.straight_through`) and reach the bias; weight codes
     and scales are constants.
@@ -32,4 +32,4 @@ class SimulatedLinear(LinearBackend):
             rebuilt = twin_signed(x, scale, self.state.input_negative_scale, a.bits)
         else:
             rebuilt = uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
-        return F.linear(rebuilt, self._weight, bias).to(x.dtype)
+        return linear(rebuilt, self._weight, bias).to(x.dtype)

@@ -10,22 +10,22 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from optimum_regcache.encoders.passes import unfused
 from optimum_regcache.kernels.simulated import SimulatedLinear
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import running_as
+from optimum_regcache.math.linear import linear
 
 
 class FloatInputLinear(SimulatedLinear):
-    """``F.linear(x, dequantize(codes))`` in float32: the input stays as it is."""
+    """``linear(x, dequantize(codes))`` in float32: the input stays as it is."""
 
     rounds_input = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self._bias is None else self._bias.float()
-        return F.linear(x.float(), self._weight, bias).to(x.dtype)
+        return linear(x.float(), self._weight, bias).to(x.dtype)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ class Halving(Algorithm):
 
     Scores are paired, image by image. A configuration stays while it is within ``search.noise_sigmas`` standard errors of the
     leader, at least an eighth and at most a third of a round; the best of each kind stays in any case. It ends where the lead
-    over "nothing installed" cannot reach ``search.min_gain`` any more, or where nobody can lead the leader by that. tau is a
+    over "nothing installed" cannot reach ``search.min_gain`` any more (by three standard errors, on all images by
+    ``search.noise_sigmas``), or where nobody can lead the leader by that. tau is a
     logit bias, ln(tau), so around the winner it is no longer bound to the grid; a neighbour that is clearly behind on the
     images of the round before is not tried on all.
     """
@@ -125,6 +126,8 @@ class Halving(Algorithm):
         for images in self._rounds():
             whole = None if images == self.images else images
             trials = evaluate.many(setups, whole)
+            if whole is None and self._settled(trials, self.config.noise_sigmas):
+                return trials
             if whole is None:
                 break
             if self._settled(trials):
@@ -134,10 +137,10 @@ class Halving(Algorithm):
             setups = self._kept(trials)
         return self._fewer(self._neighbours(trials, evaluate), evaluate)
 
-    def _settled(self, trials: list[Trial]) -> bool:
-        """Whether nothing can win any more: three standard errors would lift nobody to the gain that is asked for."""
+    def _settled(self, trials: list[Trial], sigmas: float = 3.0) -> bool:
+        """Whether nothing can win any more: ``sigmas`` standard errors would lift nobody to the gain that is asked for."""
         leads = [t.lead(trials[0]) for t in trials[1:] if not math.isnan(t.mean)]
-        return all(gain + 3 * error < self.config.min_gain for gain, error in leads)
+        return all(gain + sigmas * error < self.config.min_gain for gain, error in leads)
 
     def _lossless(self, trials: list[Trial]) -> bool:
         """Whether the leader loses less than a gain must be, even if it was lucky by three standard errors. A few images may

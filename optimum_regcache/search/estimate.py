@@ -8,11 +8,10 @@ from optimum_regcache.search.plan import ReferenceParts
 from optimum_regcache.search.sensitivity import COARSE_BLOCKS, coarse_images
 from optimum_regcache.search.setups import Space
 
-QUANTIZED = 2  # a simulated quantized block takes about this many times as long as a float one
-
 
 def expected_work(parts: ReferenceParts, search: SearchConfig, depth: int, linears: int) -> dict[str, float]:
-    """Block-forwards of each stage.
+    """Block-forwards of each stage. A quantized one takes about as long as a float one: less with integer kernels, more where
+    it is simulated.
 
     Args:
         parts: images.

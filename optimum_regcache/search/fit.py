@@ -21,7 +21,7 @@ from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheC
 from optimum_regcache.config.effects import require_patches, require_search_effect
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, encode, num_images
+from optimum_regcache.encoders.passes import Batch, ImageRange, count_images, encode
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
@@ -29,7 +29,7 @@ from optimum_regcache.layers.install import config_sites
 from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.methods.pipeline import require_quantized_fc2
 from optimum_regcache.registers import RegisterCache
-from optimum_regcache.search.estimate import QUANTIZED, expected_work
+from optimum_regcache.search.estimate import expected_work
 from optimum_regcache.search.journal import Journal
 from optimum_regcache.search.mining import MinedTokens, mine_tokens
 from optimum_regcache.search.objectives import bank_of, objective_on
@@ -42,6 +42,8 @@ from optimum_regcache.search.search import Candidates, FinalScorer, Judges, Regi
 from optimum_regcache.search.sensitivity import SensitivityReport, scan_sensitivity
 from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
+
+PROBED = 8  # images that are timed before a fit
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class _Fit:
         journal: Journal,
         targets: Targets | None,
     ) -> None:
+        current().say("preparing float and quantized model")
         self.model, self.parts, self.plan, self.journal = model, parts, plan, journal
         self.search, self.resolved = plan.recipe.search, plan.resolved
         calibration, self.selection = parts.batches("calibration"), parts.batches("selection")
@@ -184,10 +187,12 @@ class _Fit:
                 self.parts, self.search, depth, len(config_sites(self.runner.float_model, self.runner.config))
             )
         )
+        encode(self.runner.float_model, ImageRange([batch], 1))  # the first pass sets kernels up
+        part = ImageRange([batch], PROBED)
         begun = time.perf_counter()
-        encode(self.runner.float_model, [batch])
-        rate = (time.perf_counter() - begun) / (num_images(batch) * depth)
-        job.say(f"about {duration(QUANTIZED * job.total * rate)} at most, less if naive quantization loses nothing")
+        encode(self.runner.float_model, part)
+        rate = (time.perf_counter() - begun) / (count_images(part) * depth)
+        job.say(f"about {duration(job.total * rate)} at most, less if naive quantization loses nothing")
 
     def run(self, keep_best: bool) -> FitResult:
         """Cheap first: where round to nearest loses nothing, nothing is searched."""

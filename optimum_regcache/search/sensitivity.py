@@ -84,8 +84,8 @@ def scan_sensitivity(  # noqa: PLR0913 (exported: every argument has its name)
         config: activations and modules.
         calibration: batches for the scales.
         objective: scored on its own batches.
-        granularity: ``linear``, ``block``, or ``coarse``: on a quarter of the images blocks, then the linear layers of the two
-            worst; the worst layer of each of these on all images.
+        granularity: ``linear``, ``block``, or ``coarse``: on a quarter of the images blocks, then the linear layers of the
+            worst, and of the second where it loses at least a quarter as much; the worst layer of each on all images.
         progress: show a progress bar.
         journal: finished steps.
         scales: of every layer, if they are known already.
@@ -112,7 +112,8 @@ def scan_sensitivity(  # noqa: PLR0913 (exported: every argument has its name)
     with tqdm(total=steps, desc="sensitivity", disable=not progress) as bar:
         drops = decisive = few.drops(first, bar)
         if worst:
-            suspects = {whole[name][0] for name in sorted(drops, key=lambda name: -drops[name])[:worst]}
+            suspects = {whole[name][0] for name in _suspects(drops, worst)}
+            bar.total -= round((worst - len(suspects)) * (len(linears) / len(whole) + 1))
             layers = few.drops({name: entry for name, entry in linears.items() if entry[0] in suspects}, bar)
             tops = [max((n for n in layers if linears[n][0] == b), key=lambda n: layers[n]) for b in suspects]
             decisive = scan.drops({name: entry for name, entry in linears.items() if name in tops}, bar)
@@ -121,7 +122,15 @@ def scan_sensitivity(  # noqa: PLR0913 (exported: every argument has its name)
     return SensitivityReport(drops, blocks, blocks[max(decisive, key=lambda name: decisive[name])], objective.name)
 
 
-COARSE_BLOCKS = 2
+COARSE_BLOCKS, SUSPICION = 2, 0.25
+
+
+def _suspects(drops: dict[str, float], most: int) -> list[str]:
+    """The blocks of the largest drops, at most ``most``, without those whose drop is less than `SUSPICION` times the largest:
+    none of their layers can be the worst of all."""
+    ranked = sorted(drops, key=lambda name: -drops[name])[:most]
+    least = SUSPICION * max(drops[ranked[0]], 0.0)
+    return [name for name in ranked if drops[name] >= least or name == ranked[0]]
 
 
 def coarse_images(images: int) -> int:

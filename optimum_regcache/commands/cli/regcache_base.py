@@ -8,12 +8,12 @@ from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-_PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
-TASKS = ("accuracy", "cosine", "patch_cosine", "projector", "retrieval", "knn", "linear_probe")
+PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
+TASKS = ("accuracy", "cosine", "patch_cosine", "projector", "retrieval", "knn", "linear_probe", "segmentation", "depth")
 _OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
 
 
-def add_hub(parser: ArgumentParser) -> None:
+def add_hub(parser: ArgumentParser, writes: bool = True) -> None:
     """How models are opened, and what every command understands."""
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
     parser.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
@@ -27,7 +27,8 @@ def add_hub(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--code-revision", help="commit of that code, where it is not in --revision")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result of another job in --output")
+    if writes:
+        parser.add_argument("--overwrite", action="store_true", help="replace the result of another job in --output")
 
 
 def add_pictures(parser: ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def add_common(
     )
     more = "; several make one model each, in OUTPUT/PRESET" if several else ""
     options: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
-    parser.add_argument("--preset", choices=_PRESETS, help=f"bit widths (default w8a8){more}", **options)
+    parser.add_argument("--preset", choices=PRESETS, help=f"bit widths (default w8a8){more}", **options)
     parser.add_argument("--num-samples", type=int, help="reference images for search and calibration")
     parser.add_argument("--num-report", type=int, help="unseen images for the report")
     parser.add_argument("--batch-size", type=int, help="images per forward pass")

@@ -16,6 +16,7 @@ from optimum.commands.register.regcache_base import (  # pyright: ignore[reportM
     hub_options,
     resolve_recipe,
 )
+from optimum.commands.register.regcache_demo import DemoCommand  # pyright: ignore[reportMissingImports]
 from optimum.commands.register.regcache_push import PushCommand  # pyright: ignore[reportMissingImports]
 from optimum.commands.register.regcache_report import ReportCommand  # pyright: ignore[reportMissingImports]
 
@@ -195,6 +196,14 @@ class EvaluateCommand(Command):
             help=f"what to measure: {', '.join(TASKS)} (default: the first four, as far as they can be done)",
         )  # fmt: skip
         parser.add_argument("--caption-column", help="column of the captions, for --task retrieval")
+        parser.add_argument("--mask-column", help="column of the class masks, for --task segmentation")
+        parser.add_argument(
+            "--ignore-index",
+            type=int,
+            default=255,
+            help="number in masks that is no class, for --task segmentation (default 255; -1: none)",
+        )
+        parser.add_argument("--depth-column", help="column of the depth maps, for --task depth")
         parser.add_argument(
             "--metric", action="append", default=[],
             help="further metric: a name that the evaluate library ships (its script is downloaded from the Hub and run), or "
@@ -206,6 +215,7 @@ class EvaluateCommand(Command):
 
     def job(self) -> None:
         from optimum_regcache.commands.evaluate import Subject, evaluate_job
+        from optimum_regcache.commands.harness import Columns
         from optimum_regcache.data.reference import DEFAULT
 
         unread = [f"--{name}" for name in ("preset", "objective") if getattr(self.args, name) is not None]
@@ -216,7 +226,8 @@ class EvaluateCommand(Command):
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
         template = None if args.template is None else tuple(args.template)
-        subject = Subject(model, args.float_model, dataset, template, args.device, hub, args.caption_column)
+        columns = Columns(args.caption_column, args.mask_column, args.depth_column, args.ignore_index)
+        subject = Subject(model, args.float_model, dataset, template, args.device, hub, columns)
         options = {"tasks": tuple(dict.fromkeys(args.task)), "metrics": args.metric, "fused": args.fused}
         print(evaluate_job(subject, recipe, args.output, **options, overwrite=args.overwrite)[1])
 
@@ -277,6 +288,7 @@ class RegCacheCommand(BaseOptimumCLICommand):
         CommandInfo("analyze", help=AnalyzeCommand.COMMAND.help, subcommand_class=AnalyzeCommand),
         CommandInfo("evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),
         CommandInfo("report", help=ReportCommand.COMMAND.help, subcommand_class=ReportCommand),
+        CommandInfo("demo", help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
         CommandInfo("export", help=ExportCommand.COMMAND.help, subcommand_class=ExportCommand),
         CommandInfo("push", help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo("build", help=BuildCommand.COMMAND.help, subcommand_class=BuildCommand),
