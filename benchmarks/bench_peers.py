@@ -179,7 +179,9 @@ class Bench:
         try:
             found = self.replay.scores(self.build(contender))
             return {**row, **found, "seconds": round(time.perf_counter() - begun, 1)}
-        except Exception as error:  # whatever another project raises is its row
+        except Exception as error:  # whatever another project raises is its row; our own faults end the run
+            if contender not in PEERS:
+                raise
             reason = str(error).strip().splitlines() or [""]
             return {**row, "error": reason[0] if isinstance(error, Skipped) else f"{type(error).__name__}: {reason[0]}"}
 
