@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +85,12 @@ def test_the_table_has_a_part_for_each_encoder_and_seed() -> None:
     assert [line for line in lines if line.startswith("#")] == ["### clip-scenes, seed 0", "### clip-scenes, seed 1"]
     assert "| float32 | 0.9000 ± 0.0100 | 0.8000 ± 0.0200 | 75.0 ± 12.5 % | - |" in lines
     assert "| float32 | 0.9000 ± 0.0100 | 0.8000 ± 0.0200 | - | - |" in lines
+
+
+def test_the_page_holds_the_tables_of_the_stored_results() -> None:
+    results = Path(__file__).parent.parent / "docs" / "results"
+    rows = json.loads((results / "peers.json").read_text(encoding="utf-8"))
+    assert bench.table(rows) in (results / "peers.md").read_text(encoding="utf-8")
 
 
 def test_the_converted_encoder_needs_its_folder_and_images() -> None:
