@@ -160,6 +160,19 @@ def torchao_static(job: Job) -> Runner:
     return TorchRunner(model, variant="torch")
 
 
+def quanto_static(job: Job) -> Runner:
+    """optimum-quanto: int8 weights, int8 activations with one stored scale each, from its own calibration."""
+    from optimum.quanto import Calibration, freeze, qint8, quantize  # pyright: ignore[reportMissingImports]
+
+    model = job.copy(job.model)
+    quantize(model, weights=qint8, activations=qint8)
+    with torch.no_grad(), Calibration():
+        for batch in job.calibration:
+            model(**batch)
+    freeze(model)
+    return TorchRunner(model, variant="torch")
+
+
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 _OPENVINO = ("onnx", "onnxscript", "openvino")
 

@@ -66,6 +66,10 @@ class Runner:
         """Pooled output [B, D], float32."""
         raise NotImplementedError
 
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(last hidden state [B, N, D], pooled output [B, D]), float32."""
+        raise NotImplementedError
+
 
 class TorchRunner(Runner):
     """Any module that takes a batch and returns a transformers output."""
@@ -78,6 +82,11 @@ class TorchRunner(Runner):
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> torch.Tensor:
         return pooled(self.call(**batch))
+
+    @torch.inference_mode()
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.call(**batch)
+        return output.last_hidden_state, pooled(output)
 
 
 def pooled(output: Any) -> torch.Tensor:

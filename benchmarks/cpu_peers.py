@@ -110,6 +110,10 @@ class OrtRunner(Runner):
     def __call__(self, batch: Batch) -> torch.Tensor:
         return torch.from_numpy(self.session.run([OUTPUTS[1]], {INPUT: batch[INPUT].numpy()})[0])
 
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        states, features = self.session.run(list(OUTPUTS), {INPUT: batch[INPUT].numpy()})
+        return torch.from_numpy(states), torch.from_numpy(features)
+
 
 def ort_float32(job: Job) -> Runner:
     """The float model."""
@@ -130,19 +134,55 @@ def ort_ours_exact(job: Job) -> Runner:
 
 def ort_dynamic(job: Job) -> Runner:
     """ONNX Runtime's own quantization: int8 weights per channel, activation scales computed for each input."""
-    source = float_onnx(job)
+    source = prepared_onnx(job)
 
     def write(path: Path) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
-        from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        prepared = path.with_name("tmp-prepared.onnx")
         with quiet():
-            quant_pre_process(str(source), str(prepared))
-            quantize_dynamic(str(prepared), str(path), per_channel=True, weight_type=QuantType.QInt8)
-        prepared.unlink()
+            quantize_dynamic(str(source), str(path), per_channel=True, weight_type=QuantType.QInt8)
 
     return OrtRunner(job.file("ort-dynamic.onnx", write), job.settings.threads)
+
+
+def prepared_onnx(job: Job) -> Path:
+    """The float ONNX with shapes inferred, as ONNX Runtime's quantizers want it, written once."""
+    source = float_onnx(job)
+
+    def write(path: Path) -> None:
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        with quiet():
+            quant_pre_process(str(source), str(path))
+
+    return job.file("prepared.onnx", write)
+
+
+class _Images:
+    """Calibration images, one after the other; what ONNX Runtime calls a CalibrationDataReader."""
+
+    def __init__(self, images: list[torch.Tensor]) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, Any] | None:
+        image = next(self.images, None)
+        return None if image is None else {INPUT: image.numpy()}
+
+
+def ort_static(job: Job, operators: tuple[str, ...] | None = None) -> Runner:
+    """ONNX Runtime's own quantization: QDQ, ranges from minimum and maximum, int8 weights per channel; ``operators`` restricts
+    it to some."""
+    source, images = prepared_onnx(job), job.pixels()
+
+    def write(path: Path) -> None:
+        from onnxruntime.quantization import quantize_static
+
+        with quiet():
+            reader: Any = _Images(images)
+            quantize_static(str(source), str(path), reader, op_types_to_quantize=operators, per_channel=True)
+
+    name = "-".join(("ort-static", *(operators or ())))
+    return OrtRunner(job.file(f"{name}.onnx", write), job.settings.threads, exact=sums_saturate())
 
 
 # OpenVINO
@@ -240,6 +280,7 @@ class OpenVinoRunner(Runner):
         self.core, self.model, self.precisions = import_openvino().Core(), model, precisions
         self.threads, self.trials = job.settings.threads, job.settings.trials
         self.chosen: CompiledPlan | None = None
+        self.whole: Any = None  # both outputs, any batch size
 
     def prepare(self, batch: Batch) -> None:
         pixels = batch[INPUT]
@@ -261,6 +302,13 @@ class OpenVinoRunner(Runner):
 
     def settle(self) -> None:
         self.model = None  # its weights are beside the compiled ones
+
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.whole is None:
+            self.whole = self.core.compile_model(self.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = self.whole({INPUT: batch[INPUT].numpy()})
+        states, features = (torch.from_numpy(found[i].copy()) for i in range(len(OUTPUTS)))
+        return states, features
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         if self.chosen is None:
@@ -295,8 +343,18 @@ def both_precisions() -> tuple[str | None, ...]:
     return (None,) if default_precision() == "f32" else (None, "f32")
 
 
-def openvino_nncf(job: Job) -> Runner:
-    """NNCF's post-training quantization of the float ONNX on the same calibration images."""
+def openvino_nncf(
+    job: Job, name: str = "nncf", transformer: bool = True, smooth: bool = True, ignored: tuple[str, ...] = ()
+) -> Runner:
+    """NNCF's post-training quantization of the float ONNX on the same calibration images.
+
+    Args:
+        job: of the model.
+        name: of the files.
+        transformer: NNCF is told that it is one; else its defaults.
+        smooth: with SmoothQuant, which NNCF applies to transformers only.
+        ignored: kinds of operations that stay float.
+    """
     source, images = float_onnx(job), [image.numpy() for image in job.pixels()]
 
     def write(path: Path) -> None:
@@ -304,15 +362,20 @@ def openvino_nncf(job: Job) -> Runner:
         with quiet():
             import nncf  # pyright: ignore[reportMissingImports]
 
-            model = nncf.quantize(
-                read(source), nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER,
-                preset=nncf.QuantizationPreset.MIXED,
-            )  # fmt: skip
-        ov.save_model(model, str(path.with_name("nncf.xml")), compress_to_fp16=False)
+            more: dict[str, Any] = {}
+            if transformer:
+                more = {"model_type": nncf.ModelType.TRANSFORMER, "preset": nncf.QuantizationPreset.MIXED}
+            if not smooth:
+                off = nncf.AdvancedSmoothQuantParameters(matmul=-1)
+                more["advanced_parameters"] = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=off)
+            if ignored:
+                more["ignored_scope"] = nncf.IgnoredScope(types=list(ignored))
+            model = nncf.quantize(read(source), nncf.Dataset(images), subset_size=len(images), **more)
+        ov.save_model(model, str(path.with_name(f"{name}.xml")), compress_to_fp16=False)
         path.touch()
 
-    job.file("nncf.done", write)
-    return OpenVinoRunner(read(job.workdir / "nncf.xml"), job, both_precisions())
+    job.file(f"{name}.done", write)
+    return OpenVinoRunner(read(job.workdir / f"{name}.xml"), job, both_precisions())
 
 
 def openvino_ours(job: Job) -> Runner:
