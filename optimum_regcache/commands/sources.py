@@ -82,7 +82,9 @@ def check_name(name: str, option: str) -> None:
     if (looks or bare or (first != name and Path(first).is_dir())) and not Path(name).exists():
         names = ", ".join(reference.names())
         hint = f", no embedded encoder has that name ({names}), and one on the Hub is OWNER/NAME" if bare else ""
-        raise FileNotFoundError(f"{option}: there is no directory {name} (the working directory is {Path.cwd()}){hint}.")
+        raise FileNotFoundError(
+            f"{option}: there is no directory {name} (the working directory is {Path.cwd()}){hint}."
+        )
 
 
 def is_here(name: str) -> bool:
