@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

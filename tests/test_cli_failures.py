@@ -175,6 +175,14 @@ def test_a_recorded_path_is_never_opened(home: Path, tmp_path: Path, run: Any) -
             "--model: there is no directory a/b/c (the",
         ),
         (
+            ("export", "--model", "clip-w8a8", "--format", "onnx", "--output", "x"),
+            "--model: there is no directory clip-w8a8 (the",
+        ),
+        (
+            ("quantize", "--model", "planted-outliers", "--output", "x"),
+            "--model: there is no directory planted-outliers",
+        ),
+        (
             ("quantize", "--model", "local:vit", "--dataset", "d", "--output", "x"),
             "local:vit stands for a folder of the",
         ),
@@ -192,6 +200,12 @@ def test_user_errors_are_one_line_and_leave_nothing(
     code, _, line = run(*args)
     assert (code, line[: len(message) + 7]) == (2, f"error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_without_owner_is_no_question_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load_model", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(FileNotFoundError, match=r"no embedded encoder has that name \(.*planted-outlier.*OWNER/NAME"):
+        sources.open_model("planted-outliers", {})
 
 
 def test_a_metric_of_the_working_directory_needs_its_path(

@@ -274,7 +274,7 @@ def test_the_report_of_a_folder_in_another_order(renamed: str, tmp_path: Path) -
     source = open_source(str(tmp_path / "float"), str(tmp_path / "photos"), recipe)
     results, table = quantize_job(source, recipe, Output(tmp_path / "out", {}), progress=False)
     json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
-    again, _ = evaluate_job(
+    again, text = evaluate_job(
         Subject(str(tmp_path / "out"), str(tmp_path / "float"), str(tmp_path / "photos")),
         recipe,
         tmp_path / "again.json",
@@ -282,9 +282,12 @@ def test_the_report_of_a_folder_in_another_order(renamed: str, tmp_path: Path) -
     if renamed == "order":
         assert results["rows"][0]["accuracy"] == again["float_accuracy"] == 1.0
         assert again["accuracy_note"] is None
+        assert "accuracy, top-1: " in text
+        assert not re.search("^(accuracy|feature_cosine|accuracy_note): |None$|local:", text, re.M)
     else:
         assert {row["accuracy"] for row in results["rows"]} == {None}
         assert all(0 < row["retention"] <= 1.001 for row in results["rows"])
         assert f"no top-1: {used} of {used} classes of the data set are unknown to the model" in " ".join(table.split())
         assert "unknown to the model" in again["accuracy_note"]
+        assert f"accuracy_note: {again['accuracy_note']}" in text
         assert "accuracy" not in again

@@ -49,6 +49,14 @@ def content(path: Path) -> dict[str, bytes]:
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    with Output(tmp_path / "out", JOB) as out:
+        fill(out.stage)
+        (out.stage / "model.safetensors").chmod(0o600)
+    modes = {p.name: p.stat().st_mode for p in (tmp_path / "out").iterdir() if p.is_file()}
+    assert modes["model.safetensors"] == modes["results.json"] == modes[MANIFEST]
+
+
 def test_a_result_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
     write(out, 1.0, more=("old.png", "sub/deep.json")[:1])

@@ -283,7 +283,7 @@ def test_analyses_checks_and_evaluations_fit_in(results: dict[str, Any], tmp_pat
         "check/check.json": {
             **common, "verdict": "fits partly", "advice": "Look.", "parts": {"registers": "fits partly"}, "notes": ["few"],
         },
-        "one.json": {
+        "results.json": {
             **common, "quantized_layers": 36, "images": 24, "accuracy": 0.75, "float_accuracy": 0.875, "norms": norms,
             "feature_cosine": 0.5, "retention": 6 / 7, "accuracy_note": None,
             "fused": {"int8 attention": {"how": "6 of 6 blocks", "accuracy": 0.625}},
@@ -292,13 +292,13 @@ def test_analyses_checks_and_evaluations_fit_in(results: dict[str, Any], tmp_pat
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(data))
-    report_job([tmp_path / "analysis", tmp_path / "check", tmp_path / "one.json"], tmp_path / "page.html")
+    report_job([tmp_path / "analysis", tmp_path / "check", tmp_path / "results.json"], tmp_path / "page.html")
     page = check_page(tmp_path / "page.html")
     for text in ("Verdict: fits partly. Look.", "75.00 %", "87.50 %", "fused, int8 attention", "62.50 %", "85.7 %"):
         assert text in page.text
     assert "fewer than two of these results hold rows to compare" in page.text
     assert page.headings[2:] == [
-        "analysis", *SECTIONS[:5], "check", "What it is", "Does it fit", "one", "What it is", "Accuracy", "Token norms",
+        "analysis", *SECTIONS[:5], "check", "What it is", "Does it fit", "results", "What it is", "Accuracy", "Token norms",
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from models import MODELS, TOWERS, random_cache
 
 from optimum_regcache import RegCacheConfig
 from optimum_regcache.commands import compare as comparing
-from optimum_regcache.commands.compare import ReportOptions, compare, plain_rows
+from optimum_regcache.commands.compare import LEGEND, ReportOptions, compare, plain_rows
 from optimum_regcache.commands.report import (
     Reporter,
     Row,
@@ -135,6 +135,8 @@ def job() -> tuple[Any, Any, Any]:
 def test_the_halves_are_those_of_what_is_installed(job: Any) -> None:
     source, plan, run = job
     result, _ = compare(source, plan, run, run.quantized.model, ReportOptions(seeds=2), progress=False)
+    for word, text in LEGEND.items():
+        assert any(word in row.name for row in result.rows) == any(text in note for note in result.notes)
     rows = {row.name: row for row in result.rows}
     chosen = run.fit.search.chosen
     assert chosen.start_block is not None

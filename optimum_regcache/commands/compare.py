@@ -32,6 +32,10 @@ from optimum_regcache.search.trials import TrialRunner
 logger = logging.get_logger(__name__)
 
 _Variant = tuple[str, Setup, RegisterCache | None, DeletionConfig]
+LEGEND = {
+    " only": "prefix only / delete only: what is installed, one half of it at a time",
+    "best ": "best prefix / best delete: the best of their kind in the search",
+}
 
 
 @dataclass
@@ -98,11 +102,8 @@ def compare(
         if labelled is not None:
             result.labelled = labelled.to_dict()
             notes.append(labelled.describe())
-        if fit.variants:
-            notes.append(
-                "prefix only / delete only: what is installed, one half of it at a time; best prefix / best delete: the best "
-                "of their kind in the search"
-            )
+        told = [text for word, text in LEGEND.items() if any(word in row.name for row in result.rows)]
+        notes += ["; ".join(told)] if told else []
     if any(row.name == "per token" for row in result.rows):
         notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
     if config.methods:

@@ -12,7 +12,7 @@ import evaluate
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from optimum_regcache.commands.harness import Columns, Harness, Seen
+from optimum_regcache.commands.harness import Columns, Harness, Score, Seen
 from optimum_regcache.commands.report import environment, retention
 from optimum_regcache.commands.sources import Hub, divided_alike, open_model, open_source, saved_recipe
 from optimum_regcache.commands.tasks import COLUMNS_OF, FEATURES_ALONE, check_tasks, run_tasks
@@ -183,10 +183,20 @@ def evaluate_job(
                 again["feature_cosine"] = float(cosines.mean())
             results["fused"][f"{attention} attention"] = again
     write_json(output, results)
-    shown = {k: v for k, v in results.items() if k not in ("job", "norms", "environment", "fused", "tasks")}
+    return results, f"{_render(results, found)}\nwritten: {output}"
+
+
+def _render(results: dict[str, Any], found: dict[str, dict[str, Score]]) -> str:
+    """What a reader at the terminal wants; a figure that a task describes stands there once."""
+    left_out = {"job", "norms", "environment", "fused", "tasks"}
+    left_out |= {"accuracy", "float_accuracy"} if "accuracy" in found else set()
+    left_out |= {"feature_cosine"} if "cosine" in found else set()
+    shown: dict[str, Any] = {k: v for k, v in results.items() if k not in left_out and v is not None}
+    shown |= {k: f"{v:.4f}" for k, v in shown.items() if isinstance(v, float)}
+    shown |= {k: v.removeprefix(LOCAL) for k, v in shown.items() if isinstance(v, str)}
     shown |= {f"{task}, {name}": score.describe() for task, scores in found.items() for name, score in scores.items()}
     shown |= {f"fused, {k}": ", ".join(f"{n} {x}" for n, x in v.items()) for k, v in results.get("fused", {}).items()}
-    return results, "\n".join(f"{k}: {v}" for k, v in shown.items()) + f"\nwritten: {output}"
+    return "\n".join(f"{k}: {v}" for k, v in shown.items())
 
 
 def _float_original(subject: Subject, model: Any) -> tuple[str | None, tuple[Any, Any] | None, Recipe]:

@@ -67,7 +67,7 @@ def check_name(name: str, option: str) -> None:
     """Refuse a path that leads nowhere, before it is asked for at the Hub.
 
     Raises:
-        FileNotFoundError: it looks like a path and does not exist.
+        FileNotFoundError: it looks like a path, or has no ``owner/name`` form, and does not exist.
         ValueError: it stands for a folder of another machine.
     """
     if name.startswith(LOCAL):
@@ -78,8 +78,13 @@ def check_name(name: str, option: str) -> None:
         raise ValueError(f"{option}: {name} is a file; give the folder that holds the model.")
     first = Path(name).parts[0]
     looks = name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    if (looks or (first != name and Path(first).is_dir())) and not Path(name).exists():
-        raise FileNotFoundError(f"{option}: there is no directory {name} (the working directory is {Path.cwd()}).")
+    bare = "/" not in name and name not in reference.names()
+    if (looks or bare or (first != name and Path(first).is_dir())) and not Path(name).exists():
+        names = ", ".join(reference.names())
+        hint = f", no embedded encoder has that name ({names}), and one on the Hub is OWNER/NAME" if bare else ""
+        raise FileNotFoundError(
+            f"{option}: there is no directory {name} (the working directory is {Path.cwd()}){hint}."
+        )
 
 
 def is_here(name: str) -> bool:
@@ -139,6 +144,8 @@ def open_source(
     seed, data = recipe.search.seed, recipe.data
     if recipe.revision is not None and name == recipe.model:
         hub.setdefault("revision", recipe.revision)
+    if opened is None and not name.startswith(LOCAL):
+        check_name(name, "--model")
     if dataset is None and name not in reference.names():
         raise ValueError(
             f"--dataset is needed for {name.removeprefix(LOCAL)}: {FORMATS}. Only the "

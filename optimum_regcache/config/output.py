@@ -205,6 +205,9 @@ class Output:
         names = [p.relative_to(self.stage).as_posix() for p in sorted(self.stage.rglob("*")) if p.is_file()]
         files = {name: _state(self.stage / name) for name in names}
         write_json(self.stage / MANIFEST, {"format": 1, "job": self.job, "files": files})
+        mode = (self.stage / MANIFEST).stat().st_mode  # by the umask; safetensors hides its files from others
+        for name in names:
+            (self.stage / name).chmod(mode)
         manifest = self.manifest
         earlier = (
             {*manifest["files"], MANIFEST} if manifest else _files(self.path, _EARLIER) if _is_ours(self.path) else ()

@@ -79,7 +79,7 @@ def _of_file(path: Path) -> Run:
     data, problem = _read(path)
     kind = _kind(data)
     if kind is not None:
-        return Run("" if path.name in _FILES else path.stem, kind, path.parent, data, _unfinished(data))
+        return Run("" if _FILES.get(path.name) == kind else path.stem, kind, path.parent, data, _unfinished(data))
     found = _of_folder(path.parent) if path.name in _FILES else None
     if found is None:
         raise ValueError(f"{path} is no result of optimum-regcache{f': {problem}' if problem else ''}. {_ADVICE}")
