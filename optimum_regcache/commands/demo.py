@@ -21,7 +21,8 @@ from optimum_regcache.data import reference
 from optimum_regcache.data.images import class_names, collate, image_column
 from optimum_regcache.data.labels import readable_names
 from optimum_regcache.data.picture import model_inputs
-from optimum_regcache.encoders.passes import Batch, image_features, move, patch_tokens
+from optimum_regcache.encoders.outputs import class_logits
+from optimum_regcache.encoders.passes import Batch, image_features, patch_tokens
 from optimum_regcache.encoders.tower import has_classifier
 from optimum_regcache.evaluation.objective import zero_shot_features, zero_shot_problem
 from optimum_regcache.evaluation.places import patch_norms
@@ -63,6 +64,7 @@ class Demo:
         source: float model and images; the report images are the examples.
         models: variant -> model, float first.
         installed: what RegCache installed, for readers.
+        predicts: whether an image gets classes.
         classes: names to begin with, empty where the model has no text tower.
     """
 
@@ -70,6 +72,7 @@ class Demo:
         self.source, self.models, self.installed = source, models, installed
         self._lock, self._plotter = threading.Lock(), Plotter()
         self.zero_shot = zero_shot_problem(source.model, source.processor) is None
+        self.predicts = self.zero_shot or has_classifier(source.model)
         names = class_names(source.report_images) if self.zero_shot else None
         self.classes = [] if names is None else readable_names(names)
         self._column = image_column(source.report_images)
@@ -104,14 +107,14 @@ class Demo:
             OSError: a name that leads nowhere.
         """
         hub, opened = dict(hub or {}), None if model in reference.names() else open_model(model, dict(hub or {}))
-        config = None if opened is None else getattr(opened[0].config, "quantization_config", None)
+        finished: Any = None if opened is None else opened[0]
+        config = getattr(getattr(finished, "config", None), "quantization_config", None)
         recipe = Recipe().with_effort("quick")
         recipe = replace(recipe, data=replace(recipe.data, num_report=EXAMPLES))
         if not isinstance(config, RegCacheConfig):
             require(original is None, "--float-model has no effect: --model is a float model. Leave it out.")
             source = open_source(model, images, recipe, device=device, hub=hub, opened=opened)
             return cls.quantized(source, RegCacheConfig.from_preset(preset or "w8a8"), recipe)
-        assert opened is not None
         require(preset is None, "--preset has no effect: --model is quantized already. Leave it out.")
         saved = saved_recipe(model, hub)
         name = original or saved.model
@@ -123,7 +126,6 @@ class Demo:
         hub = {k: v for k, v in hub.items() if k not in ("revision", "code_revision")}
         revised = replace(recipe, model=name, revision=None if original else saved.revision)
         source = open_source(name, images, revised, device=device, hub=hub)
-        finished: Any = opened[0]
         made = {REGCACHE: finished.to(device)}
         registers = config.registers.mode != "none" or config.deletion.active
         return cls(source, {**_plain(source, config, recipe), **made}, "as saved" if registers else "nothing")
@@ -198,11 +200,10 @@ class Demo:
             if bias is not None:  # SigLIP: each class on its own
                 return {k: _named((v + bias.cpu()).sigmoid()[0], names) for k, v in logits.items()}
             return {k: _named(v.softmax(-1)[0], names) for k, v in logits.items()}
-        if not has_classifier(self.source.model):
+        if not self.predicts:
             return {}
         labels: Any = self.source.model.config.id2label or {}
-        inputs = move(batch, self.source.model)
-        found = {name: model(**inputs).logits.float().cpu().softmax(-1)[0] for name, model in self.models.items()}
+        found = {name: class_logits(model, batch).softmax(-1)[0] for name, model in self.models.items()}
         return {name: _named(v, [str(labels.get(i, i)) for i in range(len(v))]) for name, v in found.items()}
 
     def _curves(self, norms: dict[str, torch.Tensor]) -> Picture:

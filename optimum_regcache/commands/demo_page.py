@@ -82,9 +82,8 @@ def build_page(demo: Demo) -> Any:
                 )
                 button = gr.Button("Compare", variant="primary")
             gallery = gr.Gallery(demo.examples(), label="Examples", columns=6, height=330, allow_preview=False, scale=2)
-        named = demo.zero_shot or bool(demo.look(demo.example(0), demo.classes or ["a"]).predictions)
         with gr.Row():
-            predictions = [gr.Label(label=name, num_top_classes=5, visible=named) for name in names]
+            predictions = [gr.Label(label=name, num_top_classes=5, visible=demo.predicts) for name in names]
         table = gr.Dataframe(
             headers=["variant", "cosine to float", "cosine of patches", "largest token"],
             interactive=False,

@@ -121,7 +121,7 @@ class Seen:
         parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         for batch, images in zip(batches, batch_sizes(batches), strict=True):
             found = run_once(model, batch, tokens=tokens)
-            parts.append((found.features.clone(), found.pooled.clone(), found.logits))  # no views of all tokens
+            parts.append((found.features, found.pooled, found.logits))
             if found.tokens is not None:
                 stored.append({"tokens": found.tokens.clone()}, images)
                 lengths.append(found.lengths)

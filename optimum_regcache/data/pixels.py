@@ -16,6 +16,7 @@ from optimum_regcache.data.picture import model_inputs, picture_name, read_pictu
 IGNORE = 255
 _LARGEST = 2**24 - 1  # pixels that three channels of 8 bits can number
 _CLASSES = 256
+_REMEMBERED = 64  # sizes of pictures; photographs have hundreds
 
 
 def target_column(inputs: ImageInputs, names: Sequence[str], option: str, wanted: str | None = None) -> str | None:
@@ -64,6 +65,8 @@ class Geometry:
             ValueError: too many pixels, or a processor that does more than resize, crop and pad.
         """
         if (width, height) not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
             self._known[width, height] = self._find(width, height)
         return self._known[width, height]
 

@@ -80,7 +80,7 @@ def run_once(model: Any, batch: Batch, *, tokens: bool = False) -> Outputs:
 
 def _run_exported(model: FeatureEncoder, batch: Batch, tokens: bool) -> Outputs:
     output = model.run(batch)
-    features = model.features_of(output)
+    features = model.features_of(output).clone()  # no view either
     logits = getattr(output, "logits", None)
     if not tokens:
         return Outputs(features, features, logits)

@@ -127,7 +127,7 @@ COARSE_BLOCKS, SUSPICION = 2, 0.25
 
 def _suspects(drops: dict[str, float], most: int) -> list[str]:
     """The blocks of the largest drops, at most ``most``, without those whose drop is less than `SUSPICION` times the largest:
-    none of their layers can be the worst of all."""
+    the block that loses most is then the sensitive one, whichever of its layers is to blame."""
     ranked = sorted(drops, key=lambda name: -drops[name])[:most]
     least = SUSPICION * max(drops[ranked[0]], 0.0)
     return [name for name in ranked if drops[name] >= least or name == ranked[0]]
