@@ -21,7 +21,7 @@ from optimum_regcache.data import reading
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import number_of_workers, read_batches, store_batches
 from optimum_regcache.encoders import store
-from optimum_regcache.encoders.passes import ImageRange, count_images, encode
+from optimum_regcache.encoders.passes import ImageRange, count_images, encode, move
 from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import CosineObjective
 from optimum_regcache.search.fit import fit_registers
@@ -217,3 +217,39 @@ def test_features_keep_nothing_else_of_a_batch(family: str) -> None:
         assert features.untyped_storage().nbytes() == features.nbytes  # no view of all tokens
     with pytest.raises(ValueError, match="The data set is empty"):
         encode(model, [])
+
+
+def test_pinned_batches_are_pinned_in_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[int, ...]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # this machine may have nothing to pin for
+        pinned.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    space = TensorSpace(2 * 4 * 6, tmp_path)
+    batches = StoredBatches(space)
+    batches.append({"pixel_values": torch.zeros(1, 6)}, 1)
+    assert not pinned
+    space.pinned = True
+    for value in (1.0, 2.0):
+        batches.append({"pixel_values": torch.full((1, 6), value)}, 1)
+    assert pinned == [(1, 6)], "the third batch is in a file"
+    assert [float(b["pixel_values"][0, 0]) for b in batches] == [0.0, 1.0, 2.0]
+
+
+def test_copies_from_pinned_memory_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    plain = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
+        waits.append(not non_blocking)
+        return plain(tensor, *args)
+
+    batch = {"pixel_values": torch.zeros(1, 3, dtype=torch.float64), "pixel_attention_mask": torch.ones(1, 3).long()}
+    model = torch.nn.Linear(3, 1)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.dtype == torch.float64)
+    moved = move(batch, model)
+    assert waits[:2] == [False, True]
+    assert [t.dtype for t in moved.values()] == [torch.float32, torch.int64]

@@ -39,14 +39,12 @@ class FeatureEncoder(ABC):
 
 
 def move(batch: Batch, model: nn.Module | FeatureEncoder) -> Batch:
-    """Batch on the model's device; floating tensors in the model's dtype."""
+    """Batch on the model's device; floating tensors in the model's dtype. Copies from pinned memory wait for nothing."""
     if isinstance(model, FeatureEncoder):
         return batch
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    return {
-        k: v.to(parameter.device, parameter.dtype) if v.is_floating_point() else v.to(parameter.device)
-        for k, v in batch.items()
-    }
+    there = {k: v.to(parameter.device, non_blocking=v.is_pinned()) for k, v in batch.items()}
+    return {k: v.to(parameter.dtype) if v.is_floating_point() else v for k, v in there.items()}
 
 
 def num_images(batch: Batch) -> int:

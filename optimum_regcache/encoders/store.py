@@ -47,11 +47,14 @@ class TensorSpace:
     Attributes:
         used: bytes in memory now.
         written: bytes in files now.
+        pinned: batches that are kept in memory from now on lie in pages that a GPU can read by itself, so that copies to it
+            wait for nothing (`optimum_regcache.encoders.passes.move`).
     """
 
     def __init__(self, budget: float | None = None, parent: Path | None = None) -> None:
         self.budget = available_memory() // SHARE if budget is None else int(budget)
         self.used = self.written = 0
+        self.pinned = False
         self.parent, self._files = parent, 0
         self._folder: Path | None = None
         self._remove: weakref.finalize[Any, Any] | None = None
@@ -155,6 +158,8 @@ class StoredBatches(LazySequence[dict[str, torch.Tensor]]):
         """Add a batch of ``images`` images."""
         size = self.space.take(batch)
         self.sizes.append(images)
+        if size is not None and self.space.pinned:
+            batch = {name: t.pin_memory() for name, t in batch.items()}
         self._items.append(self.space.write(batch) if size is None else dict(batch))
         self._taken.append(size or 0)
 

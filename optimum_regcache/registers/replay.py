@@ -67,7 +67,8 @@ def record_block_inputs(
     device = next(model.parameters()).device
 
     def opened(found: dict[str, torch.Tensor]) -> BlockInput:
-        return BlockInput(found["hidden"].to(device), None, found["valid"].to(device) if "valid" in found else None)
+        there = {name: t.to(device, non_blocking=t.is_pinned()) for name, t in found.items()}
+        return BlockInput(there["hidden"], None, there.get("valid"))
 
     return MappedSequence(stored, opened)
 

@@ -133,6 +133,7 @@ def fit_registers(
 
     def read() -> tuple[ReferenceParts, Targets | None]:
         parts = images.split(plan.recipe.data, search.seed, folder)
+        parts.space.pinned = next(model.parameters()).is_cuda
         found = objective_targets(search.objective, model, images.processor, parts.everything, images.template)
         for part in ("calibration", "selection", "confirmation"):
             parts.batches(part, progress=progress)
