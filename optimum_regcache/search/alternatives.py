@@ -51,8 +51,7 @@ SCHEMES = (
     Scheme("percentile", ("percentile",), (False, True)),
     Scheme("mse", ("mse",), (True,)),
     Scheme("smoothquant + gptq", ("smoothquant", "gptq"), (True,)),
-    Scheme("rotation", ("rotation",), (False,)),
-    Scheme("rotation + mse", ("rotation", "mse"), (True,), most_bits=4),
+    Scheme("rotation + mse", ("rotation", "mse"), (False, True)),
     Scheme("rotation + mse + gptq", ("rotation", "mse", "gptq"), (True,), most_bits=4),
 )
 
