@@ -110,7 +110,7 @@ def main() -> None:
         for searched, source in opened.items():
             if stored.matching(preset=preset, searched=searched):
                 continue
-            found = measure(source, searched, preset, measured, recipe)
+            found = list(measure(source, searched, preset, measured, recipe))
             stored.add(found)
             print(table(found), flush=True)
     print(table(stored.rows))
