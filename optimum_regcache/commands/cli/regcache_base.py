@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -177,6 +178,9 @@ class Command(BaseOptimumCLICommand):
                 )
             if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
                 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+            if not sys.stderr.isatty():  # their bars would fill a log
+                for library in ("HF_HUB", "HF_DATASETS"):
+                    os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
             from optimum_regcache.commands.launch import require_device, shared
 
             require_device(args.device)
