@@ -94,10 +94,13 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
     """Recipe of the file or preset with the command line on top; ``preset`` is one of ``args.preset``."""
     from dataclasses import replace
 
-    from optimum_regcache.commands.sources import with_known_images
+    from optimum_regcache.commands.sources import ask_hub, with_known_images
     from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.config.recipe import Recipe
+    from optimum_regcache.config.recipe_files import on_hub
 
+    if args.recipe and on_hub(args.recipe):
+        ask_hub(args.recipe, {}, "the recipe of ")
     recipe = Recipe.load(args.recipe, args.token) if args.recipe else Recipe()
     if preset:
         bits = RegCacheConfig.from_preset(preset)
