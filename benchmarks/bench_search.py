@@ -14,8 +14,8 @@ as they come, and what is there is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from optimum_regcache.evaluation.objective import AccuracyObjective, CosineObjec
 from optimum_regcache.search.fit import fit_registers, search_config
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.trials import TrialRunner
+from stored_rows import StoredRows
 
 ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced", "planted-outlier")
 PAPER = ["search.num_copies=[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]"]
@@ -106,18 +107,16 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    known = {(r["encoder"], r["preset"], r["algorithm"], r["seed"]) for r in rows}
-    for encoder in arguments.encoder:
-        for preset in arguments.preset:
-            for seed in arguments.seed:
-                for algorithm in arguments.algorithm:
-                    if (encoder, preset, algorithm, seed) in known:
-                        continue
-                    rows.append(measure(encoder, preset, algorithm, seed))
-                    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-                    print(rows[-1], flush=True)
-    print(table(rows))
+    stored = StoredRows(arguments.output)
+    for encoder, preset, seed, algorithm in product(
+        arguments.encoder, arguments.preset, arguments.seed, arguments.algorithm
+    ):
+        if stored.matching(encoder=encoder, preset=preset, algorithm=algorithm, seed=seed):
+            continue
+        row = measure(encoder, preset, algorithm, seed)
+        stored.add([row])
+        print(row, flush=True)
+    print(table(stored.rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ mean and standard error. Results are added to the JSON file as they come, and wh
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from optimum_regcache.search.fit import fit_registers, search_config
 from optimum_regcache.search.plan import QuantizationPlan, ReferenceImages
 from optimum_regcache.search.setups import mean_and_error
 from optimum_regcache.search.trials import TrialRunner
+from stored_rows import StoredRows
 
 SCENES = "scenes"
 VARIANTS = {  # of the scenes: arguments of `scenes.load_dataset`
@@ -102,18 +102,18 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = StoredRows(arguments.output)
     for preset in arguments.preset:
         recipe = Recipe.load(preset).with_effort("quick").override([f"data.num_report={arguments.num_report}"])
         opened = sources(arguments.encoder, arguments.images, recipe)
         measured = reports(opened, recipe)
         for searched, source in opened.items():
-            if any((r["preset"], r["searched"]) == (preset, searched) for r in rows):
+            if stored.matching(preset=preset, searched=searched):
                 continue
-            rows += measure(source, searched, preset, measured, recipe)
-            arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-            print(table(rows[-len(measured) :]), flush=True)
-    print(table(rows))
+            found = list(measure(source, searched, preset, measured, recipe))
+            stored.add(found)
+            print(table(found), flush=True)
+    print(table(stored.rows))
 
 
 if __name__ == "__main__":

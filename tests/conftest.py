@@ -1,10 +1,13 @@
 """Settings of every test process."""
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,18 @@ def kept_fits_stay_as_they_are() -> Iterator[None]:
     """No test changed a fit that others were given a copy of."""
     yield
     assert fits.changed() == []
+
+
+@pytest.fixture(scope="module")
+def operators_read_once() -> Iterator[None]:
+    """The exporter parses its 500 operator functions anew for each model, more than half of the time of a tiny export."""
+    from torch.onnx._internal import _lazy_import
+
+    source = _lazy_import.onnxscript_apis
+    patch = pytest.MonkeyPatch()
+    patch.setattr(import_module(source.__name__), "get_torchlib_ops", lru_cache(source.get_torchlib_ops))
+    yield
+    patch.undo()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Image
-from optimum.commands.optimum_cli import main
 from transformers import AutoModel, AutoModelForImageClassification
 
 from optimum_regcache.commands.sources import open_source, split_images
@@ -29,19 +28,6 @@ def run_process(*args: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run([CLI, "regcache", *args], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
-
-
-def run(capsys, monkeypatch, *args: str, code: int = 0) -> tuple[str, str]:
-    """The same command in this process, which has paid for the imports already; returns (stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["optimum-cli", "regcache", *args])
-    if code:
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == code
-    else:
-        main()
-    captured = capsys.readouterr()
-    return captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +73,13 @@ def test_quantize_prints_the_table_and_writes_everything(quantized):
     assert model.config.quantization_config.registers.blocks
 
 
-def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, capsys, monkeypatch):
+def test_evaluate_reads_the_recipe_beside_the_model(quantized, tmp_path, run):
     output, _ = quantized
-    out, _ = run(
-        capsys,
-        monkeypatch,
-        "evaluate",
-        "--model",
-        str(output),
-        "--output",
-        str(tmp_path / "results.json"),
-        "--num-report",
-        "32",
-        *(["--fused"] if machine_reason() is None else []),
+    fused = ["--fused"] if machine_reason() is None else []
+    code, out, _ = run(
+        "evaluate", "--model", output, "--output", tmp_path / "results.json", "--num-report", "32", *fused
     )
+    assert code == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["float_model"] == "planted-outlier"
     assert results["accuracy"] > 0.9
@@ -132,18 +111,19 @@ class Hits(evaluate.Metric):
 """
 
 
-def test_evaluate_takes_metrics_of_the_evaluate_library(quantized, tmp_path, capsys, monkeypatch):
+def test_evaluate_takes_metrics_of_the_evaluate_library(quantized, tmp_path, run, monkeypatch):
     (tmp_path / "hits.py").write_text(METRIC)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     options = ("--output", str(tmp_path / "r.json"), "--num-report", "16", "--metric", str(tmp_path / "hits.py"))
-    run(capsys, monkeypatch, "evaluate", "--model", str(quantized[0]), *options)
+    assert run("evaluate", "--model", quantized[0], *options)[0] == 0
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["hits"] == round(16 * results["accuracy"])
 
 
-def test_analyze_writes_json_and_pictures(tmp_path, capsys, monkeypatch):
+def test_analyze_writes_json_and_pictures(tmp_path, run):
     options = ("--num-samples", "24", "--set", "search.sensitivity=block")
-    stdout, _ = run(capsys, monkeypatch, "analyze", "--model", "planted-outlier", "--output", str(tmp_path), *options)
+    code, stdout, _ = run("analyze", "--model", "planted-outlier", "--output", tmp_path, *options)
+    assert code == 0
     assert "sensitive block 3" in stdout
     data = json.loads((tmp_path / "analysis.json").read_text())
     assert data["sensitivity"]["sensitive_block"] == 3
@@ -158,18 +138,20 @@ def test_analyze_writes_json_and_pictures(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "outliers.png").stat().st_size > 1_000
 
 
-def test_no_registers_gives_plain_quantization(tmp_path, capsys, monkeypatch):
+def test_no_registers_gives_plain_quantization(tmp_path, run):
     options = ("--no-registers", "--num-samples", "16", "--num-report", "16")
-    stdout, _ = run(capsys, monkeypatch, "quantize", "--model", "planted-outlier", "--output", str(tmp_path), *options)
+    code, stdout, _ = run("quantize", "--model", "planted-outlier", "--output", tmp_path, *options)
+    assert code == 0
     assert "│ naive" in stdout
     assert "│ RegCache" not in stdout
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert model.config.quantization_config.registers.mode == "none"
 
 
-def test_several_presets_make_one_model_each(tmp_path, capsys, monkeypatch):
+def test_several_presets_make_one_model_each(tmp_path, run):
     options = ("--no-registers", "--num-samples", "16", "--num-report", "16", "--preset", "w8a8", "w4a4")
-    stdout, _ = run(capsys, monkeypatch, "quantize", "--model", "planted-outlier", "--output", str(tmp_path), *options)
+    code, stdout, _ = run("quantize", "--model", "planted-outlier", "--output", tmp_path, *options)
+    assert code == 0
     for preset in ("w8a8", "w4a4"):
         assert f"saved to {tmp_path / preset}" in stdout
         model = AutoModelForImageClassification.from_pretrained(tmp_path / preset)
@@ -197,10 +179,11 @@ def test_several_presets_make_one_model_each(tmp_path, capsys, monkeypatch):
         (("evaluate", "--output", "x", "--preset", "w4a4"), "--preset has no effect: evaluate opens a finished model"),
     ],
 )
-def test_user_errors_are_one_line(args, message, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line(args, message, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, stderr = run(capsys, monkeypatch, *args, code=2)
-    assert stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    code, _, line = run(*args)
+    assert code == 2
+    assert line.startswith(f"error: {message}")
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

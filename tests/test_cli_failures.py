@@ -14,6 +14,7 @@ from optimum.commands.optimum_cli import main
 from optimum_regcache.commands import sources
 from optimum_regcache.config.output import MANIFEST
 from optimum_regcache.config.recipe import Recipe
+from optimum_regcache.config.recipe_files import on_hub
 from optimum_regcache.data import reference
 from optimum_regcache.hub import loading
 
@@ -206,6 +207,42 @@ def test_a_name_without_owner_is_no_question_for_the_hub(monkeypatch: pytest.Mon
     monkeypatch.setattr(sources, "load_model", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match=r"no embedded encoder has that name \(.*planted-outlier.*OWNER/NAME"):
         sources.open_model("planted-outliers", {})
+
+
+def test_the_hub_is_not_waited_for_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nothing(name: str, **options: Any) -> Any:
+        raise OSError("no route")
+
+    monkeypatch.setattr(sources, "load_model", nothing)
+    with pytest.raises(OSError, match=r"--model: some/vit is .* Check the spelling and .* The error was: no route"):
+        sources.open_model("some/vit", {})
+    assert capsys.readouterr().err == "Asking the Hub for some/vit ...\n"
+    offline = (
+        r"the cache does not hold all of it, and the Hub is not asked \(.*HF_HUB_OFFLINE\).* `hf download some/vit`"
+    )
+    with pytest.raises(OSError, match=offline):
+        sources.open_model("some/vit", {"local_files_only": True})
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=offline):
+        sources.open_model("some/vit", {})
+    assert capsys.readouterr().err == ""
+
+
+def test_recipes_and_data_sets_of_the_hub_are_named_before_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach it (no route)")
+
+    monkeypatch.setattr("datasets.load_dataset", nothing)
+    recipe = Recipe(dataset="some/pets")
+    with pytest.raises(ConnectionError, match=r"some/pets is no file .* give it: .*\(no route\)\. Check the name and"):
+        sources.open_source("planted-outlier", None, recipe)
+    assert capsys.readouterr().err == "Asking the Hub for the data set some/pets ...\n"
+    assert on_hub("some/recipe@v1")
+    assert not any(on_hub(name) for name in ("w8a8", "planted-outlier-w8a8", "a/b.yaml", "a/b/c", tmp_path))
 
 
 def test_a_metric_of_the_working_directory_needs_its_path(

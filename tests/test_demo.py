@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from models import MODELS
 from PIL import Image
 
 from optimum_regcache.commands.demo import FLOAT, NAIVE, REGCACHE, Demo
-from optimum_regcache.commands.demo_page import OnlySelf
+from optimum_regcache.commands.demo_page import OnlySelf, require_port
 from optimum_regcache.commands.pictures import shade_patches
 from optimum_regcache.encoders.tower import has_classifier
 
@@ -88,6 +90,24 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     assert code == 2
     assert "The demo needs gradio" in error
     assert "pip install 'optimum-regcache[demo]'" in error
+
+
+def test_a_port_in_use_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    monkeypatch.setattr(Demo, "open", lambda *args, **options: pytest.fail("work was done"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, error = run("demo", "--port", port)
+    assert code == 2
+    assert error.startswith(f"error: The demo cannot listen at 127.0.0.1, port {port}: Address already in use")
+    assert "Give another --port, or leave it out for a free one" in error
+    require_port("127.0.0.1", port)  # free again
+    for host, number, message in (
+        ("127.0.0.1", 70000, "--port must lie between 1 and 65535, got 70000"),
+        ("192.0.2.1", None, "cannot listen at 192.0.2.1: .* --host must be an address of this machine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_port(host, number)
 
 
 def test_browsers_are_told_to_load_nothing_from_other_machines() -> None:

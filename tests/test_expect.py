@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
-from optimum.commands.optimum_cli import main
 
 from optimum_regcache.commands.sources import with_known_images
 from optimum_regcache.config import recipe_files
@@ -117,7 +116,7 @@ def test_a_recipe_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("floor", "code"), [(0.9, 0), (1.5, 6)])
 def test_run_says_whether_the_result_is_what_was_expected(
-    floor: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    floor: float, code: int, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = Recipe.load("planted-outlier-w8a8").to_dict()
     values["search"] |= {"sensitive_block": 3, "blocks_before": 0, "num_copies": [4], "max_delete": 4}
@@ -125,14 +124,8 @@ def test_run_says_whether_the_result_is_what_was_expected(
     values["expect"] = {"metric": "accuracy", "retention": floor}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["optimum-cli", "regcache", "run", "mine.yaml", "--no-recommend"])
-    if code:
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == code
-    else:
-        main()
-    out = capsys.readouterr().out
+    found, out, _ = run("run", "mine.yaml", "--no-recommend")
+    assert found == code
     assert ("reached" if code == 0 else "MISSED") in out
     assert (tmp_path / "mine" / "results.json").exists()
 

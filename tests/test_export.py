@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections import Counter
 from functools import cached_property, lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,7 @@ import torch
 import transformers as hf
 from models import COMPOSITES, MODELS, TOWERS, TinyModel, quantized, random_cache
 from onnx import numpy_helper
-from optimum.commands.optimum_cli import main
 from torch.nn import functional as F
-from torch.onnx._internal import _lazy_import
 
 from optimum_regcache import RegCacheConfig, RegCacheQuantizer, fuse
 from optimum_regcache.commands.export import compare, export_job
@@ -43,14 +39,7 @@ FAMILIES = ("clip", "siglip", "dinov2", "dinov2_registers", *SLOW)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def operators_read_once():
-    """The exporter parses its 500 operator functions anew for each model, more than half of the time of a tiny export."""
-    source = _lazy_import.onnxscript_apis
-    patch = pytest.MonkeyPatch()
-    patch.setattr(import_module(source.__name__), "get_torchlib_ops", lru_cache(source.get_torchlib_ops))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("operators_read_once")
 
 
 def small(tiny: TinyModel, bits: int = 8, **parts: Any) -> Any:
@@ -284,13 +273,7 @@ def test_file_is_about_a_quarter_of_the_float_weights(tmp_path):
     assert 0.24 < ratio < 0.32
 
 
-def run(capsys, monkeypatch, *args: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["optimum-cli", "regcache", *args])
-    main()
-    return capsys.readouterr().out
-
-
-def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
+def test_command_exports_checks_and_evaluates(tmp_path, run):
     saved, path = tmp_path / "saved", tmp_path / "exported"
     images = reference.load("clip-scenes").dataset("search", 16, 0)
     quantizer = RegCacheQuantizer.from_pretrained("clip-scenes")
@@ -298,7 +281,8 @@ def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
         saved, quantization_config=RegCacheConfig(registers={"mode": "none"}), calibration_dataset=images
     )
     arguments = ("--model", str(saved), "--format", "onnx", "--output", str(path), "--num-images", "4")
-    out = run(capsys, monkeypatch, "export", *arguments)
+    code, out, _ = run("export", *arguments)
+    assert code == 0
     assert "onnx against PyTorch, 4 of random pixels" in out
     assert f"saved to {path}: 36 quantized layers" in out
     info = json.loads((path / "export.json").read_text())
@@ -317,7 +301,7 @@ def test_command_exports_checks_and_evaluates(tmp_path, capsys, monkeypatch):
     for directory in (saved, path):
         output = tmp_path / f"{directory.name}.json"
         options = ("--float-model", "clip-scenes", "--num-report", "32", "--output", str(output))
-        run(capsys, monkeypatch, "evaluate", "--model", str(directory), *options)
+        assert run("evaluate", "--model", directory, *options)[0] == 0
         results.append(json.loads(output.read_text()))
     ours, theirs = results
     assert theirs["format"] == "onnx"

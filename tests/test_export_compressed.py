@@ -114,7 +114,7 @@ def test_refusals_say_why(case: str, tmp_path: Path) -> None:
 
 
 def test_a_float_model_half_precision_and_mixed_bits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ViTModel holds torch.float16, .* Open it with dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"made of float32, ViTModel holds torch\.float16\. .* dtype=torch\.float32"):
         export_compressed_tensors(quantized(TOWERS["vit"], dtype=torch.float16, **PLAIN), tmp_path / "x")
     with pytest.raises(ValueError, match="ViTModel is not quantized; compressed-tensors holds quantized layers"):
         export_compressed_tensors(TOWERS["vit"].build(), tmp_path / "x")

@@ -25,7 +25,7 @@ REFUSALS = {
     "backbone": (lambda: quantized(DINOV2_BACKBONE), "returns feature maps of chosen stages.* Dinov2Model"),
     "float16": (
         lambda: TOWERS["vit"].build().half(),
-        r"computes in float32, ViTModel holds torch.float16\. Open it again with from_pretrained",
+        r"made of float32, ViTModel holds torch.float16\. Open it again with from_pretrained",
     ),
     "products": (refused("vit", attention={"quantize": True}), "attention products are simulated.*quantize=false"),
     "twin": (

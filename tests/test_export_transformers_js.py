@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import pytest
 import torch
 from models import COMPOSITES, quantized
 from torch.nn import functional as F
-from torch.onnx._internal import _lazy_import
 from transformers import AutoConfig
 
 import check_transformers_js
@@ -30,14 +27,7 @@ from optimum_regcache.quantizer import build_quantized
 TEXTS = ["a red ring", "a blue square", "a green circle"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def operators_read_once():
-    """The exporter parses its 500 operator functions anew for each model, more than half of the time of a tiny export."""
-    source = _lazy_import.onnxscript_apis
-    patch = pytest.MonkeyPatch()
-    patch.setattr(importlib.import_module(source.__name__), "get_torchlib_ops", lru_cache(source.get_torchlib_ops))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("operators_read_once")
 
 
 class Exported:

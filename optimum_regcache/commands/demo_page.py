@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from importlib import import_module
 from typing import Any
 
 from optimum_regcache.commands.demo import FLOAT, Demo
+from optimum_regcache.config.validation import require
 
 _SELF = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 _LEGEND = "Magenta: at least 20 times the median token. Grey: the largest others. Crossed out: deleted."
@@ -25,6 +27,27 @@ def need_gradio() -> Any:
         return import_module("gradio")
     except ImportError as error:
         raise ImportError(f"The demo needs gradio ({error}): pip install 'optimum-regcache[demo]'.") from error
+
+
+def require_port(host: str, port: int | None) -> None:
+    """Make sure, before any work, that the page can listen; ``port`` None: at any port.
+
+    Raises:
+        ValueError: it is in use, not for this user or no port, or this machine has no such address.
+    """
+    require(port is None or 1 <= port <= 65535, f"--port must lie between 1 and 65535, got {port}.")
+    reason = None
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    place = host if port is None else f"{host}, port {port}"
+    require(
+        reason is None,
+        f"The demo cannot listen at {place}: {reason}. Give another --port, or leave it out for a free one; --host must be an "
+        "address of this machine.",
+    )
 
 
 class OnlySelf:
@@ -110,9 +133,6 @@ def serve(demo: Demo, host: str, port: int | None, browser: bool, wait: bool = T
 
     Returns:
         (the page, which `close` ends; its address).
-
-    Raises:
-        OSError: the port is in use.
     """
     gr = need_gradio()
     page = build_page(demo)

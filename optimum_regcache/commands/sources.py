@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -107,12 +108,29 @@ def open_model(name: str, hub: Hub, option: str = "--model") -> tuple[PreTrained
     """
     check_name(name, option)
     require_hub(name, hub)
+    asked = ask_hub(name, hub)
     try:
         return load_model(name, **hub), load_processor(name, **hub)
     except OSError as error:
         if is_here(name):
             raise
-        raise OSError(f"{option}: {name} is no directory here, and the Hub does not give it: {error}") from error
+        if not asked:
+            raise OSError(
+                f"{option}: {name} is no directory here, the cache does not hold all of it, and the Hub is not asked "
+                f"(--offline or HF_HUB_OFFLINE). Leave that out, or run `hf download {name}` once where there is a network."
+            ) from error
+        raise OSError(
+            f"{option}: {name} is no directory here, and the Hub does not give it. Check the spelling and the network; what is "
+            f"private or gated needs --token. The error was: {error}"
+        ) from error
+
+
+def ask_hub(name: str, hub: Hub, kind: str = "") -> bool:
+    """Whether the Hub will be asked for ``name``; says so, for its answer may take a while."""
+    asked = not (is_here(name) or hub.get("local_files_only") or constants.HF_HUB_OFFLINE)
+    if asked:
+        print(f"Asking the Hub for {kind}{name} ...", file=sys.stderr, flush=True)
+    return asked
 
 
 def open_source(
@@ -161,6 +179,7 @@ def open_source(
     network: Any
     network, processor = opened or ((ref.model, ref.processor) if ref else open_model(name, hub))
     if dataset is not None:
+        ask_hub(dataset, hub, "the data set ")
         divide = stream_images if data.streaming else split_images
         search_images, report_images = divide(dataset, data.num_samples, data.num_report, seed, hub.get("token"))
         dataset = recorded_name(dataset)

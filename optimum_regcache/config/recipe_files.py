@@ -19,6 +19,13 @@ def packaged_recipes() -> dict[str, Path]:
     return {} if found is None else {path.stem: path for path in sorted(found.glob("*.yaml"))}
 
 
+def on_hub(source: str | Path) -> bool:
+    """Whether a recipe is asked for at the Hub: it is no path, no packaged one, and named as a repository."""
+    name = str(source)
+    here = Path(source).exists() or name in packaged_recipes() or name.endswith((".yaml", ".yml"))
+    return not here and _REPOSITORY.fullmatch(name) is not None
+
+
 def recipe_file(source: str | Path, token: str | None = None) -> Path:
     """The file of a recipe; see `Recipe.load`.
 
@@ -34,7 +41,7 @@ def recipe_file(source: str | Path, token: str | None = None) -> Path:
     if name in packaged:
         return packaged[name]
     reason = ""
-    if not path.exists() and _REPOSITORY.fullmatch(name) and not name.endswith((".yaml", ".yml")):
+    if on_hub(name):
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -86,7 +86,13 @@ def open_splits(name: str, **options: Any) -> tuple[dict[str, Any], Path | None]
 
     path = local_path(name)
     if path is None:
-        loaded: Any = load_dataset(name, options.pop("config_name", None), **options)
+        try:
+            loaded: Any = load_dataset(name, options.pop("config_name", None), **options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{name} is no file or folder here, and the Hub does not give it: {error}. Check the name and the network; "
+                "without one, only a data set that was loaded before opens."
+            ) from error
         return {str(k): v for k, v in loaded.items()}, None
     return _load_local(path, options.get("streaming", False)), path if path.is_dir() else path.parent
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.recipe import DataConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.encoders.passes import Batch, num_images
@@ -92,12 +92,12 @@ def store_batches(
         OSError: they fit neither into memory nor on the disk.
     """
     stored = StoredBatches(space)
-    with tqdm(total=len(inputs), desc="reading images", unit="image", disable=not progress) as bar:
+    with bar(name="reading images", total=len(inputs), unit="image", shown=progress) as shown:
         for batch in read_batches(inputs, data):
             images = num_images(batch)
             if not len(stored):
                 size = sum(t.numel() * t.element_size() for t in batch.values())
                 space.require_room(size * len(inputs) // images, f"{len(inputs)} images")
             stored.append(batch, images)
-            bar.update(images)
+            shown.update(images)
     return stored

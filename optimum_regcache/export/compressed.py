@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_regcache.encoders.compat import divides_tensors
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.export.layout import COMPRESSED_TENSORS, float_config, versions, write_info
+from optimum_regcache.export.layout import COMPRESSED_TENSORS, float_config, require_float32, versions, write_info
 from optimum_regcache.hub.dequantize import lasting_change
 from optimum_regcache.layers.attention import attention_products
 from optimum_regcache.layers.linear import QuantLinear, quant_linears
@@ -91,10 +91,7 @@ def _check(model: PreTrainedModel) -> tuple[int, int]:
             f"{name} cannot be written as {COMPRESSED_TENSORS}: transformers divides tensors of this type as it opens them, "
             "which fails for this format. Use the format onnx."
         )
-    if not all(p.dtype == torch.float32 for p in model.parameters()):
-        raise ValueError(
-            f"{name} holds {model.dtype}, {COMPRESSED_TENSORS} is written of float32. Open it with dtype=torch.float32."
-        )
+    require_float32(model)
     for layer, module in layers.items():
         a, state = module.activations, module.state()
         plain = a.mode == "static" and a.symmetric and state.activations.outlier_tokens == "clip" and a.bits <= 8

@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from optimum_regcache.config.files import write_json
 
 INFO = "export.json"
@@ -32,6 +35,19 @@ def need(package: str) -> Any:
             f"{package} is needed for exported encoders and could not be imported ({error}). "
             f'Install it: pip install "optimum-regcache[{extra}]"'
         ) from error
+
+
+def require_float32(model: PreTrainedModel) -> None:
+    """Refuse a model of other numbers.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not all(p.dtype == torch.float32 for p in model.parameters()):
+        raise ValueError(
+            f"The export is made of float32, {type(model).__name__} holds {model.dtype}. Open it again with "
+            "from_pretrained(..., dtype=torch.float32); transformers does not cast quantized models in memory."
+        )
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from optimum_regcache.encoders.compat import EXPORT_ATTENTION
 from optimum_regcache.encoders.passes import unfused
 from optimum_regcache.encoders.tower import Tower, find_tower, has_classifier
-from optimum_regcache.export.layout import NETWORKS, need, versions, write_info
+from optimum_regcache.export.layout import NETWORKS, need, require_float32, versions, write_info
 from optimum_regcache.export.qdq import OPSET, QDQLinear
 from optimum_regcache.kernels.cpu import needs_vnni
 from optimum_regcache.layers.attention import attention_products
@@ -151,11 +151,7 @@ def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
             f"{name} returns feature maps of chosen stages, which the export does not write. Export the encoder class, for "
             "example Dinov2Model."
         )
-    if not all(p.dtype == torch.float32 for p in model.parameters()):
-        raise ValueError(
-            f"The export computes in float32, {name} holds {model.dtype}. Open it again with "
-            "from_pretrained(..., dtype=torch.float32); transformers does not cast quantized models in memory."
-        )
+    require_float32(model)
     if any(True for _ in attention_products(model)):
         raise ValueError(
             "Quantized attention products are simulated and have no form in the export. Quantize with "

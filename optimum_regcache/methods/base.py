@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import check_types
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.sites import Site
@@ -70,8 +70,8 @@ class PipelineState:
             description: of the progress bar; no bar if None.
         """
         groups, blocks = linear_groups(model, self.config), len(find_tower(model).blocks)
-        hidden = description is None or not self.progress
-        for known in tqdm(walk_blocks(model, self.batches), description, blocks, disable=hidden):
+        shown = description is not None and self.progress
+        for known in bar(walk_blocks(model, self.batches), description or "", total=blocks, shown=shown):
             yield from ((known, group) for group in groups if group.block == known.block)
 
     def inputs(self, model: nn.Module, group: Group, known: Recorded, limit: int) -> torch.Tensor:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tqdm.auto import tqdm
-
 from optimum_regcache.config import AttentionConfig, RegCacheConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.layers.attention import attention_products, install_products
 from optimum_regcache.methods._search.gradients import squared_gradients
@@ -72,7 +71,7 @@ class PTQ4ViT(Method):
         draws, seed = self.draws, self.seed
         watched = squared_gradients(fit.model, names, batches, limit=self.max_tokens, draws=draws, seed=seed)
         space = SearchSpace(self.low, self.high, self.candidates, self.rounds)
-        for group in tqdm(groups, desc="PTQ4ViT scales", disable=not fit.progress):
+        for group in bar(groups, "PTQ4ViT scales", shown=fit.progress):
             importance = [watched[name].importance for name in group.names]
             search_group(fit, group, watched[group.names[0]].x, space, importance)
         if fit.config.attention.quantize:
@@ -81,9 +80,8 @@ class PTQ4ViT(Method):
     def _search_products(self, fit: PipelineState, batches: Sequence[Batch], space: SearchSpace) -> None:
         install_products(fit.model, fit.config.attention, bypass=True)
         try:
-            for name, products in tqdm(
-                list(attention_products(fit.result)), desc="PTQ4ViT products", disable=not fit.progress
-            ):
+            found = list(attention_products(fit.result))
+            for name, products in bar(found, "PTQ4ViT products", shown=fit.progress):
                 parts = ("query", "key", "probabilities", "value", "logits", "output")
                 names = [f"{name}.{part}" for part in parts]
                 watched = squared_gradients(fit.model, names, batches, whole=True, draws=self.draws, seed=self.seed)

@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower, visit_tokens
 from optimum_regcache.encoders.sharing import replace_value, shared_copy
@@ -161,8 +161,7 @@ def find_register_neurons(
         highest_block = next(b for b in range(depth) if 2 * int((flat[b] > threshold).sum()) >= count)
     ordinary = [(n >= 0) & (n <= threshold) for n in norms[detection_block]]
     groups = [torch.stack(pair) for pair in zip(outliers, ordinary, strict=True)]
-    bar = tqdm(batches, desc="register neurons", disable=not progress)
-    scores = _scores(tower, bar, groups, highest_block)
+    scores = _scores(tower, bar(batches, "register neurons", shown=progress), groups, highest_block)
     specific = scores[:, 0].masked_fill(scores[:, 0] < UNIT_RATIO * scores[:, 1], 0.0).flatten()
     values, order = specific.topk(min(top_k, len(specific)))
     found: list[int] = cast("Any", order[values > 0]).tolist()
@@ -193,7 +192,7 @@ def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> lis
         return seen
 
     handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
-    _run(tower, tqdm(batches, desc="outlier tokens", disable=not progress), handles, padding)
+    _run(tower, bar(batches, "outlier tokens", shown=progress), handles, padding)
     return norms
 
 
@@ -346,7 +345,7 @@ def register_cache_from_neurons(
         for block in range(first, depth)
         for (projection, columns), store in zip(tower.key_value(block), sums, strict=True)
     ]
-    _run(tower, tqdm(batches, desc="register cache", disable=not progress), handles, PaddingMask())
+    _run(tower, bar(batches, "register cache", shown=progress), handles, PaddingMask())
     images = sum(len(next(iter(batch.values()))) for batch in batches)
     heads = tower.num_heads
     keys, values = ({b: (s / images).float().reshape(heads, 1, -1) for b, s in store.items()} for store in sums)

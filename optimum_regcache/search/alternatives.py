@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_regcache.config import ActivationsConfig, DeletionConfig, RegCacheConfig, RegistersConfig, WeightsConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.recipe import Recipe
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.evaluation.targets import Targets, objective_targets
@@ -180,7 +180,7 @@ def find_alternatives(
     scores: list[torch.Tensor | None] = []
     tried: list[Alternative] = []
     candidates = [a for a in _candidates(recipe) if not _is(a.recipe, config)]
-    for candidate in tqdm(candidates, desc="alternatives", disable=not progress):
+    for candidate in bar(candidates, "alternatives", shown=progress):
         begun, reason, values = time.perf_counter(), None, None
         try:
             plan = QuantizationPlan.of(candidate.recipe)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.evaluation.objective import Objective
 from optimum_regcache.registers import RegisterCache
@@ -68,10 +67,10 @@ def tune_copies(
 
     start = {b: cache.copies(b) for b in cache.blocks}
     best, top = start, score(start)
-    with tqdm(total=len(steps) * len(start), desc="tau per block", disable=not progress) as bar:
+    with bar(name="tau per block", total=len(steps) * len(start), shown=progress) as shown:
         for number, round_steps in enumerate(steps):
             for block in cache.blocks:
-                bar.update()
+                shown.update()
                 if block not in best:
                     continue
                 tried = [{**best, block: best[block] * math.exp(step)} for step in round_steps]

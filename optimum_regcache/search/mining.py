@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, PaddingMask, lone_token, run_tower
 from optimum_regcache.encoders.tower import Tower, find_tower
@@ -218,7 +218,7 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
     best: dict[int, MinedTokens] = {}
     seen = 0
     try:
-        for batch in tqdm(batches, desc="mining tokens", disable=not progress):
+        for batch in bar(batches, "mining tokens", shown=progress):
             padding.start(batch)
             run_tower(tower, batch)
             for block in blocks:

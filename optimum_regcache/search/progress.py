@@ -12,6 +12,8 @@ from typing import Any
 from torch.nn.modules.module import register_module_forward_hook
 from tqdm.auto import tqdm
 
+from optimum_regcache.config.bars import duration, on_terminal
+
 QUIET = 10.0  # seconds after which a job says that it is alive
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]{postfix}"
 
@@ -29,7 +31,7 @@ class Progress:
 
     def __init__(self, name: str, enabled: bool) -> None:
         self.name, self.enabled = name, enabled
-        self.terminal = sys.stderr.isatty()
+        self.terminal = on_terminal()
         self._expected: dict[str, float] = {}
         self._done: dict[str, float] = {}
         self._stage, self._best = "", ""
@@ -92,7 +94,7 @@ class Progress:
         self._bar.total = max(self.total, 1)
         self._stage = before
         self.best("")
-        if self.enabled and not self.terminal:
+        if self.enabled and not self.terminal and not before:  # a stage within one is no news
             self.say(f"{name} done in {duration(seconds)}")
 
     def say(self, text: str) -> None:
@@ -137,11 +139,3 @@ def watching(name: str, enabled: bool) -> Generator[Progress, None, None]:
             handle.remove()
         progress.close()
         _current.reset(token)
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``1 h 20 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

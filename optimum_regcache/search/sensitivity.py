@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from optimum_regcache.calibration.calibrate import QParams, calibrate
 from optimum_regcache.calibration.quantized_inputs import quantized_inputs
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.encoders.passes import Batch, count_images
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import Objective
@@ -109,14 +109,14 @@ def scan_sensitivity(  # noqa: PLR0913 (exported: every argument has its name)
     first = linears if granularity == "linear" else whole
     worst = min(COARSE_BLOCKS, len(whole)) if granularity == "coarse" else 0
     steps = len(first) + round(worst * len(linears) / len(whole)) + worst
-    with tqdm(total=steps, desc="sensitivity", disable=not progress) as bar:
-        drops = decisive = few.drops(first, bar)
+    with bar(name="sensitivity", total=steps, shown=progress) as shown:
+        drops = decisive = few.drops(first, shown)
         if worst:
             suspects = {whole[name][0] for name in _suspects(drops, worst)}
-            bar.total -= round((worst - len(suspects)) * (len(linears) / len(whole) + 1))
-            layers = few.drops({name: entry for name, entry in linears.items() if entry[0] in suspects}, bar)
+            shown.total -= round((worst - len(suspects)) * (len(linears) / len(whole) + 1))
+            layers = few.drops({name: entry for name, entry in linears.items() if entry[0] in suspects}, shown)
             tops = [max((n for n in layers if linears[n][0] == b), key=lambda n: layers[n]) for b in suspects]
-            decisive = scan.drops({name: entry for name, entry in linears.items() if name in tops}, bar)
+            decisive = scan.drops({name: entry for name, entry in linears.items() if name in tops}, shown)
             drops = drops | layers | decisive
     blocks = {name: (linears | whole)[name][0] for name in drops}
     return SensitivityReport(drops, blocks, blocks[max(decisive, key=lambda name: decisive[name])], objective.name)
@@ -183,25 +183,25 @@ class _Scan:
             )
         return found
 
-    def drops(self, groups: dict[str, tuple[int, list[str]]], bar: Any) -> dict[str, float]:
+    def drops(self, groups: dict[str, tuple[int, list[str]]], shown: Any) -> dict[str, float]:
         """Name -> drop, for groups of layers (block, names of its layers), by ascending block; processes share the blocks."""
         self._known = None
         missing: dict[int, list[str]] = {}
         for name, (block, _) in groups.items():
             if self.journal.get(self._step(name)) is None:
                 missing.setdefault(block, []).append(name)
-        bar.update(len(groups) - sum(map(len, missing.values())))
+        shown.update(len(groups) - sum(map(len, missing.values())))
         blocks, size = list(missing), world_size()
         for start in range(0, len(blocks), size):
-            wave, begun = blocks[start : start + size], bar.n
-            measured = spread(wave, lambda block: [self._drop(n, *groups[n], bar) for n in missing[block]])
+            wave, begun = blocks[start : start + size], shown.n
+            measured = spread(wave, lambda block: [self._drop(n, *groups[n], shown) for n in missing[block]])
             for block, drops in zip(wave, measured, strict=True):
                 for name, drop in zip(missing[block], drops, strict=True):
                     self.journal.put(self._step(name), [drop])
-            bar.update(sum(map(len, measured)) - (bar.n - begun))
+            shown.update(sum(map(len, measured)) - (shown.n - begun))
         return {name: (self.journal.get(self._step(name)) or [math.nan])[0] for name in groups}
 
-    def _drop(self, name: str, block: int, layers: list[str], bar: Any) -> float:
+    def _drop(self, name: str, block: int, layers: list[str], shown: Any) -> float:
         """The drop of one group; what arrives at its block is kept for the next one."""
         if self._known is None or self._known.block != block:
             states = record_block_inputs(self.model, self.objective.batches, block, self._known)
@@ -215,5 +215,5 @@ class _Scan:
         current().advance(count_images(self.objective.batches) * (len(find_tower(self.model).blocks) - block))
         drop = reference - score if math.isfinite(score) else math.inf
         self.journal.put(self._step(name), [drop])
-        bar.update()
+        shown.update()
         return drop

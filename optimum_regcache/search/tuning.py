@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features, leading_tokens
 from optimum_regcache.encoders.tower import find_tower
@@ -217,7 +217,7 @@ class _Tuning:
         require(not math.isnan(top), "The registers to tune have a held-out score that is not a number.")
         curve, losses, since, stopped = [(0, top)], list[float](), 0, "steps"
         states, optimizer, order = self._states(), self._optimizer(), self._order()
-        for step in tqdm(range(1, s.steps + 1), desc="tuning registers", disable=not progress):
+        for step in bar(range(1, s.steps + 1), "tuning registers", shown=progress):
             self._slow_down(optimizer, step)
             loss = self._step(optimizer, next(order), states)
             losses.append(loss)

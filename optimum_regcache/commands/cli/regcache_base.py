@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -93,10 +94,13 @@ def resolve_recipe(args: Namespace, preset: str | None) -> Any:
     """Recipe of the file or preset with the command line on top; ``preset`` is one of ``args.preset``."""
     from dataclasses import replace
 
-    from optimum_regcache.commands.sources import with_known_images
+    from optimum_regcache.commands.sources import ask_hub, with_known_images
     from optimum_regcache.config import DeletionConfig, RegCacheConfig, RegistersConfig
     from optimum_regcache.config.recipe import Recipe
+    from optimum_regcache.config.recipe_files import on_hub
 
+    if args.recipe and on_hub(args.recipe):
+        ask_hub(args.recipe, {}, "the recipe of ")
     recipe = Recipe.load(args.recipe, args.token) if args.recipe else Recipe()
     if preset:
         bits = RegCacheConfig.from_preset(preset)
@@ -177,6 +181,9 @@ class Command(BaseOptimumCLICommand):
                 )
             if getattr(args, "local_files_only", False):  # read when huggingface_hub and datasets are imported, below
                 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+            if not sys.stderr.isatty():  # their bars would fill a log
+                for library in ("HF_HUB", "HF_DATASETS"):
+                    os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
             from optimum_regcache.commands.launch import require_device, shared
 
             require_device(args.device)

@@ -35,10 +35,11 @@ class DemoCommand(Command):
 
     def job(self) -> None:
         from optimum_regcache.commands.demo import Demo
-        from optimum_regcache.commands.demo_page import need_gradio, serve
+        from optimum_regcache.commands.demo_page import need_gradio, require_port, serve
         from optimum_regcache.data.reference import DEFAULT
 
         a = self.args
         need_gradio()  # before any work
+        require_port(a.host, a.port)
         options = {"preset": a.preset, "original": a.float_model, "device": a.device, "hub": hub_options(a)}
         serve(Demo.open(a.model or DEFAULT, a.images, **options), a.host, a.port, a.browser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimum_regcache.commands.page.parts import Item, Pictures, Table, Text, number, percent, with_error
+from optimum_regcache.commands.page.parts import Item, Picture, Pictures, Table, Text, number, percent, with_error
 from optimum_regcache.commands.page.plots import Plotter
 from optimum_regcache.commands.page.runs import ANALYZE, CHECK, EVALUATE, Run
 from optimum_regcache.config.recipe import LOCAL
@@ -127,18 +127,23 @@ def accuracy(run: Run, plotter: Plotter) -> list[Item]:
         items.insert(0, Text(f"Worse than round to nearest: {', '.join(worse)}. Do not use these settings here.", True))
     if rows[0].get("standard_error") is None:
         items.append(Text("This result was written without standard errors."))
-    items.append(Pictures([_metric_bars(rows, labelled, plotter)]))
+    picture = _top1_bars(rows, plotter) if labelled else _cosine_marks(rows, plotter)
+    items += [] if picture is None else [Pictures([picture])]
     return [*items, *_seeds(run, labelled), *_others(run)]
 
 
-def _metric_bars(rows: Sequence[Mapping[str, Any]], labelled: bool, plotter: Plotter) -> Any:
-    key, scale = ("accuracy", 100.0) if labelled else ("cosine", 1.0)
-    values = [scale * r[key] for r in rows]
-    errors = [None if r.get("standard_error") is None else scale * r["standard_error"] for r in rows]
-    name = "top-1 in %" if labelled else "feature cosine"
-    alt = f"Bars, {name}: " + ", ".join(f"{r['name']} {v:.4g}" for r, v in zip(rows, values, strict=True))
-    names = [r["name"] for r in rows]
+def _top1_bars(rows: Sequence[Mapping[str, Any]], plotter: Plotter) -> Picture:
+    values = [100 * r["accuracy"] for r in rows]
+    errors = [None if r.get("standard_error") is None else 100 * r["standard_error"] for r in rows]
+    name, names = "top-1 in %", [r["name"] for r in rows]
+    alt = f"Bars, {name}: " + ", ".join(f"{n} {v:.4g}" for n, v in zip(names, values, strict=True))
     return plotter.bars(names, {name: (values, errors)}, f"{name}, with standard errors", alt, x=name)
+
+
+def _cosine_marks(rows: Sequence[Mapping[str, Any]], plotter: Plotter) -> Picture | None:
+    rows = [r for r in rows if r["name"] != "float"]
+    series = {"variant": ([r["cosine"] for r in rows], [r.get("standard_error") for r in rows])}
+    return plotter.losses([r["name"] for r in rows], series, ", with standard errors")
 
 
 def _seeds(run: Run, labelled: bool) -> list[Item]:

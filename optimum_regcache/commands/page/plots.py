@@ -15,6 +15,7 @@ from optimum_regcache.commands.pictures import require_plots
 # Okabe and Ito: told apart by colour-blind readers, on light and on dark ground
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 MARKERS = "osD^vP*X"
+LEAST_LOSS = 1e-6  # of a cosine in float32
 _MOST_TICKS = 9
 _INK = "#010203"  # stands for the page's own colour of text
 _STYLE: dict[Any, Any] = {
@@ -86,19 +87,27 @@ class Plotter:
         log: bool = False,
     ) -> Picture:
         """Horizontal bars: for each of ``groups`` one of each series (values, standard errors or None). On a log axis, which
-        has no zero that bars could begin at, marks."""
+        has no zero that bars could begin at, marks. A series without values keeps its place and colour."""
         thick = 0.8 / len(series)
         with self.axes(height=max(1.8, 0.8 + 0.26 * len(groups) * max(1.0, 0.75 * len(series)))) as (axes, svg):
             for place, (name, (values, errors)) in enumerate(series.items()):
-                at = [g + (place - (len(series) - 1) / 2) * thick for g in range(len(groups))]
-                if log:
-                    axes.plot(_floats(values), at, MARKERS[place], color=COLOURS[place], markersize=7, label=name)
+                if all(v is None for v in values):
                     continue
-                bars = [e or 0.0 for e in errors]
-                axes.barh(
-                    at, _floats(values), thick, xerr=bars if any(bars) else None, label=name, ecolor=_INK, capsize=2,
-                    color=COLOURS[place % len(COLOURS)],
-                )  # fmt: skip
+                at = [g + (place - (len(series) - 1) / 2) * thick for g in range(len(groups))]
+                found, bars = _floats(values), [e or 0.0 for e in errors]
+                look: dict[str, Any] = {
+                    "xerr": bars if any(bars) else None,
+                    "label": name,
+                    "ecolor": _INK,
+                    "capsize": 2,
+                }
+                look["color"] = COLOURS[place % len(COLOURS)]
+                if log:  # which has nothing below zero
+                    low = [min(bar, 0.9 * value) for bar, value in zip(bars, found, strict=True)]
+                    look["xerr"] = [low, bars] if any(bars) else None
+                    axes.errorbar(found, at, fmt=MARKERS[place], markersize=7, **look)
+                else:
+                    axes.barh(at, found, thick, **look)
             axes.set_yticks(range(len(groups)), [_short(g) for g in groups])
             axes.set_ylim(len(groups) - 0.4, -0.6)
             if log:
@@ -109,6 +118,27 @@ class Plotter:
             if len(series) > 1:
                 axes.figure.legend(loc="outside upper left", ncols=2)
         return Picture(caption, alt, svg[0])
+
+    def losses(
+        self, groups: Sequence[str], series: Mapping[str, tuple[Values, Values]], more: str = ""
+    ) -> Picture | None:
+        """`bars` of cosines to the float model as what they lack of 1, on a log axis; None where none lacks `LEAST_LOSS`."""
+        lost = {
+            name: ([None if v is None or 1 - v < LEAST_LOSS else 1 - v for v in values], errors)
+            for name, (values, errors) in series.items()
+        }
+        if not any(v is not None for values, _ in lost.values() for v in values):
+            return None
+        alt = "Marks, log axis, 1 - feature cosine: " + "; ".join(
+            f"{name} "
+            + ", ".join(f"{g} {'-' if v is None else f'{1 - v:.3g}'}" for g, v in zip(groups, values, strict=True))
+            for name, (values, _) in series.items()
+            if any(v is not None for v in lost[name][0])
+        )
+        caption = f"What the feature cosine lacks of 1{more}; no mark: less than {LEAST_LOSS:g}, or not measured"
+        return self.bars(
+            groups, lost, caption, alt, x="1 - cosine to float, log axis; further left is better", log=True
+        )
 
     def heat(
         self, rows: Sequence[str], values: Sequence[Values], caption: str, alt: str, *, x: str, y: str, bar: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimum_regcache.commands.page.facts import saved_row, title_of
-from optimum_regcache.commands.page.parts import Item, LeftOut, Pictures, Table, Text, number, percent, with_error
-from optimum_regcache.commands.page.plots import Plotter
+from optimum_regcache.commands.page.parts import Item, Pictures, Table, Text, number, percent, with_error
+from optimum_regcache.commands.page.plots import Plotter, Values
 from optimum_regcache.commands.page.runs import ANALYZE, QUANTIZE, Run
 
 _VARIANTS = ("float", "naive", "per token")
@@ -19,14 +19,7 @@ def with_rows(runs: Sequence[Run]) -> list[Run]:
 
 
 def overview(runs: Sequence[Run], plotter: Plotter) -> list[Item]:
-    """One table and grouped pictures.
-
-    Raises:
-        LeftOut: fewer than two results have variants.
-    """
-    runs = with_rows(runs)
-    if len(runs) < 2:
-        raise LeftOut("fewer than two of these results hold rows to compare")
+    """One table and grouped pictures of results `with_rows`."""
     made = [
         [run.label, title_of(run.at("model")), run.at("quantization"), _methods(run), _installed(run)] for run in runs
     ]
@@ -52,18 +45,13 @@ def overview(runs: Sequence[Run], plotter: Plotter) -> list[Item]:
         )
     labels = [run.label for run in runs]
     pictures = []
-    for key, name, scale in (("accuracy", "top-1 in %", 100.0), ("cosine", "feature cosine", 1.0)):
-        if all(_value(run, "float", key) is None for run in runs):
-            continue
-        series = {}
-        for variant in (*_VARIANTS, _SAVED):
-            values = [_value(run, variant, key) for run in runs]
-            errors = [_value(run, variant, "standard_error") if _metric(run) == key else None for run in runs]
-            if any(v is not None for v in values):
-                series[variant] = tuple([None if v is None else scale * v for v in found] for found in (values, errors))
-        alt = f"Grouped bars, {name}: "
+    if any(_value(run, "float", "accuracy") is not None for run in runs):
+        series = _series(runs, "accuracy", 100.0)
+        alt = "Grouped bars, top-1 in %: "
         alt += "; ".join(f"{v} " + ", ".join(number(x, ".4g") for x in values) for v, (values, _) in series.items())
-        pictures.append(plotter.bars(labels, series, name, alt, x=name))
+        pictures.append(plotter.bars(labels, series, "top-1 in %", alt, x="top-1 in %"))
+    picture = plotter.losses(labels, _series(runs, "cosine", 1.0))
+    pictures += [] if picture is None else [picture]
     peaks = {v: ([_value(run, v, "max_block_norm") for run in runs], [None] * len(runs)) for v in ("naive", _SAVED)}
     alt = "Grouped bars, log axis, largest token norm: "
     alt += "; ".join(f"{v} " + ", ".join(number(x, ".4g") for x in values) for v, (values, _) in peaks.items())
@@ -77,6 +65,21 @@ def overview(runs: Sequence[Run], plotter: Plotter) -> list[Item]:
         names, gain = [run.label for run in searched], "gain over nothing"
         pictures.append(plotter.bars(names, {gain: (gains, errors)}, "Gain on the confirmation images", alt, x=gain))
     return [*items, Pictures(pictures)]
+
+
+def _series(runs: Sequence[Run], key: str, scale: float) -> dict[str, tuple[Values, Values]]:
+    """Variant -> values and standard errors of ``runs``; variants that one of them has."""
+    series: dict[str, tuple[Values, Values]] = {}
+    for variant in (*_VARIANTS, _SAVED):
+        values = [_value(run, variant, key) for run in runs]
+        errors = [_value(run, variant, "standard_error") if _metric(run) == key else None for run in runs]
+        if any(v is not None for v in values):
+            series[variant] = _scaled(values, scale), _scaled(errors, scale)
+    return series
+
+
+def _scaled(values: Values, scale: float) -> Values:
+    return [None if v is None else scale * v for v in values]
 
 
 def _metric(run: Run) -> str:

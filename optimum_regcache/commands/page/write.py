@@ -66,7 +66,8 @@ def report_job(
         _check_output(path, mark, overwrite)
     runs = find_runs(paths)
     left_out: list[str] = []
-    chapters = [] if len(runs) == 1 else [_together(runs, plotter, left_out)]
+    alike = with_rows(runs)
+    chapters = [_together(alike, plotter, left_out)] if len(alike) > 1 else []
     for place, run in enumerate(runs, 1):
         chapters.append(_chapter(run, f"r{place}", plotter, dataset, num_images, left_out))
     content = {
@@ -123,9 +124,8 @@ def _chapter(run: Run, anchor: str, plotter: Plotter, dataset: str | None, count
 
 
 def _together(runs: Sequence[Run], plotter: Plotter, left_out: list[str]) -> Chapter:
-    title = "Side by side" if len(with_rows(runs)) > 1 else "Together"
     section = _section("Overview", "all-overview", partial(overview, runs, plotter), "", left_out)
-    return Chapter(title, "all", [section])
+    return Chapter("Side by side", "all", [section])
 
 
 def _section(title: str, anchor: str, make: _Make, whose: str, left_out: list[str]) -> Section:
