@@ -118,7 +118,7 @@ def test_calibration_takes_the_least_error_of_the_product() -> None:
     a = (torch.randn(20, 2, 33, 33, generator=generator) / 2 + 4 * torch.eye(33)).softmax(-1)
     v = torch.randn(20, 2, 33, 5, generator=generator)
     v[..., 0] += 4.0  # of what all values share, the many small probabilities carry most
-    observer, halves = FocusObserver(DFQ), FocusObserver(DFQ)
+    observer, halves = FocusObserver(DFQ, 0), FocusObserver(DFQ, 0)
     valid = torch.ones(20, 33, dtype=torch.bool)
     valid[:, -2:] = False
     observer.update(a, v, valid)
@@ -137,11 +137,30 @@ def test_calibration_takes_the_least_error_of_the_product() -> None:
     assert float(low) == 0.0
     assert torch.equal(halves.qparams()[0], high)
     with pytest.raises(ValueError, match="The observer has seen no activation"):
-        FocusObserver(DFQ).qparams()
-    observer = FocusObserver(DFQ)
+        FocusObserver(DFQ, 0).qparams()
+    observer = FocusObserver(DFQ, 0)
     observer.update(a, torch.full_like(v, float("nan")), valid)
     with pytest.raises(ValueError, match="An activation is not finite"):
         observer.qparams()
+
+
+def test_leading_tokens_count_as_much_as_all_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, 33, 33, generator=generator) / 4
+    logits[:, :, 0, 5] += 5.0  # the first token looks at one patch, the others look around
+    a, v = logits.softmax(-1), torch.randn(4, 2, 33, 5, generator=generator) + 1.0
+    found = []
+    for lead in (0, 1):
+        observer = FocusObserver(DFQ, lead)
+        observer.update(a, v, torch.ones(4, 33, dtype=torch.bool))
+        found.append(float(observer.qparams()[0]))
+
+    def loss(end: float) -> float:
+        rows = ((uniform_unit(a, torch.tensor(end), 4) - a) @ v).pow(2).sum((0, 1, 3))
+        return float(rows[0] + rows[1:].mean())
+
+    assert found[1] == pytest.approx(min((2.0 ** (-i / 8) for i in range(64)), key=loss))
+    assert found[1] > 1.5 * found[0]
 
 
 def test_calibration_watches_image_tokens_and_leaves_nothing_behind() -> None:

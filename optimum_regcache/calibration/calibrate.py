@@ -12,7 +12,7 @@ from torch import nn
 from optimum_regcache.calibration.observers import FocusObserver, ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
 from optimum_regcache.encoders.outputs import class_logits
-from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features
+from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, leading_tokens
 from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.layers.attention import AttentionProducts, attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
@@ -74,8 +74,8 @@ class _OperandTap:
 class _FocusTap:
     """The same for probabilities of the form ``dfq``, which are judged together with the values they meet."""
 
-    def __init__(self, products: AttentionProducts, config: AttentionConfig, padding: PaddingMask) -> None:
-        self.padding, self.observer = padding, FocusObserver(config)
+    def __init__(self, products: AttentionProducts, config: AttentionConfig, lead: int, padding: PaddingMask) -> None:
+        self.padding, self.observer = padding, FocusObserver(config, lead)
         self.values: torch.Tensor | None = None
         products.value.register_forward_pre_hook(self._keep)  # goes with the products
 
@@ -137,11 +137,12 @@ def calibrate(
     if config.attention.quantize:
         install_products(float_model, config.attention, bypass=True)
         tower = find_tower(float_model)
-        heads, skipped = tower.num_heads, [tower.attention(block).products for block in range(first)]
+        heads, lead = tower.num_heads, leading_tokens(tower)
+        skipped = [tower.attention(block).products for block in range(first)]
         for name, products in attention_products(float_model):
             for role, _ in products.operands() if products not in skipped else ():
                 focused = role == "probabilities" and config.attention.probabilities == "dfq"
-                tap = _FocusTap(products, config.attention, padding) if focused else None
+                tap = _FocusTap(products, config.attention, lead, padding) if focused else None
                 watch(f"{name}.{role}", tap or _OperandTap(role, config.attention, heads, padding))
     try:
         if taps:

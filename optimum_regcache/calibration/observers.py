@@ -244,16 +244,26 @@ class ProbabilityObserver:
         return candidates[int(torch.stack(errors).argmin())], None
 
 
+def _shares(valid: torch.Tensor) -> torch.Tensor:
+    """Weights [B, N] of the tokens that are valid, of sum 1 in each row; 0 where there is none."""
+    return valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
+
+
 class FocusObserver:
     """Interval [0, b2] of `dfq` probabilities with the least squared error of the product AV (docs/method.md 11.14).
 
-    b2 is one of 2^(-i/8), i = 0 .. 63; the first 16 images decide.
+    b2 is one of 2^(-i/8), i = 0 .. 63; the first 16 images decide. Leading tokens, which carry the output, count together as
+    much as all patches.
+
+    Args:
+        config: bits.
+        lead: number of leading tokens.
     """
 
     IMAGES = 16
 
-    def __init__(self, config: AttentionConfig) -> None:
-        self.config, self._images = config, 0
+    def __init__(self, config: AttentionConfig, lead: int) -> None:
+        self.config, self.lead, self._images = config, lead, 0
         self._ends = torch.exp2(-torch.arange(64.0) / 8)
         self._errors = torch.zeros(64, dtype=torch.float64)
 
@@ -270,10 +280,10 @@ class FocusObserver:
             return
         self._images += count
         a, v = probabilities[:count].float(), values[:count].float()
-        rows = valid[:count, None, :, None]
+        weights = torch.cat([_shares(valid[:count, : self.lead]), _shares(valid[:count, self.lead :])], 1)
         for place, end in enumerate(self._ends):
             error = (focused_unit(a, 0.0, end, self.config.bits) - a) @ v
-            self._errors[place] += float((error.pow(2) * rows).sum(dtype=torch.float64))
+            self._errors[place] += float((error.pow(2).sum((1, 3)) * weights).sum(dtype=torch.float64))
 
     def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(b2, b1), 0-dim float32.
