@@ -55,7 +55,7 @@ def _with_gptq(*methods: str) -> dict[str, list[Any]]:
 
 
 ENTRIES: dict[str, list[Any]] = {
-    **{name: [name] for name in METHODS if name not in ("percentile", "test_time_registers")},
+    **{n: [n] for n, cls in METHODS.items() if n not in ("percentile", "test_time_registers") and not cls.trains},
     **{f"percentile {p:g}": [{"name": "percentile", "percentile": p}] for p in (99.9, 99.99, 99.999)},
     **{f"test_time_registers ({v})": [{"name": "test_time_registers", "variant": v}] for v in ("kv", "token")},
     "output_mse + gptq": ["output_mse", "gptq"],
@@ -73,6 +73,9 @@ STATIC: dict[str, list[Any]] = {
     **_with_gptq("rotation"),
     **_with_gptq("mse"),
     **_with_gptq("rotation", "mse"),
+    "light": ["light"],
+    "mse + light": ["mse", "light"],
+    "rotation + mse + light": ["rotation", "mse", "light"],
     "dynamic": ["dynamic"],
 }
 KNOWN = ENTRIES | STATIC

@@ -229,6 +229,23 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         "max_tokens": [changes(8, W4)],
         "row_scales": [changes("searched", W4)],
     },
+    **{
+        name: {
+            "parametrisation": [changes("adaround", W4)],
+            "rank": [
+                changes(1, {**W4, "parameters": {"parametrisation": "low_rank"}}),
+                unread(1, W4),
+            ],
+            "loss": [changes("block", W4)],
+            "activation_scales": [changes(False, W4)],
+            "iterations": [changes(3, W4)],
+            "batch": [changes(1, W4)],
+            "learning_rate": [changes(0.1, W4)],
+            "scale_learning_rate": [changes(0.1, W4)],
+            "seed": [changes(1, W4)],
+        }
+        for name in ("reconstruction", "light", "glf_q")
+    },
     "rotation": {
         "residual": [changes(False)],
         "heads": [changes(False)],
@@ -245,6 +262,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "noisyquant": {"shifts": 8, "draws": 2, "ranges": 4, "max_tokens": 40},
     "smoothquant": {"alphas": [0.5, 0.8], "max_tokens": 40},
     "test_time_registers": {"top_k": 2},
+    **{name: {"iterations": 2, "batch": 2, "learning_rate": 0.01} for name in ("reconstruction", "light", "glf_q")},
 }
 
 

@@ -26,10 +26,17 @@ class SimulatedLinear(LinearBackend):
         self._bias = state.bias  # itself: an optimizer may change it
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self._bias is None else self._bias.float()
+        return linear(self.rounded(x), self.weight(), bias).to(x.dtype)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that are multiplied in place of ``x``, float32."""
         scale, zero = self.state.input_qparams(x)
-        a, bias = self.state.activations, None if self._bias is None else self._bias.float()
+        a = self.state.activations
         if self.state.input_negative_scale is not None:
-            rebuilt = twin_signed(x, scale, self.state.input_negative_scale, a.bits)
-        else:
-            rebuilt = uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
-        return linear(rebuilt, self._weight, bias).to(x.dtype)
+            return twin_signed(x, scale, self.state.input_negative_scale, a.bits)
+        return uniform.fake_quantize(x, scale, zero, a.bits, a.symmetric)
+
+    def weight(self) -> torch.Tensor:
+        """float32 [out, in] that the codes stand for."""
+        return self._weight

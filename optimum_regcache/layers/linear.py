@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -355,4 +355,16 @@ def running_as(model: nn.Module, backend: type[LinearBackend]) -> Iterator[None]
         yield
     finally:
         for _, module in quant_linears(model):
+            module.reset_runtime()
+
+
+@contextmanager
+def training_as(backends: Mapping[QuantLinear, LinearBackend]) -> Iterator[None]:
+    """These layers run as the given backends, which have gradients, inside the ``with`` block."""
+    for module, backend in backends.items():
+        module._runtime = backend
+    try:
+        yield
+    finally:
+        for module in backends:
             module.reset_runtime()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class PipelineState:
         input_qparams: module name -> (scale, zero_point) that a step fixed before calibration.
         measured: method name -> what it found, JSON-compatible.
         progress: show progress bars.
+        work_dir: where steps that take minutes keep what they have finished; nowhere if None.
     """
 
     config: RegCacheConfig
@@ -44,6 +46,7 @@ class PipelineState:
     input_qparams: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    work_dir: Path | None = None
 
     @property
     def tower(self) -> Tower:
@@ -136,6 +139,7 @@ class Method:
         finds: (part, field) of the config that it fills in from the images.
         needs_images: it looks at calibration images.
         needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
+        trains: it takes minutes, so that a search judges registers and deletion without it.
     """
 
     name: ClassVar[str]
@@ -146,6 +150,7 @@ class Method:
     finds: ClassVar[tuple[tuple[str, str], ...]] = ()
     needs_images: ClassVar[bool] = True
     needs_static: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self, self.name)

@@ -10,7 +10,7 @@
 | smooth | norms and values rescaled to the statistics with registers active | smoothquant, repq_vit |
 | build | modules replaced, weights rounded to nearest, static scales calibrated | observers (rtn, percentile, mse, ...) |
 | scales | scales searched | output_mse, ptq4vit, noisyquant |
-| round | weight codes chosen, with activations quantized | gptq |
+| round | weight codes chosen, with activations quantized | gptq, reconstruction and its presets |
 | noise | offsets before rounding | noisyquant |
 | correct | biases | bias_correction |
 | retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.search.fit`) | |
@@ -25,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,7 @@ def quantize_with(
     cache: RegisterCache | None,
     batches: Sequence[Batch],
     progress: bool = True,
+    work_dir: Path | None = None,
 ) -> Quantized:
     """Fit the stages from "install" to "correct" of the table above on a copy of ``model``.
 
@@ -86,6 +88,7 @@ def quantize_with(
         cache: the registers for ``fixed``.
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
+        work_dir: directory for finished blocks of a reconstruction; call again with the same one to resume.
 
     Raises:
         ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
@@ -101,7 +104,7 @@ def quantize_with(
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = PipelineState(config, methods, twin, list(batches), progress=progress)
+    fit = PipelineState(config, methods, twin, list(batches), progress=progress, work_dir=work_dir)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()

@@ -17,6 +17,7 @@ from optimum_regcache.methods.oracle import Oracle
 from optimum_regcache.methods.output_mse import OutputMSE
 from optimum_regcache.methods.percentile import Percentile
 from optimum_regcache.methods.ptq4vit import PTQ4ViT
+from optimum_regcache.methods.reconstruction import GLFQ, Light, Reconstruction
 from optimum_regcache.methods.repq_vit import RepQViT
 from optimum_regcache.methods.rotation import Rotation
 from optimum_regcache.methods.rtn import RTN
@@ -37,6 +38,9 @@ METHODS: dict[str, type[Method]] = {
         NoisyQuant,
         SmoothQuant,
         GPTQ,
+        Reconstruction,
+        Light,
+        GLFQ,
         Rotation,
         BiasCorrection,
         TestTimeRegisters,

@@ -52,6 +52,11 @@ class ResolvedConfig:
         names = [method.name for method in self.methods if method.needs_images]
         return f"The methods {', '.join(names)}" if names else "Static activations"
 
+    def untrained(self) -> ResolvedConfig:
+        """The same without methods that train, for comparisons that would take too long with them."""
+        methods = tuple(method for method in self.methods if not method.trains)
+        return ResolvedConfig(self.config.replace(methods=tuple(method.to_dict() for method in methods)), methods)
+
     def installing(self, registers: RegistersConfig, deletion: DeletionConfig) -> ResolvedConfig:
         """The same with registers and deletion in place of those to be searched; no method decides about them in advance."""
         return replace(self, config=self.config.replace(registers=registers, deletion=deletion))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,9 @@ from optimum_regcache.encoders.store import MappedSequence, StoredBatches, Tenso
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers import prepare_tower
 from optimum_regcache.registers.cache import RegisterCache
+from optimum_regcache.registers.deletion import Selection, kept_positions
 from optimum_regcache.registers.mlp_output import own_scale_tokens
-from optimum_regcache.registers.state import BlockInput, Replay
+from optimum_regcache.registers.state import BlockInput, Replay, TowerRuntime
 
 
 class _StopPass(Exception):  # noqa: N818 (no error)
@@ -70,6 +71,63 @@ def record_block_inputs(
         return BlockInput(found["hidden"].to(device), None, found["valid"].to(device) if "valid" in found else None)
 
     return MappedSequence(stored, opened)
+
+
+def block_output(
+    model: nn.Module, batch: Batch, known: Recorded, features: Callable[[], torch.Tensor] | None = None
+) -> tuple[BlockInput, torch.Tensor | None]:
+    """What block ``known.block`` gives for one batch, as the next block would get it; gradients pass where they are enabled.
+
+    Args:
+        model: wired for registers.
+        batch: images.
+        known: the input of the block for this one batch.
+        features: runs ``model`` to its end; without it the pass stops behind the block.
+
+    Returns:
+        (states behind the block; those of the last block at the places that its fill restored, what ``features`` gave).
+    """
+    runtime, tower = prepare_tower(model), find_tower(model)
+    found: list[BlockInput] = []
+
+    def keep(hidden: torch.Tensor, selection: Selection | None) -> None:
+        found.append(BlockInput(hidden, selection, runtime.current.valid))
+        if features is None:
+            raise _StopPass
+
+    def before_next(module: nn.Module, args: Any) -> None:
+        keep(args[0], runtime.current.selection)
+
+    def behind_last(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = cast("torch.Tensor", output[0] if isinstance(output, tuple) else output)
+        keep(hidden, _finished_selection(runtime, known, hidden))
+
+    if known.block + 1 < len(tower.blocks):
+        handle = tower.blocks[known.block + 1].register_forward_pre_hook(before_next)
+    else:
+        handle = tower.blocks[known.block].register_forward_hook(behind_last)
+    result: torch.Tensor | None = None
+    try:
+        with replaying(model, known.block, known.states), suppress(_StopPass):
+            result = run_tower(tower, batch) if features is None else features()
+    finally:
+        handle.remove()
+    return found[0], result
+
+
+def _finished_selection(runtime: TowerRuntime, known: Recorded, hidden: torch.Tensor) -> Selection | None:
+    """What is gone behind the last block, where the pass has forgotten it: deleted there, or before."""
+    deletion, count = runtime.deletion, runtime.deletion.count
+    selection, dropped = known.states[0].selection, None if hidden.ndim != 3 else runtime.current.chosen
+    if selection is not None:
+        dropped = selection.dropped
+    elif deletion.block != known.block or deletion.action not in ("delete", "late"):
+        return None
+    if dropped is None:
+        return None
+    stays = hidden.shape[1] == dropped.shape[1]
+    kept = None if stays else kept_positions(dropped, count)
+    return Selection(dropped, kept, count, None, runtime.num_prefix_tokens)
 
 
 def walk_blocks(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Recorded]:

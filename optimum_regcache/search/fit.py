@@ -308,12 +308,13 @@ def search_config(config: RegCacheConfig) -> RegCacheConfig:
 
 
 def _final_scorer(model: Any, resolved: ResolvedConfig, calibration: Sequence[Batch]) -> FinalScorer:
-    """Scores a setup with the complete final quantizer instead of round to nearest."""
+    """Scores a setup with the final quantizer instead of round to nearest; methods that train are left out."""
+    untrained = resolved.untrained()
 
     def score(
         setup: Setup, cache: RegisterCache | None, deletion: DeletionConfig, objective: Objective
     ) -> torch.Tensor:
-        installed = install_setup(resolved, cache, deletion, setup.refinement)
+        installed = install_setup(untrained, cache, deletion, setup.refinement)
         return objective.scores(quantize_with(model, installed, cache, calibration, progress=False).model)
 
     return score

@@ -112,7 +112,7 @@ def run_plan(
         )
     calibration = parts.batches("calibration") if parts is not None else list[Batch]()
     with current().stage("quantize"):
-        quantized = quantize_with(model, resolved, cache, calibration, progress)
+        quantized = quantize_with(model, resolved, cache, calibration, progress, folder)
     recipe = replace(recipe, quantization=quantized.config, notes="")
     space = parts.space if parts is not None else space_of(recipe.data, folder)
     return QuantizationRun(recipe, quantized, cache, fit, calibration, space)
