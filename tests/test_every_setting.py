@@ -113,7 +113,7 @@ TABLE: dict[str, list[Case]] = {
     "attention.bits": [changes(4, ATTENTION), unread(4)],
     "attention.symmetric": [changes(False, ATTENTION), unread(False)],
     "attention.granularity": [changes("per_head", ATTENTION), unread("per_head")],
-    "attention.probabilities": [changes("log2", ATTENTION), unread("log2")],
+    "attention.probabilities": [*(changes(form, ATTENTION) for form in ("log2", "dfq")), unread("log2")],
     "attention.observer": [changes("mse", ATTENTION), unread("mse")],
     "registers.mode": [changes("none", {})],
     "registers.blocks": [changes([0, 1], FIXED), refused([1], "contradicts registers.mode='none'")],

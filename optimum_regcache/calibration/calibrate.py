@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.calibration.observers import ProbabilityObserver, make_observer
+from optimum_regcache.calibration.observers import FocusObserver, ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
 from optimum_regcache.encoders.outputs import class_logits
-from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features
+from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, leading_tokens
 from optimum_regcache.encoders.tower import find_tower, has_classifier
-from optimum_regcache.layers.attention import attention_products, install_products
+from optimum_regcache.layers.attention import AttentionProducts, attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
 from optimum_regcache.math.hadamard import block_hadamard, block_order
 from optimum_regcache.registers.mlp_output import own_scale_tokens
@@ -71,6 +71,26 @@ class _OperandTap:
         return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
 
 
+class _FocusTap:
+    """The same for probabilities of the form ``dfq``, which are judged together with the values they meet."""
+
+    def __init__(self, products: AttentionProducts, config: AttentionConfig, lead: int, padding: PaddingMask) -> None:
+        self.padding, self.observer = padding, FocusObserver(config, lead)
+        self.values: torch.Tensor | None = None
+        products.value.register_forward_pre_hook(self._keep)  # goes with the products
+
+    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.values = args[0]
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, values, self.values = args[0], self.values, None
+        if values is not None:
+            self.observer.update(x, values, self.padding.valid(x.shape[0], x.shape[2], x.device))
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.observer.qparams()
+
+
 def _normal_tokens(x: torch.Tensor, ratio: float, valid: torch.Tensor) -> torch.Tensor:
     """Rows of ``x`` [B, N, D] where ``valid`` [B, N] whose l_inf norm is at most ``ratio`` times the median of the valid
     tokens of their image, [rows, D]."""
@@ -102,10 +122,10 @@ def calibrate(
     Raises:
         ValueError: no batch was given.
     """
-    taps: dict[str, _Tap | _OperandTap] = {}
+    taps: dict[str, _Tap | _OperandTap | _FocusTap] = {}
     padding, handles = PaddingMask(), []
 
-    def watch(name: str, tap: _Tap | _OperandTap) -> None:
+    def watch(name: str, tap: _Tap | _OperandTap | _FocusTap) -> None:
         taps[name] = tap
         handles.append(float_model.get_submodule(name).register_forward_pre_hook(tap))
 
@@ -117,10 +137,13 @@ def calibrate(
     if config.attention.quantize:
         install_products(float_model, config.attention, bypass=True)
         tower = find_tower(float_model)
-        heads, skipped = tower.num_heads, [tower.attention(block).products for block in range(first)]
+        heads, lead = tower.num_heads, leading_tokens(tower)
+        skipped = [tower.attention(block).products for block in range(first)]
         for name, products in attention_products(float_model):
             for role, _ in products.operands() if products not in skipped else ():
-                watch(f"{name}.{role}", _OperandTap(role, config.attention, heads, padding))
+                focused = role == "probabilities" and config.attention.probabilities == "dfq"
+                tap = _FocusTap(products, config.attention, lead, padding) if focused else None
+                watch(f"{name}.{role}", tap or _OperandTap(role, config.attention, heads, padding))
     try:
         if taps:
             with nullcontext() if known is None else replaying(float_model, known.block, known.states):

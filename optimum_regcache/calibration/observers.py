@@ -13,7 +13,7 @@ import torch
 
 from optimum_regcache.config import ActivationsConfig, AttentionConfig
 from optimum_regcache.math import uniform
-from optimum_regcache.math.nonuniform import quantize_probabilities
+from optimum_regcache.math.nonuniform import focused_unit, quantize_probabilities
 
 _BINS = 16384
 _SHRINK_STEPS = 100
@@ -45,6 +45,10 @@ class Observer(ABC):
 
 def _nothing_observed() -> ValueError:
     return ValueError("The observer has seen no activation. Run at least one calibration batch through the model.")
+
+
+def _not_finite() -> ValueError:
+    return ValueError("An activation is not finite; the model or its input is damaged.")
 
 
 class MinMaxObserver(Observer):
@@ -88,7 +92,7 @@ class _HistogramObserver(Observer):
         x = x.detach().float().flatten()
         peak = float(x.abs().amax())
         if not math.isfinite(peak):
-            raise ValueError("An activation is not finite; the model or its input is damaged.")
+            raise _not_finite()
         if peak == 0.0 and self._radius == 0.0:
             self._zeros += x.numel()
             return
@@ -238,6 +242,60 @@ class ProbabilityObserver:
             (quantize_probabilities(values, c, self.config.bits, form) - values).pow(2).mean() for c in candidates
         ]
         return candidates[int(torch.stack(errors).argmin())], None
+
+
+def _shares(valid: torch.Tensor) -> torch.Tensor:
+    """Weights [B, N] of the tokens that are valid, of sum 1 in each row; 0 where there is none."""
+    return valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
+
+
+class FocusObserver:
+    """Interval [0, b2] of `dfq` probabilities with the least squared error of the product AV (docs/method.md 11.14).
+
+    b2 is one of 2^(-i/8), i = 0 .. 63; the first 16 images decide. Leading tokens, which carry the output, count together as
+    much as all patches.
+
+    Args:
+        config: bits.
+        lead: number of leading tokens.
+    """
+
+    IMAGES = 16
+
+    def __init__(self, config: AttentionConfig, lead: int) -> None:
+        self.config, self.lead, self._images = config, lead, 0
+        self._ends = torch.exp2(-torch.arange(64.0) / 8)
+        self._errors = torch.zeros(64, dtype=torch.float64)
+
+    def update(self, probabilities: torch.Tensor, values: torch.Tensor, valid: torch.Tensor) -> None:
+        """Take one batch.
+
+        Args:
+            probabilities: A [B, H, N, N], columns of image tokens only.
+            values: V [B, H, N, d].
+            valid: bool [B, N], false at queries that are padding.
+        """
+        count = min(len(values), self.IMAGES - self._images)
+        if count <= 0:
+            return
+        self._images += count
+        a, v = probabilities[:count].float(), values[:count].float()
+        weights = torch.cat([_shares(valid[:count, : self.lead]), _shares(valid[:count, self.lead :])], 1)
+        for place, end in enumerate(self._ends):
+            error = (focused_unit(a, 0.0, end, self.config.bits) - a) @ v
+            self._errors[place] += float((error.pow(2).sum((1, 3)) * weights).sum(dtype=torch.float64))
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b2, b1), 0-dim float32.
+
+        Raises:
+            ValueError: nothing was observed, or an activation that is not finite.
+        """
+        if not self._images:
+            raise _nothing_observed()
+        if not bool(self._errors.isfinite().all()):
+            raise _not_finite()
+        return self._ends[int(self._errors.argmin())], torch.zeros(())
 
 
 def make_observer(config: ActivationsConfig) -> Observer:

@@ -264,9 +264,9 @@ class AttentionConfig:
         symmetric: zero point of query, key and value fixed at 0, otherwise free. Probabilities have their own forms.
         granularity: of query, key and value: ``per_tensor`` (scale [1]) or ``per_head`` (scale [H]).
         probabilities: ``uniform`` (2^b levels on [0, s]), ``twin`` (docs/method.md 11.4), ``log2`` or ``log_sqrt2``
-            (docs/method.md 11.5).
+            (docs/method.md 11.5), or ``dfq`` (2^b levels on [b1, b2] with the least error of AV, docs/method.md 11.14).
         observer: as in `ActivationsConfig`, with its default percentile and momentum; for query, key, value and the upper end
-            of the probabilities.
+            of ``uniform`` probabilities.
     """
 
     quantize: bool = False
@@ -280,7 +280,7 @@ class AttentionConfig:
         check_bits("attention", self.bits)
         check_types(self, "attention")
         one_of("attention", "granularity", self.granularity, ("per_tensor", "per_head"))
-        one_of("attention", "probabilities", self.probabilities, ("uniform", "twin", "log2", "log_sqrt2"))
+        one_of("attention", "probabilities", self.probabilities, ("uniform", "twin", "log2", "log_sqrt2", "dfq"))
         one_of("attention", "observer", self.observer, ACTIVATION_OBSERVERS)
 
 

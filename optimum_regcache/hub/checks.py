@@ -25,9 +25,9 @@ logger = logging.get_logger(__name__)
 
 _OWN = (
     "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "input_negative_scale", "input_offset",
-    "register_key", "register_value", "rotation", "scale", "zero_point",
+    "register_key", "register_value", "rotation", "scale", "zero_point", "lower",
 )  # fmt: skip
-_FLOAT32 = ("weight_scale", "input_scale", "input_negative_scale", "input_offset", "scale")
+_FLOAT32 = ("weight_scale", "input_scale", "input_negative_scale", "input_offset", "scale", "lower")
 _accept: ContextVar[bool] = ContextVar("accept_edits", default=False)
 
 

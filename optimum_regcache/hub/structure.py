@@ -171,6 +171,9 @@ def check_ranges(model: nn.Module) -> None:
             low, high = (0, 0) if c.symmetric else uniform.code_range(c.bits, c.symmetric)
             if zero is not None and not zero.is_meta and bool(((zero < low) | (zero > high)).any()):
                 bad.append(f"{name}.{role}.zero_point lies outside {low} to {high}")
+            lower = operand.lower
+            if lower is not None and not lower.is_meta and not bool(((lower >= 0) & (lower < operand.scale)).all()):
+                bad.append(f"{name}.{role}.lower lies outside 0 to the upper end")
     require(not bad, f"The checkpoint is damaged: {listing(bad)}. {AGAIN}")
 
 

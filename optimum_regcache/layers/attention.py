@@ -18,10 +18,11 @@ class Operand(nn.Module):
     """One operand of an attention product; passes its input on until :meth:`set_qparams` was called.
 
     State: ``scale`` float32 [1] or [H], NaN before; ``zero_point`` int32 likewise (not for probabilities, whose scale is the
-    parameter of their form).
+    parameter of their form); ``lower`` float32 [1] (the lower end of probabilities of the form ``dfq``, ``scale`` the upper).
     """
 
     zero_point: torch.Tensor | None
+    lower: torch.Tensor | None
 
     def __init__(self, role: str, scales: int, config: AttentionConfig, device: torch.device | None = None) -> None:
         super().__init__()
@@ -29,15 +30,26 @@ class Operand(nn.Module):
         self.scale = nn.Buffer(torch.full((scales,), float("nan"), dtype=torch.float32, device=device))
         zero = torch.zeros(scales, dtype=torch.int32, device=device)
         self.register_buffer("zero_point", None if role == "probabilities" else zero)
+        interval = role == "probabilities" and config.probabilities == "dfq"
+        self.register_buffer("lower", torch.zeros(scales, dtype=torch.float32, device=device) if interval else None)
 
     def set_qparams(self, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> None:
-        """Store scale and zero point, each of the shape of ``scale`` or 0-dim.
+        """Store scale and zero point, each of the shape of ``scale`` or 0-dim. For ``dfq`` the scale is the upper end of the
+        interval and the zero point the lower one, 0 where it is left out.
 
         Raises:
-            ValueError: a scale that is not positive and finite.
+            ValueError: a scale that is not positive and finite, or an interval that is none.
         """
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"Scales of {self.role} must be positive and finite, got {scale.tolist()}.")
+        if self.lower is not None:
+            lower = torch.zeros_like(scale) if zero_point is None else zero_point
+            if not bool(((lower >= 0) & (lower < scale)).all()):
+                raise ValueError(
+                    f"The lower end of {self.role} must be at least 0 and below the upper one, got {lower.tolist()} and "
+                    f"{scale.tolist()}."
+                )
+            self.lower = lower.detach().to(self.scale.device, torch.float32).expand(self.scale.shape).clone()
         self.scale = scale.detach().to(self.scale.device, torch.float32).expand(self.scale.shape).clone()
         if self.zero_point is not None and zero_point is not None:
             self.zero_point = zero_point.detach().to(self.scale.device, torch.int32).expand(self.scale.shape).clone()
@@ -54,14 +66,16 @@ class Operand(nn.Module):
             raise ValueError(f"The attention operand {self.role!r} was never calibrated.")
         scale, c = self.scale.reshape(-1, 1, 1), self.config
         if self.zero_point is None:
-            return quantize_probabilities(x, scale, c.bits, c.probabilities).to(x.dtype)
+            lower = 0.0 if self.lower is None else self.lower.reshape(-1, 1, 1)
+            return quantize_probabilities(x, scale, c.bits, c.probabilities, lower).to(x.dtype)
         return uniform.fake_quantize(x, scale, self.zero_point.reshape(-1, 1, 1), c.bits, c.symmetric).to(x.dtype)
 
     def _apply(self, fn: object, recurse: bool = True) -> Operand:
-        exact = self.scale
+        exact, lower = self.scale, self.lower
         super()._apply(fn, recurse)  # type: ignore[arg-type]
         if self.scale.dtype != torch.float32:  # scales stay float32 when the model is cast
             self.scale = exact.to(self.scale.device)
+            self.lower = None if lower is None else lower.to(self.scale.device)
         return self
 
 

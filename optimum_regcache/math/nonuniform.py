@@ -1,4 +1,5 @@
-"""Quantizers with more than one step: twin uniform (PTQ4ViT) and logarithmic (RepQ-ViT). Simulated: values in, values out."""
+"""Quantizers of probabilities and activations with other steps than one: twin uniform (PTQ4ViT), logarithmic (RepQ-ViT), and
+uniform on an interval (AIQViT). Simulated: values in, values out."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 from optimum_regcache.math.uniform import gradient_wanted, straight_through
 
-PROBABILITY_FORMS = ("uniform", "twin", "log2", "log_sqrt2")
+PROBABILITY_FORMS = ("uniform", "twin", "log2", "log_sqrt2", "dfq")
 
 
 def activation_minimum(name: str) -> float:
@@ -94,9 +95,42 @@ def uniform_unit(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
     return (x.float() / step).round().clamp(0, 2**bits - 1) * step
 
 
-def quantize_probabilities(x: torch.Tensor, scale: torch.Tensor, bits: int, form: str) -> torch.Tensor:
-    """Apply the form called ``form``; ``scale`` is its parameter (``twin``: the split). Gradients pass straight through up to
-    the largest value of the form."""
+def focused_unit(x: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor, bits: int) -> torch.Tensor:
+    """Uniform quantization of probabilities on an interval, the dynamic focusing quantizer (AIQViT, arXiv 2502.04628;
+    docs/method.md 11.14).
+
+    Codes ``[0, 2^b - 1]`` of step ``(high - low) / (2^b - 1)``: the first below ``low``, the last above ``high``. With low = 0
+    this is :func:`uniform_unit`.
+
+    Gradients reach all three: with ``u = (x - low) / (high - low)`` and ``q`` its rounded value, ``x`` has 1 inside, 0 outside;
+    ``low`` has ``u - q`` inside and 1 below; ``high`` has ``q - u`` inside and 1 above (rounding passed straight through).
+
+    Args:
+        x: values in [0, 1].
+        low, high: the ends, ``low < high``, broadcast against ``x``.
+        bits: 2 to 8.
+
+    Returns:
+        float32, shape of ``x``.
+    """
+    x, last = x.float(), 2**bits - 1
+    step = (high - low) / last
+    code = ((x - low) / step).round().clamp(0, last)
+    value = code * step + low
+    if not value.requires_grad:
+        return value
+    place = ((x - low) / (high - low)).clamp(0, 1)
+    smooth = low + (high - low) * (place + (code / last - place).detach())
+    return value.detach() + (smooth - smooth.detach()).nan_to_num(0.0)
+
+
+def quantize_probabilities(
+    x: torch.Tensor, scale: torch.Tensor, bits: int, form: str, lower: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Apply the form called ``form``; ``scale`` is its parameter (``twin``: the split; ``dfq``: the upper end, ``lower`` being
+    the lower one). Gradients pass straight through up to the largest value of the form; of ``dfq`` the ends have some too."""
+    if form == "dfq":
+        return focused_unit(x, lower, scale, bits)
     if form == "twin":
         value = twin_unit(x, scale, bits)
     elif form == "uniform":

@@ -105,7 +105,11 @@ def operand_range(operand: Operand) -> Range:
     scale, c = operand.scale.reshape(-1, 1), operand.config
     if operand.zero_point is None:  # probabilities; small ones are rounded, whatever the form
         highest = torch.ones_like(scale) if c.probabilities == "twin" else scale
-        return torch.zeros_like(highest), highest * (1 + 0.5 / 2**c.bits)
+        lowest = torch.zeros_like(scale)
+        if operand.lower is not None:  # half a step below; there is nothing below 0
+            lower = operand.lower.reshape(-1, 1)
+            lowest = (lower - 0.5 * (highest - lower) / (2**c.bits - 1)).clamp(min=0)
+        return lowest, highest * (1 + 0.5 / 2**c.bits)
     low, high = code_range(c.bits, c.symmetric)
     zero = operand.zero_point.reshape(-1, 1)
     return (low - 0.5 - zero) * scale, (high + 0.5 - zero) * scale
