@@ -191,6 +191,8 @@ TABLE: dict[str, list[Case]] = {
     "data.num_report": [changes(3, {"data.num_samples": 4, "data.num_report": 2})],
 }
 W4 = {**NONE, "quantization.weights.bits": 4, "quantization.activations.bits": 4}
+TUNED = {**W4, "data.calibration_fraction": 0.7}
+TUNED_FIXED = {**FIXED, **FOUR_BITS, "data.calibration_fraction": 0.7}
 PARAMETERS: dict[str, dict[str, list[Case]]] = {
     "percentile": {"percentile": [changes(90.0)]},
     "output_mse": {"candidates": [changes(7, W4)], "max_tokens": [changes(8, W4)]},
@@ -253,6 +255,17 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         "seed": [changes(1)],
     },
     "bias_correction": {"max_tokens": [changes(8, W4)]},
+    "norm_tuning": {
+        "iterations": [changes(2, TUNED)],
+        "batch": [changes(3, TUNED)],
+        "learning_rate": [changes(0.05, TUNED)],
+        "norms": [changes(False, TUNED_FIXED)],
+        "layer_scale": [refused(False, "CLIP has no LayerScale", TUNED), changes(False, TUNED, "dinov2")],
+        "registers": [changes(False, TUNED_FIXED), unread(False, TUNED)],
+        "holdout": [changes(0.5, TUNED)],
+        "patience": [changes(1, {**TUNED, "parameters": {"iterations": 20, "learning_rate": 10.0}})],
+        "seed": [changes(1, TUNED)],
+    },
     "test_time_registers": {"variant": [changes("token", NONE, "planted")], "top_k": [changes(1, NONE, "planted")]},
     "mixed_precision": {"layers": [changes(1)]},
 }
@@ -263,6 +276,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "smoothquant": {"alphas": [0.5, 0.8], "max_tokens": 40},
     "test_time_registers": {"top_k": 2},
     **{name: {"iterations": 2, "batch": 2, "learning_rate": 0.01} for name in ("reconstruction", "light", "glf_q")},
+    "norm_tuning": {"iterations": 3, "batch": 1, "learning_rate": 0.02},
 }
 
 

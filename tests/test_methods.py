@@ -32,6 +32,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "noisyquant": {"shifts": 8, "draws": 2, "ranges": 4, "max_tokens": 40},
     "smoothquant": {"alphas": [0.5, 0.8], "max_tokens": 40},
     **{name: {"iterations": 2, "batch": 4} for name in ("reconstruction", "light", "glf_q")},
+    "norm_tuning": {"iterations": 2, "batch": 2},
 }
 PIPELINES = [
     *([{"name": name, **QUICK.get(name, {})}] for name in METHODS if name != "test_time_registers"),
@@ -319,7 +320,7 @@ def test_noisyquant_vectors_change_nothing_where_rounding_does_not() -> None:
     for _, layer in quant_linears(result.model):  # room for the vector, and for what calibration did not see
         layer.set_input_qparams(layer.input_scale * 2, layer.input_zero_point)
     before = CLIP.run(result.model)
-    fit = PipelineState(result.config, (), result.float_model, [], result.model)
+    fit = PipelineState(result.config, (), result.float_model, result.float_model, [], result.model)
     generator = torch.Generator().manual_seed(0)
     roles = set()
     for group in linear_groups(result.float_model, result.config):

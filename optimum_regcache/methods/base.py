@@ -27,8 +27,9 @@ class PipelineState:
     """State of one run of the pipeline.
 
     Attributes:
-        config: what the result is made of; steps may change it as long as modules are not replaced yet.
+        config: what the result is made of; once the modules are replaced, steps may change nothing of it but tau.
         methods: all methods of the pipeline.
+        original: the caller's float model; nothing writes into it.
         model: float copy with registers and deletion installed; rewrites change it, later steps read it.
         batches: calibration images.
         quantized: the quantized copy, once the modules are replaced.
@@ -40,6 +41,7 @@ class PipelineState:
 
     config: RegCacheConfig
     methods: Sequence[Method]
+    original: PreTrainedModel
     model: PreTrainedModel
     batches: Sequence[Batch]
     quantized: PreTrainedModel | None = None
@@ -190,3 +192,6 @@ class Method:
 
     def correct(self, fit: PipelineState) -> None:
         """Correct biases."""
+
+    def tune(self, fit: PipelineState) -> None:
+        """Train what stays float, through the quantized model."""

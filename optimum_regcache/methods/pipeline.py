@@ -13,11 +13,13 @@
 | round | weight codes chosen, with activations quantized | gptq, reconstruction and its presets |
 | noise | offsets before rounding | noisyquant |
 | correct | biases | bias_correction |
+| tune | norms, LayerScale and registers trained through the quantized model | norm_tuning |
 | retune | k~ and tau again, with all of the above (`search.retune`, `optimum_regcache.search.fit`) | |
 
 Search comes before smoothing and rounding: outlier tokens are a property of the float network, and what is fitted without
 the registers wastes capacity on tokens that will be gone. Scales come before weight codes: the
-codes are to absorb the error of the activation quantizers, so these have to be final.
+codes are to absorb the error of the activation quantizers, so these have to be final. What is trained comes last: it makes up
+for what all others left.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from optimum_regcache.methods.base import PipelineState
 from optimum_regcache.methods.resolution import ResolvedConfig
 from optimum_regcache.registers import RegisterCache, prepare_tower, set_deletion, set_registers
 
-STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct")
+STAGES = ("select", "rewrite", "smooth", "build", "scales", "round", "noise", "correct", "tune")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def quantize_with(
     progress: bool = True,
     work_dir: Path | None = None,
 ) -> Quantized:
-    """Fit the stages from "install" to "correct" of the table above on a copy of ``model``.
+    """Fit the stages from "install" to "tune" of the table above on a copy of ``model``.
 
     Float weights are not copied: the copy uses those of ``model`` until a method changes them. In the result the encoder has
     tensors of its own; what lies outside of it and is not quantized (a text tower) is shared with ``model``, see
@@ -104,7 +106,7 @@ def quantize_with(
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = PipelineState(config, methods, twin, list(batches), progress=progress, work_dir=work_dir)
+    fit = PipelineState(config, methods, model, twin, list(batches), progress=progress, work_dir=work_dir)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()

@@ -13,6 +13,7 @@ from optimum_regcache.methods.gptq import GPTQ
 from optimum_regcache.methods.mixed_precision import MixedPrecision
 from optimum_regcache.methods.mse import MSE
 from optimum_regcache.methods.noisyquant import NoisyQuant
+from optimum_regcache.methods.norm_tuning import NormTuning
 from optimum_regcache.methods.oracle import Oracle
 from optimum_regcache.methods.output_mse import OutputMSE
 from optimum_regcache.methods.percentile import Percentile
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
         GLFQ,
         Rotation,
         BiasCorrection,
+        NormTuning,
         TestTimeRegisters,
         MixedPrecision,
     )
