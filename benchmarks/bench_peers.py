@@ -215,10 +215,13 @@ def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one table for each encoder and seed."""
+    """Markdown, one table for each encoder with its first seed, then what its seeds have in common."""
     lines: list[str] = []
     heading = None
-    for row in ordered(rows):
+    first = {
+        encoder: min(r["seed"] for r in rows if r["encoder"] == encoder) for encoder in {r["encoder"] for r in rows}
+    }
+    for row in ordered([r for r in rows if r["seed"] == first[r["encoder"]]]):
         named = f"{row['encoder']}, seed {row['seed']}"
         if named != heading:
             heading = named
@@ -232,7 +235,35 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "|---|---|---|---|---|",
             ]
         lines.append(f"| {row['contender']} | {cells(row)} |")
+    for encoder in dict.fromkeys(r["encoder"] for r in ordered(rows)):
+        lines += over_seeds([r for r in rows if r["encoder"] == encoder])
     return "\n".join(lines)
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[str]:
+    """The smallest and the largest figure of each contender over the seeds of one encoder; nothing for a single seed."""
+    measured = [r for r in ordered(rows) if "error" not in r]
+    of_float = {r["seed"]: r.get("accuracy") for r in measured if r["contender"] == FLOAT}
+    lines: list[str] = []
+    for contender in dict.fromkeys(r["contender"] for r in measured):
+        mine = [r for r in measured if r["contender"] == contender]
+        if len(mine) < 2:
+            continue
+        lost = [100 * (r["accuracy"] - of_float[r["seed"]]) for r in mine if of_float.get(r["seed"]) is not None]
+        cosines = [
+            f"{min(r[k] for r in mine):.4f} to {max(r[k] for r in mine):.4f}" for k in ("cosine", "patch_cosine")
+        ]
+        top1 = f"{min(lost):+.1f} to {max(lost):+.1f}" if lost else "-"
+        lines.append(f"| {contender} | {', '.join(str(r['seed']) for r in mine)} | {' | '.join(cosines)} | {top1} |")
+    if not lines:
+        return []
+    head = ["", f"### {rows[0]['encoder']} over seeds", ""]
+    return [
+        *head,
+        "| contender | seeds | cosine | patch cosine | top-1, points to float |",
+        "|---|---|---|---|---|",
+        *lines,
+    ]
 
 
 def cells(row: dict[str, Any]) -> str:

@@ -53,6 +53,16 @@ def test_a_terminal_gets_a_bar(
     assert capsys.readouterr().err == ""
 
 
+def test_a_notebook_gets_its_own_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    widget = type(
+        "tqdm_notebook", (), {"__module__": "tqdm.notebook", "__init__": lambda self, *_, **k: shown.append(k)}
+    )
+    monkeypatch.setattr(bars, "tqdm", widget)
+    assert isinstance(bar(range(2), "images"), widget)
+    assert shown == [{"desc": "images", "total": None, "unit": "it", "disable": False}]
+
+
 def test_a_long_loop_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])

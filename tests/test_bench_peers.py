@@ -74,16 +74,27 @@ def test_what_is_measured_stays_and_what_failed_is_tried_again() -> None:
     assert "error" not in bench.ordered(merged)[1]
 
 
-def test_the_table_has_a_part_for_each_encoder_and_seed() -> None:
-    amounts = {"calibration": 8, "images": 16}
+def test_the_table_has_a_part_for_each_encoder_and_one_over_its_seeds() -> None:
+    amounts, top1 = {"calibration": 8, "images": 16}, {"accuracy": 0.75, "accuracy_error": 0.125}
+    quanto = {"contender": "optimum-quanto", **amounts, **SCORES, **top1}
     rows = [
-        {**GIVEN, **amounts, "contender": "float32", **SCORES, "accuracy": 0.75, "accuracy_error": 0.125},
-        {**GIVEN, **amounts, "seed": 1, "contender": "float32", **SCORES},
+        {**GIVEN, **amounts, "contender": "float32", **SCORES, **top1},
+        {**GIVEN, **quanto, "accuracy": 0.5},
+        {**GIVEN, **amounts, "contender": "NNCF, defaults", **SCORES, **top1},
+        {**GIVEN, **amounts, "seed": 1, "contender": "float32", **SCORES, **top1, "accuracy": 1.0},
+        {**GIVEN, **quanto, "seed": 1, "cosine": 0.95},
+        {**GIVEN, **amounts, "seed": 1, "contender": "NNCF, defaults", "error": "broken"},
+        {**GIVEN, **amounts, "encoder": "planted-outlier", "contender": "float32", **SCORES},
     ]
     lines = bench.table(rows).splitlines()
-    assert [line for line in lines if line.startswith("#")] == ["### clip-scenes, seed 0", "### clip-scenes, seed 1"]
+    headings = ["planted-outlier, seed 0", "clip-scenes, seed 0", "clip-scenes over seeds"]
+    assert [line[4:] for line in lines if line.startswith("#")] == headings
     assert "| float32 | 0.9000 ± 0.0100 | 0.8000 ± 0.0200 | 75.0 ± 12.5 % | - |" in lines
     assert "| float32 | 0.9000 ± 0.0100 | 0.8000 ± 0.0200 | - | - |" in lines
+    assert lines[-2:] == [
+        "| float32 | 0, 1 | 0.9000 to 0.9000 | 0.8000 to 0.8000 | +0.0 to +0.0 |",
+        "| optimum-quanto | 0, 1 | 0.9000 to 0.9500 | 0.8000 to 0.8000 | -25.0 to -25.0 |",
+    ]
 
 
 def test_the_page_holds_the_tables_of_the_stored_results() -> None:

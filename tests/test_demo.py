@@ -16,7 +16,7 @@ from models import MODELS
 from PIL import Image
 
 from optimum_regcache.commands.demo import FLOAT, NAIVE, REGCACHE, Demo
-from optimum_regcache.commands.demo_page import OnlySelf, require_port
+from optimum_regcache.commands.demo_page import OnlySelf, readable, require_port
 from optimum_regcache.commands.pictures import shade_patches
 from optimum_regcache.encoders.tower import has_classifier
 
@@ -108,6 +108,21 @@ def test_a_port_in_use_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, 
     ):
         with pytest.raises(ValueError, match=message):
             require_port(host, number)
+
+
+def test_an_upload_that_is_no_image_is_told(tmp_path: Path) -> None:
+    def opened(path: Path) -> Image.Image:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+
+    read = readable(opened, KeyError)
+    Image.new("RGB", (64, 64), 7).save(tmp_path / "whole.png")
+    assert read(tmp_path / "whole.png").size == (64, 64)
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(KeyError, match=r"This image cannot be read \(\w+\)\. Save it again as PNG or JPEG"):
+            read(tmp_path / name)
 
 
 def test_browsers_are_told_to_load_nothing_from_other_machines() -> None:

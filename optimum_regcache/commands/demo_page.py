@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -41,13 +42,27 @@ def require_port(host: str, port: int | None) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (")[0]
     place = host if port is None else f"{host}, port {port}"
     require(
         reason is None,
         f"The demo cannot listen at {place}: {reason}. Give another --port, or leave it out for a free one; --host must be an "
         "address of this machine.",
     )
+
+
+def readable(read: Callable[[Any], Any], shown: type[Exception]) -> Callable[[Any], Any]:
+    """``read`` of an upload that ends in ``shown``, which the page shows, for a file that is no image."""
+
+    def preprocess(upload: Any) -> Any:
+        try:
+            return read(upload)
+        except shown:
+            raise
+        except Exception as error:  # Pillow has many, for what is broken or too large
+            raise shown(f"This image cannot be read ({type(error).__name__}). Save it again as PNG or JPEG.") from error
+
+    return preprocess
 
 
 class OnlySelf:
@@ -96,6 +111,7 @@ def build_page(demo: Demo) -> Any:
         with gr.Row():
             with gr.Column(scale=1):
                 image = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=260)
+                image.preprocess = readable(image.preprocess, gr.Error)
                 classes = gr.Textbox(
                     "\n".join(demo.classes),
                     label="Classes, one on each line",
