@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import build_part, require
+from optimum_regcache.methods.aiqvit import AIQViT
 from optimum_regcache.methods.base import Method
 from optimum_regcache.methods.bias_correction import BiasCorrection
 from optimum_regcache.methods.dynamic import Dynamic
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
         Reconstruction,
         Light,
         GLFQ,
+        AIQViT,
         Rotation,
         BiasCorrection,
         TestTimeRegisters,

@@ -44,7 +44,7 @@ class QuantizeCommand(Command):
         parser.add_argument(
             "--method", nargs="+", action="extend", metavar="NAME",
             help="quantization methods, several work together: rtn (default), percentile, mse, output_mse, dynamic, oracle, "
-            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, reconstruction, light, glf_q, rotation, "
+            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, reconstruction, light, glf_q, aiqvit, rotation, "
             "bias_correction, mixed_precision, test_time_registers; "
             "parameters through --set quantization.methods=[{name: gptq, damping: 0.1}]",
         )  # fmt: skip

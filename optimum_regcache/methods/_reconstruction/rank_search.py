@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from optimum_regcache.config.validation import require
 
@@ -119,6 +120,7 @@ def search_ranks(
     training: Iterator[list[int]],
     validation: Iterator[list[int]],
     settings: SearchSettings,
+    progress: bool = False,
 ) -> dict[str, int]:
     """Train alpha on one half of the samples and the matrices on the other, in turn (DARTS of first order, arXiv 1806.09055):
     alpha follows the gradient at the matrices as they are.
@@ -128,6 +130,7 @@ def search_ranks(
         loss: numbers of samples -> loss, 0-dim, with gradients.
         training, validation: draws of the two halves, without end.
         settings: how.
+        progress: show a progress bar.
 
     Returns:
         name -> rank of the largest alpha.
@@ -147,7 +150,7 @@ def search_ranks(
     for layer in layers:
         layer.train()
     with torch.enable_grad():
-        for step in range(settings.iterations):
+        for step in tqdm(range(settings.iterations), "rank search", leave=False, disable=not progress):
             for group, rate in zip(lower.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * step / settings.iterations))
             _step(upper, alphas, loss(next(validation)))
