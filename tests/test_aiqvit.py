@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TOWERS
+from models import PACKED, TOWERS
 from test_reconstruction import configured, reconstructed, unseen_cosine
 
 from optimum_regcache.layers.attention import AttentionProducts, attention_products
@@ -106,11 +106,14 @@ def test_losses_of_images_are_in_the_order_asked_for(monkeypatch: pytest.MonkeyP
     assert checked == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["siglip2", "dinov2"])
-def test_padded_and_deleted_tokens(name: str) -> None:
-    parts = {} if name == "siglip2" else PRODUCTS
-    result = reconstructed(configured([SHORT | {"iterations": 4}], **parts), TOWERS[name])
+@pytest.mark.parametrize("name", ["siglip2", "dinov2", "qwen2_5_vl"])
+def test_padded_deleted_and_packed_tokens(name: str) -> None:
+    packed = name in PACKED
+    tiny = PACKED[name] if packed else TOWERS[name]
+    config = configured([SHORT | {"iterations": 4}], registers=not packed, **PRODUCTS)
+    result = reconstructed(config, tiny)
     assert all(record["end"] <= 1 for record in result.measured["aiqvit"]["blocks"])
+    assert tiny.run(result.model).isfinite().all()
 
 
 def test_it_continues_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,9 @@ class AIQViT(Method):
         return found
 
     def scales(self, fit: PipelineState) -> None:
-        if not fit.config.attention.quantize:
+        if (
+            not fit.config.attention.quantize or "image_grid_thw" in fit.batches[0]
+        ):  # packed images stay with calibration's
             return
         batches = first_images(fit.batches, _INTERVAL_IMAGES)
         install_products(fit.model, fit.config.attention, bypass=True)

@@ -27,8 +27,9 @@ def candidate_ranks(out_features: int, in_features: int, ranks: tuple[int, ...] 
 class SearchedLinear(nn.Module):
     """Takes the place of a layer for a search: ``y = x W0^T + sum_j phi(p_j x A_j^T B_j^T) + bias``, ``p = softmax(alpha)``.
 
-    ``phi`` drops a branch for a whole image (drop-path) and scales those that stay; in evaluation mode it does nothing. Every
-    rank has matrices of its own, A Gaussian and B zero at the start, so that the search begins at ``W0``.
+    ``phi`` drops a branch for a whole image (for a token where images are packed) and scales those that stay; in evaluation
+    mode it does nothing. Every rank has matrices of its own, A Gaussian and B zero at the start, so that the search begins at
+    ``W0``.
 
     Args:
         weight: W0, the values of the quantized weight, float32 [out, in]; it stays.
