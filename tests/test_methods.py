@@ -33,6 +33,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "smoothquant": {"alphas": [0.5, 0.8], "max_tokens": 40},
     **{name: {"iterations": 2, "batch": 4} for name in ("reconstruction", "light", "glf_q")},
     "norm_tuning": {"iterations": 2, "batch": 2},
+    "aiqvit": {"ranks": [2, 8], "search_iterations": 2, "iterations": 2, "batch": 4},
 }
 PIPELINES = [
     *([{"name": name, **QUICK.get(name, {})}] for name in METHODS if name != "test_time_registers"),

@@ -13,7 +13,7 @@ import torch
 
 from optimum_regcache.config import ActivationsConfig, AttentionConfig
 from optimum_regcache.math import uniform
-from optimum_regcache.math.nonuniform import focused_unit, quantize_probabilities
+from optimum_regcache.math.nonuniform import focus_ends, focused_unit, quantize_probabilities
 
 _BINS = 16384
 _SHRINK_STEPS = 100
@@ -252,8 +252,8 @@ def _shares(valid: torch.Tensor) -> torch.Tensor:
 class FocusObserver:
     """Interval [0, b2] of `dfq` probabilities with the least squared error of the product AV (docs/method.md 11.14).
 
-    b2 is one of 2^(-i/8), i = 0 .. 63; the first 16 images decide. Leading tokens, which carry the output, count together as
-    much as all patches.
+    b2 is one of `focus_ends`; the first 16 images decide. Leading tokens, which carry the output, count together as much as all
+    patches.
 
     Args:
         config: bits.
@@ -264,8 +264,8 @@ class FocusObserver:
 
     def __init__(self, config: AttentionConfig, lead: int) -> None:
         self.config, self.lead, self._images = config, lead, 0
-        self._ends = torch.exp2(-torch.arange(64.0) / 8)
-        self._errors = torch.zeros(64, dtype=torch.float64)
+        self._ends = focus_ends()
+        self._errors = torch.zeros(len(self._ends), dtype=torch.float64)
 
     def update(self, probabilities: torch.Tensor, values: torch.Tensor, valid: torch.Tensor) -> None:
         """Take one batch.

@@ -124,6 +124,11 @@ def focused_unit(x: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor,
     return value.detach() + (smooth - smooth.detach()).nan_to_num(0.0)
 
 
+def focus_ends() -> torch.Tensor:
+    """Candidates for ``high``: 2^(-i/8), i = 0 .. 63, float32 [64]."""
+    return torch.exp2(-torch.arange(64.0) / 8)
+
+
 def quantize_probabilities(
     x: torch.Tensor, scale: torch.Tensor, bits: int, form: str, lower: torch.Tensor | float = 0.0
 ) -> torch.Tensor:

@@ -9,7 +9,7 @@
 | rewrite | rotations, neurons silenced; function preserved, registers transformed along | rotation, test_time_registers |
 | smooth | norms and values rescaled to the statistics with registers active | smoothquant, repq_vit |
 | build | modules replaced, weights rounded to nearest, static scales calibrated | observers (rtn, percentile, mse, ...) |
-| scales | scales searched | output_mse, ptq4vit, noisyquant |
+| scales | scales searched | output_mse, ptq4vit, noisyquant, aiqvit |
 | round | weight codes chosen, with activations quantized | gptq, reconstruction and its presets |
 | noise | offsets before rounding | noisyquant |
 | correct | biases | bias_correction |

@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import build_part, require
+from optimum_regcache.methods.aiqvit import AIQViT
 from optimum_regcache.methods.base import Method
 from optimum_regcache.methods.bias_correction import BiasCorrection
 from optimum_regcache.methods.dynamic import Dynamic
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         Reconstruction,
         Light,
         GLFQ,
+        AIQViT,
         Rotation,
         BiasCorrection,
         NormTuning,

@@ -44,8 +44,8 @@ class QuantizeCommand(Command):
         parser.add_argument(
             "--method", nargs="+", action="extend", metavar="NAME",
             help="quantization methods, several work together: rtn (default), percentile, mse, output_mse, dynamic, oracle, "
-            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, reconstruction, light, glf_q, rotation, bias_correction, "
-            "norm_tuning, mixed_precision, test_time_registers; "
+            "ptq4vit, repq_vit, noisyquant, smoothquant, gptq, reconstruction, light, glf_q, aiqvit, rotation, "
+            "bias_correction, norm_tuning, mixed_precision, test_time_registers; "
             "parameters through --set quantization.methods=[{name: gptq, damping: 0.1}]",
         )  # fmt: skip
         parser.add_argument(

@@ -14,7 +14,8 @@ from optimum_regcache.kernels import LinearState
 from optimum_regcache.kernels.simulated import SimulatedLinear
 from optimum_regcache.layers.attention import AttentionProducts, Operand
 from optimum_regcache.layers.linear import QuantLinear, training_as
-from optimum_regcache.methods._reconstruction.parametrise import Parametrisation
+from optimum_regcache.math.nonuniform import focused_unit
+from optimum_regcache.methods._reconstruction.parametrise import LowRank, Parametrisation
 from optimum_regcache.methods._reconstruction.ste import LearnedScale, quantize_through
 from optimum_regcache.methods.base import Group, PipelineState
 from optimum_regcache.methods.gptq import WeightGrid
@@ -45,7 +46,7 @@ class TrainedLinear(SimulatedLinear):
 
 
 class TrainedOperand(nn.Module):
-    """An attention operand whose scales are trained: query, key or value."""
+    """An attention operand whose scales are trained: query, key, value, or the upper end of probabilities on an interval."""
 
     def __init__(self, operand: Operand, scale: LearnedScale) -> None:
         super().__init__()
@@ -54,6 +55,8 @@ class TrainedOperand(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         c, zero = self.operand.config, self.learned.zero_point.reshape(-1, 1, 1)
         scale = self.learned.value().reshape(-1, 1, 1)
+        if self.operand.lower is not None:
+            return focused_unit(x, zero, scale, c.bits).to(x.dtype)
         return quantize_through(x.float(), scale, zero, c.bits, c.symmetric).to(x.dtype)
 
 
@@ -94,8 +97,9 @@ class TrainedBlock:
         if attention.products is not None:
             self.products = attention.products
             for role, operand in attention.products.operands():
-                if scales and operand.zero_point is not None:
-                    self.operands[role] = TrainedOperand(operand, LearnedScale(operand.scale, operand.zero_point))
+                offset = operand.zero_point if operand.lower is None else operand.lower
+                if scales and offset is not None:
+                    self.operands[role] = TrainedOperand(operand, LearnedScale(operand.scale, offset))
 
     def parameters(self) -> tuple[list[tuple[torch.Tensor, float]], list[torch.Tensor]]:
         """(weights with the units of their learning rates, scales)."""
@@ -103,6 +107,10 @@ class TrainedBlock:
         inputs = {id(b.scale): b.scale.theta for _, b in self.linears.values() if b.scale is not None}
         scales = [s for t in trained for s in t.scales()] + list(inputs.values())
         return [p for t in trained for p in t.parameters()], scales + [o.learned.theta for o in self.operands.values()]
+
+    def ranks(self) -> dict[str, int]:
+        """Layer -> rank of what is added to its weight."""
+        return {name: b.trained.rank for name, (_, b) in self.linears.items() if isinstance(b.trained, LowRank)}
 
     def penalty(self, progress: float) -> torch.Tensor | None:
         """Mean penalty of the weights."""
@@ -136,7 +144,7 @@ class TrainedBlock:
             if backend.scale is not None:
                 layer.set_input_qparams(backend.scale.value(), backend.scale.zero_point)
         for trained in self.operands.values():
-            trained.operand.set_qparams(trained.learned.value())
+            trained.operand.set_qparams(trained.learned.value(), trained.learned.zero_point)
 
     def snapshot(self) -> Snapshot:
         """What :meth:`store` may change, by name, on the CPU."""
@@ -161,7 +169,7 @@ class TrainedBlock:
                     setattr(layer, key, found[f"{name}.{key}"].to(layer.weight.device).clone())
             layer.reset_runtime()
         for role, trained in self.operands.items():
-            trained.operand.set_qparams(found[f"{role}.scale"])
+            trained.operand.set_qparams(found[f"{role}.scale"], trained.learned.zero_point)
 
 
 def _input_scale(layer: QuantLinear) -> LearnedScale | None:

@@ -86,10 +86,10 @@ class LowRank(Parametrisation):
 
     def __init__(self, weight: torch.Tensor, grid: WeightGrid, rank: int, generator: torch.Generator) -> None:
         super().__init__(weight, grid)
-        rank = min(rank, *weight.shape)
-        right = torch.randn(rank, weight.shape[1], generator=generator) * (self.size / math.sqrt(rank))
+        self.rank = min(rank, *weight.shape)
+        right = torch.randn(self.rank, weight.shape[1], generator=generator) * (self.size / math.sqrt(self.rank))
         self.right = right.to(self.start).requires_grad_()
-        self.left = self.start.new_zeros(len(weight), rank).requires_grad_()
+        self.left = self.start.new_zeros(len(weight), self.rank).requires_grad_()
 
     def parameters(self) -> list[tuple[torch.Tensor, float]]:
         return [(self.left, 1.0), (self.right, self.size)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from optimum_regcache.config.validation import require
 
@@ -26,8 +27,9 @@ def candidate_ranks(out_features: int, in_features: int, ranks: tuple[int, ...] 
 class SearchedLinear(nn.Module):
     """Takes the place of a layer for a search: ``y = x W0^T + sum_j phi(p_j x A_j^T B_j^T) + bias``, ``p = softmax(alpha)``.
 
-    ``phi`` drops a branch for a whole image (drop-path) and scales those that stay; in evaluation mode it does nothing. Every
-    rank has matrices of its own, A Gaussian and B zero at the start, so that the search begins at ``W0``.
+    ``phi`` drops a branch for a whole image (for a token where images are packed) and scales those that stay; in evaluation
+    mode it does nothing. Every rank has matrices of its own, A Gaussian and B zero at the start, so that the search begins at
+    ``W0``.
 
     Args:
         weight: W0, the values of the quantized weight, float32 [out, in]; it stays.
@@ -119,6 +121,7 @@ def search_ranks(
     training: Iterator[list[int]],
     validation: Iterator[list[int]],
     settings: SearchSettings,
+    progress: bool = False,
 ) -> dict[str, int]:
     """Train alpha on one half of the samples and the matrices on the other, in turn (DARTS of first order, arXiv 1806.09055):
     alpha follows the gradient at the matrices as they are.
@@ -128,6 +131,7 @@ def search_ranks(
         loss: numbers of samples -> loss, 0-dim, with gradients.
         training, validation: draws of the two halves, without end.
         settings: how.
+        progress: show a progress bar.
 
     Returns:
         name -> rank of the largest alpha.
@@ -147,7 +151,7 @@ def search_ranks(
     for layer in layers:
         layer.train()
     with torch.enable_grad():
-        for step in range(settings.iterations):
+        for step in tqdm(range(settings.iterations), "rank search", leave=False, disable=not progress):
             for group, rate in zip(lower.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * step / settings.iterations))
             _step(upper, alphas, loss(next(validation)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -64,6 +64,7 @@ class BlockRecord:
         trained: whether the result of the training was stored; if not, the block stays as it was.
         iterations: steps that were made.
         seconds: duration.
+        ranks: layer -> rank of what was added to its weight.
     """
 
     block: int
@@ -72,6 +73,7 @@ class BlockRecord:
     trained: bool
     iterations: int
     seconds: float
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible."""
@@ -85,7 +87,8 @@ class Reconstruction:
         fit: float and quantized model, calibration images.
         settings: how.
         parametrise: (float32 weight [out, in], grid, block, number of the layer in it) -> what is trained of it.
-        sampler: (images, size, seed) -> draws of training images without end.
+        sampler: of the training of a block -> draws of training images without end.
+        prepare: called with the training of a block before its first step.
     """
 
     def __init__(
@@ -93,10 +96,11 @@ class Reconstruction:
         fit: PipelineState,
         settings: Settings,
         parametrise: Callable[[torch.Tensor, WeightGrid, int, int], Parametrisation],
-        sampler: Callable[[Sequence[Sequence[int]], int, int], Iterator[list[int]]] | None = None,
+        sampler: Callable[[BlockTraining], Iterator[list[int]]] | None = None,
+        prepare: Callable[[BlockTraining], None] | None = None,
     ) -> None:
         self.fit, self.settings, self.parametrise = fit, settings, parametrise
-        self.sampler = sampler or (lambda groups, size, seed: iter(Sampler(groups, size, seed)))
+        self.sampler, self.prepare = sampler or _in_random_order, prepare
         self.images, self.space = Images(fit.batches), TensorSpace()
         self.depth = len(fit.tower.blocks)
         self.sizes = batch_sizes(fit.batches)
@@ -170,6 +174,8 @@ class BlockTraining:
         if not total > 0.0:  # there is nothing to learn, or no number
             return BlockRecord(self.ours.block, total, total, False, 0, round(time.perf_counter() - begun, 3))
         start, before = self._judge(), trained.snapshot()
+        if self.owner.prepare is not None:
+            self.owner.prepare(self)
         with trained.running():
             steps = self._train(start, bar)
         trained.store()
@@ -178,7 +184,22 @@ class BlockTraining:
             trained.restore(before)
         bar.set_postfix_str(f"block {self.ours.block}: loss x {min(end, start) / start:.3f}")
         seconds = round(time.perf_counter() - begun, 3)
-        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds)
+        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, trained.ranks())
+
+    def loss(self, items: Sequence[int]) -> torch.Tensor:
+        """Mean over these training images, in units of the start's parts, 0-dim, with gradients."""
+        return self._total(*self._losses(items))
+
+    @torch.no_grad()
+    def image_losses(self, items: Sequence[int]) -> torch.Tensor:
+        """Squared error of the block's output for each of these images, float32 [items]."""
+        error, counts, *_ = self._compare(items)
+        squares = error.float().square().mean(-1)
+        if self.owner.images.packed:
+            return squares.mean().reshape(1)
+        counts = torch.ones_like(squares) if counts is None else counts.float()
+        means = (squares * counts).sum(1) / counts.sum(1).clamp(min=1)
+        return means[torch.tensor(items).argsort().argsort().to(means.device)]  # images run in ascending order
 
     def _train(self, start: float, bar: Any) -> int:
         """Leaves the trained tensors at the best of the judgements; the number of steps."""
@@ -193,8 +214,7 @@ class BlockTraining:
         rates = [group["lr"] for group in optimizer.param_groups]
         best, least, made = [t.detach().clone() for t in leaves], math.inf, 0
         every = max(1, math.ceil(s.iterations / _JUDGEMENTS))
-        draws = self.owner.sampler(self.owner.images.training, s.batch, s.seed + self.ours.block)
-        for step, items in enumerate(islice(draws, s.iterations)):
+        for step, items in enumerate(islice(self.owner.sampler(self), s.iterations)):
             progress = step / s.iterations
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -215,7 +235,7 @@ class BlockTraining:
     def _step(self, optimizer: torch.optim.Adam, leaves: list[torch.Tensor], items: list[int], progress: float) -> bool:
         """One step of Adam; false, and nothing moves, where loss or gradient are not finite."""
         with torch.enable_grad():
-            loss = self._total(*self._losses(items))
+            loss = self.loss(items)
             penalty = self.trained.penalty(progress)
             loss = loss if penalty is None else loss + _PENALTY_WEIGHT * penalty
             gradients = torch.autograd.grad(loss * _GRADIENT_SCALE, leaves, allow_unused=True)
@@ -248,6 +268,21 @@ class BlockTraining:
 
     def _losses(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(squared error of the block's output, of the final features), means over these images."""
+        owner = self.owner
+        error, counts, got, batch, features = self._compare(items)
+        local = _mean_square(error, counts)
+        if not owner.settings.features:
+            return local, torch.zeros(())
+        if features is None:
+            features = _through(owner.fit.model, self.ours.block + 1, got, batch)
+        target = owner.images.features(owner.features, items, owner.sizes).to(features)
+        return local, (features - target).square().mean()
+
+    def _compare(
+        self, items: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, BlockInput, dict[str, torch.Tensor], torch.Tensor | None]:
+        """(error of the block's output, tokens that count or None for all, the output, the images, the final features where
+        the block is the last one and they are needed)."""
         owner, block = self.owner, self.ours.block
         fit, images = owner.fit, owner.images
         batch, state = images.batch(items), images.states(self.ours.states, items)
@@ -260,13 +295,12 @@ class BlockTraining:
         mask = batch.get("pixel_attention_mask")
         padding = None if mask is None else mask.bool().to(got.hidden.device)
         wanted, counts = common_tokens(got, images.states(self.wanted, items), padding)
-        local = _mean_square(got.hidden - wanted.to(got.hidden.device), counts)
-        if not owner.settings.features:
-            return local, torch.zeros(())
-        if features is None:
-            features = _through(fit.model, block + 1, got, batch)
-        target = images.features(owner.features, items, owner.sizes).to(features)
-        return local, (features - target).square().mean()
+        return got.hidden - wanted.to(got.hidden.device), counts, got, batch, features
+
+
+def _in_random_order(training: BlockTraining) -> Iterator[list[int]]:
+    owner = training.owner
+    return iter(Sampler(owner.images.training, owner.settings.batch, owner.settings.seed + training.ours.block))
 
 
 def _mean_square(error: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:

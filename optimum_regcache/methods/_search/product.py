@@ -1,4 +1,4 @@
-"""PTQ4ViT's search for the operands of the attention products (docs/method.md 11.4)."""
+"""PTQ4ViT's search for the operands of the attention products (docs/method.md 11.4), and that of an interval (11.14)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from optimum_regcache.layers.attention import AttentionProducts
-from optimum_regcache.math.nonuniform import quantize_probabilities
+from optimum_regcache.math.nonuniform import focus_ends, focused_unit, quantize_probabilities
 from optimum_regcache.math.uniform import fake_quantize
 from optimum_regcache.methods._search.gradients import Watched
 from optimum_regcache.methods._search.scale import SearchSpace
@@ -49,6 +49,25 @@ def search_products(products: AttentionProducts, watched: dict[str, Watched], sp
     for part, operand in products.operands():
         if part in scales:
             operand.set_qparams(scales[part])
+
+
+def search_interval(products: AttentionProducts, watched: dict[str, Watched]) -> None:
+    """Set the upper end of probabilities on an interval by the weighted error of AV, with float values.
+
+    Args:
+        products: the quantized module, its form ``dfq``.
+        watched: of the float model: inputs of ``probabilities`` and ``value`` (image tokens only) and importance of
+            ``output``, each [images, H, ...].
+    """
+    probabilities, value = watched["probabilities"].x, watched["value"].x
+    importance, bits = watched["output"].importance, products.probabilities.config.bits
+    ends = focus_ends().to(value.device)
+    errors = [
+        (((focused_unit(probabilities, 0.0, end, bits) - probabilities) @ value).pow(2) * importance).mean()
+        for end in ends
+    ]
+    if float(torch.stack(errors).amax()) > 0:
+        products.probabilities.set_qparams(ends[int(torch.stack(errors).argmin())])
 
 
 def _search_values(
