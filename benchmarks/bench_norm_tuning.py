@@ -112,7 +112,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         tuned, record = row["row"], row.get("tuning") or {}
         scales = zip(METRICS, (1, 1, 100), (4, 4, 1), strict=True)
         gains = [_signed(row.get(f"{name} gain"), scale, digits) for name, scale, digits in scales]
-        steps = f"{record['iterations']} ({record['best_iteration']})" if record else ""
+        best = record.get("best_iteration") if record.get("installed") else "start"
+        steps = f"{record['iterations']} ({best})" if record else ""
         seconds = f"{row['seconds']:.0f}" if tuned else ""
         cells = (
             row["encoder"], row["preset"], row["base"], tuned, row["seed"], f"{row['cosine'][0]:.4f}", gains[0], gains[1],

@@ -32,8 +32,8 @@ class NormTuning(Method):
     """Adam on ``1 - cos`` between the features of the quantized model and those of the float original, no labels: weight and
     bias of every norm of the encoder, LayerScale, and keys, values and logit bias of installed registers.
 
-    The last calibration images are held out. What is installed is the best state on them, the start if none was better. A fit
-    that is interrupted here begins again.
+    The last calibration images are held out. The best state on them is installed if its gain, image by image, exceeds the
+    standard error, else the start. A fit that is interrupted here begins again.
 
     Attributes:
         iterations: largest number of steps; the held-out images are scored every 10 steps.
@@ -47,7 +47,7 @@ class NormTuning(Method):
     """
 
     iterations: int = 200
-    batch: int = 16
+    batch: int = 8
     learning_rate: float = 0.002
     norms: bool = True
     layer_scale: bool = True
@@ -114,6 +114,7 @@ class NormTuning(Method):
             layer.release_runtime()  # float32 weights that only gradients need
         cache = get_register_cache(fit.result)
         if cache is not None:
+            set_registers(fit.model, cache)
             fit.config = fit.config.replace(registers={"num_copies": cache.num_copies})
         fit.measured[self.name] = {"tensors": tensors.counts, "trained_on": first, "held_out": images - first, **record}
 
@@ -238,7 +239,7 @@ class _Training:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def run(self, progress: bool) -> dict[str, Any]:
-        """Train, leave the best state in the model, and say how it went; JSON-compatible."""
+        """Train, leave the best state or the start in the model, and say how it went; JSON-compatible."""
         m, tensors = self.method, self.tensors
         start = top = self.held_out.scores(tensors.model)
         require(
@@ -246,7 +247,8 @@ class _Training:
             "norm_tuning: the quantized model or the float original gives features that are not finite for a calibration "
             "image. Take the image out.",
         )
-        best, best_iteration, since, made, stopped = tensors.snapshot(), 0, 0, 0, "iterations"
+        first = best = tensors.snapshot()
+        best_iteration, since, made, stopped = 0, 0, 0, "iterations"
         order = self._order()
         for iteration in tqdm(range(1, m.iterations + 1), desc="norm tuning", disable=not progress):
             made = iteration
@@ -263,13 +265,15 @@ class _Training:
             if since >= m.patience:
                 stopped = "patience"
                 break
-        tensors.restore(*best)
-        gain = top - start
+        gain, error = float((top - start).mean()), float((top - start).std()) / math.sqrt(len(start))
+        installed = gain > error
+        tensors.restore(*(best if installed else first))
         return {
             "start": float(start.mean()),
-            "end": float(top.mean()),
-            "gain": float(gain.mean()),
-            "gain_error": float(gain.std()) / math.sqrt(len(gain)),
+            "end": float((top if installed else start).mean()),
+            "gain": gain,
+            "gain_error": error,
+            "installed": installed,
             "iterations": made,
             "best_iteration": best_iteration,
             "stopped": stopped,
