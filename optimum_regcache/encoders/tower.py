@@ -206,6 +206,11 @@ def reads_patches(model: nn.Module, tower: Tower) -> bool:
     )
 
 
+def has_boxes(model: nn.Module) -> bool:
+    """Whether the model itself gives boxes of objects and their classes."""
+    return type(model).__name__.endswith("ForObjectDetection")
+
+
 def has_classifier(model: nn.Module) -> bool:
     """Whether the model itself predicts classes; an exported encoder says so (``classifies``)."""
     names = ("ForImageClassification", "ForImageClassificationWithTeacher")
