@@ -165,6 +165,12 @@ def _qwen(name: str, **vision: Any) -> Callable[[], Any]:
 
 
 _DINO = {"mlp_ratio": 2}
+_YOLOS: dict[str, Any] = {
+    "image_size": [IMAGE, IMAGE],
+    "num_detection_tokens": 3,
+    "use_mid_position_embeddings": False,
+    "num_labels": 3,
+}
 _GRID = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
 _SIZE = {"image_sizes": torch.tensor([[IMAGE, IMAGE]])}
 _GENERATE = "ForConditionalGeneration"
@@ -238,6 +244,11 @@ WHOLES: tuple[Whole, ...] = (
         ),
     ),
     Whole("UPerNet (DINOv2)", "UperNetForSemanticSegmentation", _upernet),
+    Whole("YOLOS", "YolosForObjectDetection", _tower("Yolos", **_YOLOS)),
+    Whole(
+        "YOLOS (positions in every block)", "YolosForObjectDetection", 
+        _tower("Yolos", **_YOLOS | {"use_mid_position_embeddings": True}),
+    ),
     Whole(
         "SegFormer", "SegformerForSemanticSegmentation",
         lambda: hf.SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1]),

@@ -62,7 +62,7 @@ class TinyModel:
         model_class: transformers class.
         make_inputs: (seed, batch size) -> keyword arguments of the model's forward.
         tower: name of the vision tower in the model, "" if it is the model.
-        lead: tokens before the patches.
+        lead, trail: tokens before and behind the patches.
         output: field of the model's output to compare.
     """
 
@@ -73,6 +73,7 @@ class TinyModel:
     tower: str = ""
     lead: int = 1
     output: str = "last_hidden_state"
+    trail: int = 0
 
     def build(self, *, seed: int = 0, cls: type[PreTrainedModel] | None = None, **overrides: Any) -> Any:
         """The model in evaluation mode; the same seed gives the same weights, in a subclass ``cls`` too."""
@@ -160,6 +161,7 @@ def _siglip_config(**overrides: Any) -> hf.SiglipConfig:
 
 _DINOV2 = {**_COMMON, "mlp_ratio": 2}
 _LABELS = {"num_labels": 5}
+_YOLOS = {**_VISION, "image_size": [PIXELS, PIXELS], "num_detection_tokens": 3, "use_mid_position_embeddings": False}
 
 TOWERS: dict[str, TinyModel] = {
     m.name: m
@@ -225,6 +227,7 @@ INNER: dict[str, TinyModel] = {
             lead=0,
         ),
         TinyModel("internvl", _config(hf.InternVLVisionConfig, **_VISION), hf.InternVLVisionModel, image_inputs),
+        TinyModel("yolos", _config(hf.YolosConfig, **_YOLOS), hf.YolosModel, image_inputs, trail=3),
     )
 }
 
@@ -302,6 +305,24 @@ PACKED: dict[str, TinyModel] = {
 }
 
 MODELS: dict[str, TinyModel] = {**TOWERS, **COMPOSITES}
+
+# adds position embeddings of all tokens between its blocks
+YOLOS_POSITIONS = TinyModel(
+    "yolos_positions",
+    _config(hf.YolosConfig, **{**_YOLOS, "use_mid_position_embeddings": True}),
+    hf.YolosModel,
+    image_inputs,
+    trail=3,
+)
+DETECTOR = TinyModel(
+    "yolos_detector",
+    _config(hf.YolosConfig, **_YOLOS, **_LABELS),
+    hf.YolosForObjectDetection,
+    image_inputs,
+    "vit",
+    output="pred_boxes",
+    trail=3,
+)
 
 # not part of the matrix over all models, but with special cases of their own
 CLIP_CLASSIFIER = TinyModel(

@@ -11,6 +11,7 @@ from models import (
     BLOCKS,
     CLIP_CLASSIFIER,
     COMPOSITES,
+    DETECTOR,
     DINOV2_BACKBONE,
     HEAD_DIM,
     HEADS,
@@ -27,7 +28,7 @@ from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 
 every_model = pytest.mark.parametrize(
-    "tiny", [*MODELS.values(), *INNER.values(), CLIP_CLASSIFIER, DINOV2_BACKBONE], ids=lambda t: t.name
+    "tiny", [*MODELS.values(), *INNER.values(), CLIP_CLASSIFIER, DETECTOR, DINOV2_BACKBONE], ids=lambda t: t.name
 )
 every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
 
@@ -44,6 +45,7 @@ FAMILY_NAMES = {
     "internvl": "InternVL",
     "vit": "ViT",
     "deit": "DeiT",
+    "yolos": "YOLOS",
 }
 
 
@@ -66,7 +68,7 @@ def test_tower_is_found(tiny: TinyModel) -> None:
     assert tower.name == tiny.tower
     assert tower.module is tiny.tower_of(model)
     assert tower.config is tower.module.config
-    assert tower.num_prefix_tokens == tiny.lead
+    assert (tower.patches.lead, tower.patches.trail) == (tiny.lead, tiny.trail)
     assert tower.is_backbone == (tiny is DINOV2_BACKBONE)
     assert tower.blocks == list(blocks_of(tower.module))
     assert [tower.module.get_submodule(tower.block_name(i)) for i in range(BLOCKS)] == tower.blocks
@@ -138,6 +140,8 @@ HEADS_OF = {
     "metaclip2": [],
     "smolvlm": [],
     "internvl": [],
+    "yolos": [],
+    "yolos_detector": [],
     "vit": ["pooler.dense"],
     "deit": ["pooler.dense"],
     "clip_dual": ["visual_projection"],

@@ -90,7 +90,7 @@ def reference(
     """The transformers model, one image and one block at a time, with the tokens really taken out.
 
     Returns:
-        Per image the kept tokens after the last block [lead + kept patches, D], and the dropped patches.
+        Per image the kept tokens after the last block [lead + kept patches + trail, D], and the dropped patches.
     """
     model, seen = tiny.build(), []
     if planted:
@@ -112,7 +112,9 @@ def reference(
             norms = hidden.abs().amax(-1).numpy()[tiny.lead : tiny.lead + rows * columns]
             gone = sorted(np.argsort(-norms, kind="stable")[:count].tolist())
             keep = [*range(tiny.lead), *(tiny.lead + p for p in range(rows * columns) if p not in gone)]
-            state, patches = hidden[None, keep], [p - tiny.lead for p in keep[tiny.lead :]]
+            patches = [p - tiny.lead for p in keep[tiny.lead :]]
+            keep += range(hidden.shape[0] - tiny.trail, hidden.shape[0])
+            state = hidden[None, keep]
             positions = {} if angles is None else {"position_embeddings": tuple(a[patches] for a in angles)}
             for block in tower.blocks[DELETE_BLOCK:]:
                 state = run_block(block, state, **positions)
@@ -134,8 +136,10 @@ def assert_filled(
     for image, grid, tokens, gone in zip(actual.numpy(), grids_of(inputs), *expected, strict=True):
         size = grid[0] * grid[1]
         full = np.zeros((size, tokens.shape[1]))
-        full[[p for p in range(size) if p not in gone]] = tokens[tiny.lead :]
+        full[[p for p in range(size) if p not in gone]] = tokens[tiny.lead : len(tokens) - tiny.trail]
         np.testing.assert_allclose(image[: tiny.lead], tokens[: tiny.lead], rtol=1e-5, atol=2e-5)
+        if tiny.trail:
+            np.testing.assert_allclose(image[-tiny.trail :], tokens[-tiny.trail :], rtol=1e-5, atol=2e-5)
         filled = neighbour_mean(full, gone, grid)
         np.testing.assert_allclose(image[tiny.lead : tiny.lead + size], filled, rtol=1e-5, atol=2e-5)
 
@@ -148,7 +152,7 @@ def test_gather_returns_the_kept_tokens_in_order(tiny: TinyModel) -> None:
     inputs, model = tiny.inputs(), with_deletion(tiny, 3, fill="none")
     last = after_last_block(tiny, model, inputs)
     expected, gone = reference(tiny, inputs, 3)
-    assert last.shape == (3, tiny.lead + PATCHES - 3, 64)
+    assert last.shape == (3, tiny.lead + PATCHES - 3 + tiny.trail, 64)
     assert tiny.run(model).shape == last.shape
     assert len({tuple(g) for g in gone}) > 1, "the images should lose different tokens"
     for image, tokens in zip(last.numpy(), expected, strict=True):
@@ -162,7 +166,7 @@ def test_hidden_states_and_attentions_shrink_after_the_deletion(tiny: TinyModel)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(**tiny.inputs(), output_hidden_states=True, output_attentions=True)
-    n = tiny.lead + PATCHES
+    n = tiny.lead + PATCHES + tiny.trail
     assert [h.shape[1] for h in output.hidden_states] == [n, n, n, n - 3, n - 3]
     sizes = [tuple(a.shape[2:]) for a in output.attentions]
     assert sizes == [(n, n), (n, n), (n - 3, n - 3 + 1), (n - 3, n - 3)]
@@ -170,11 +174,11 @@ def test_hidden_states_and_attentions_shrink_after_the_deletion(tiny: TinyModel)
 
 @every_tower
 def test_planted_outliers_go_and_nothing_else(tiny: TinyModel) -> None:
-    """Huge norms on patches, on every leading token and on padding: only the patches are deleted."""
+    """Huge norms on patches, on every token around them and on padding: only the patches are deleted."""
     inputs, model = tiny.inputs(), with_deletion(tiny, 2)
     grids = grids_of(inputs)
     patches = [[0, r * c - 1] if i % 2 else [r * c - 2, c] for i, (r, c) in enumerate(grids)]
-    protected = [[*range(tiny.lead), *range(tiny.lead + r * c, tiny.lead + PATCHES)] for r, c in grids]
+    protected = [[*range(tiny.lead), *range(tiny.lead + r * c, tiny.lead + PATCHES + tiny.trail)] for r, c in grids]
     planted = [[tiny.lead + p for p in mine] + extra for mine, extra in zip(patches, protected, strict=True)]
     plant(tiny, model, planted)
     dropped = dropped_by(model)
@@ -235,7 +239,7 @@ def test_fill_is_the_mean_of_the_kept_neighbours(tiny: TinyModel, cells: list[tu
     expected = reference(tiny, inputs, 4, planted)
     assert expected[1] == [sorted(patches_of((4, 4), *cells))] * 2
     assert_filled(tiny, after_last_block(tiny, model, inputs), inputs, expected)
-    assert tiny.run(model, inputs).shape == (2, tiny.lead + PATCHES, 64)
+    assert tiny.run(model, inputs).shape == (2, tiny.lead + PATCHES + tiny.trail, 64)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov2_registers", "vit", "deit"])

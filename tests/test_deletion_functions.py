@@ -11,6 +11,7 @@ import torch
 from references import neighbour_mean
 
 from optimum_regcache import DeletionConfig
+from optimum_regcache.encoders.tower import PatchSpan
 from optimum_regcache.registers import deletion as D
 
 NEVER = float("-inf")
@@ -71,10 +72,10 @@ def test_kept_positions_and_spreading_undo_the_gather(seed: int) -> None:
     hidden = torch.randn(3, 11, 5, generator=torch.Generator().manual_seed(seed))
     gathered = D.gather_tokens(hidden, kept)
     assert gathered.shape == (3, 7, 5)
-    spread = D.spread_tokens(gathered, D.Selection(dropped, kept, 4, None, 1))
+    spread = D.spread_tokens(gathered, D.Selection(dropped, kept, 4, None, PatchSpan(1)))
     assert spread.shape == hidden.shape
     assert torch.equal(spread[~dropped], hidden[~dropped])
-    assert D.spread_tokens(hidden, D.Selection(dropped, None, 4, None, 1)) is hidden
+    assert D.spread_tokens(hidden, D.Selection(dropped, None, 4, None, PatchSpan(1))) is hidden
 
 
 def test_outlier_scores_are_the_largest_magnitude() -> None:
@@ -99,7 +100,9 @@ def test_valid_tokens_reads_every_kind_of_mask() -> None:
 def narrow(mask: torch.Tensor | None, gather: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
     dropped = random_selection(0, 6, 1, 2, batch=2)
     kept = D.kept_positions(dropped, 2)
-    return D.narrow_mask(mask, D.Selection(dropped, kept if gather else None, 2, None, 1), torch.float32), dropped
+    return D.narrow_mask(
+        mask, D.Selection(dropped, kept if gather else None, 2, None, PatchSpan(1)), torch.float32
+    ), dropped
 
 
 def test_narrow_mask_after_gathering() -> None:
@@ -136,7 +139,7 @@ def test_fill_equals_brute_force(grid: tuple[int, int], lead: int, count: int) -
     size = grid[0] * grid[1]
     dropped = random_selection(size + lead + count, lead + size, lead, count)
     full = torch.randn(3, lead + size, 6, generator=torch.Generator().manual_seed(count))
-    selection = D.Selection(dropped, None, count, grid, lead)
+    selection = D.Selection(dropped, None, count, grid, PatchSpan(lead))
     filled = D.fill_deleted(full.masked_fill(dropped[..., None], float("1e9")), selection)
     for before, after, gone in zip(full.numpy(), filled.numpy(), dropped, strict=True):
         patches = gone[lead:].nonzero().flatten().tolist()
@@ -153,7 +156,7 @@ def test_fill_on_a_grid_per_image_skips_padding() -> None:
     dropped = torch.zeros(3, 12, dtype=torch.bool)
     for row, patches in zip(dropped, ([0, 11], [2, 5], [4, 8]), strict=True):
         row[patches] = True
-    filled = D.fill_deleted(full, D.Selection(dropped, None, 2, grids, 0), valid)
+    filled = D.fill_deleted(full, D.Selection(dropped, None, 2, grids, PatchSpan(0)), valid)
     for i, (rows, columns) in enumerate(grids.tolist()):
         n = rows * columns
         patches = dropped[i, :n].nonzero().flatten().tolist()
@@ -169,9 +172,9 @@ def test_fill_without_a_known_grid() -> None:
     dropped[0, 1] = True
     square = neighbour_mean(full[0, 1:].numpy(), [0], (3, 3))
     for grid in (None, (3, 3), (2, 5)):
-        filled = D.fill_deleted(full, D.Selection(dropped, None, 1, grid, 1))
+        filled = D.fill_deleted(full, D.Selection(dropped, None, 1, grid, PatchSpan(1)))
         np.testing.assert_allclose(filled[0, 1:].numpy(), square, rtol=1e-5, atol=1e-6)
-    filled = D.fill_deleted(full, D.Selection(dropped, None, 1, None, 0))
+    filled = D.fill_deleted(full, D.Selection(dropped, None, 1, None, PatchSpan(0)))
     kept = [i for i in range(10) if i != 1]
     torch.testing.assert_close(filled[0, 1], full[0, kept].mean(0))
     assert torch.equal(filled[0, kept], full[0, kept])
@@ -181,7 +184,7 @@ def test_fill_leaves_images_alone_that_lost_nothing() -> None:
     full = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     dropped = torch.zeros(2, 9, dtype=torch.bool)
     dropped[1, 4] = True
-    filled = D.fill_deleted(full, D.Selection(dropped, None, 3, (3, 3), 0))
+    filled = D.fill_deleted(full, D.Selection(dropped, None, 3, (3, 3), PatchSpan(0)))
     assert torch.equal(filled[0], full[0])
     others = [i for i in range(9) if i != 4]
     assert torch.equal(filled[1, others], full[1, others])
@@ -192,6 +195,6 @@ def test_fill_keeps_the_dtype() -> None:
     full = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     dropped = torch.zeros(1, 9, dtype=torch.bool)
     dropped[0, 0] = True
-    filled = D.fill_deleted(full, D.Selection(dropped, None, 1, (3, 3), 0))
+    filled = D.fill_deleted(full, D.Selection(dropped, None, 1, (3, 3), PatchSpan(0)))
     assert filled.dtype == torch.bfloat16
     torch.testing.assert_close(filled[0, 0].float(), full[0, [1, 3, 4]].float().mean(0), rtol=0.02, atol=0.02)

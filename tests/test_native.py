@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.tower import PatchSpan
 from optimum_regcache.kernels import fused_ops as ops
 from optimum_regcache.kernels import native
 from optimum_regcache.registers import deletion as D
@@ -170,7 +171,7 @@ def test_deletion_and_fill_equal_plain(tokens: int, lead: int, count: int) -> No
     assert torch.equal(kept, D.kept_positions(expected, count))
     assert torch.equal(out, D.gather_tokens(hidden, kept))
     size = D.patch_grid(None, tokens - lead) or (1, tokens - lead)
-    selection = D.Selection(dropped, kept, count, size, lead)
+    selection = D.Selection(dropped, kept, count, size, PatchSpan(lead))
     filled = torch.ops.regcache.restore_tokens(out, kept, dropped, lead, *size)
     torch.testing.assert_close(filled, D.fill_deleted(D.spread_tokens(out, selection), selection))
     assert torch.equal(filled[~dropped], hidden[~dropped])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from optimum_regcache.commands.sources import Source
 from optimum_regcache.config.recipe import DataConfig
 from optimum_regcache.data.images import ImageInputs
+from optimum_regcache.data.objects import Objects, objects_column, objects_of
 from optimum_regcache.data.pixels import IGNORE
 from optimum_regcache.data.reading import store_batches
-from optimum_regcache.encoders.outputs import run_once
+from optimum_regcache.encoders.outputs import Outputs, run_once
 from optimum_regcache.encoders.passes import Batch, batch_sizes
 from optimum_regcache.encoders.store import StoredBatches, TensorSpace
 from optimum_regcache.evaluation.objective import AccuracyObjective
@@ -88,12 +89,16 @@ class Columns:
         mask: of the class masks.
         depth: of the depth maps.
         ignore: number in masks that is no class.
+        objects: of boxes and classes of objects.
+        box_format: what the numbers of a box are, see `data.objects`.
     """
 
     caption: str | None = None
     mask: str | None = None
     depth: str | None = None
     ignore: int = IGNORE
+    objects: str | None = None
+    box_format: str = "coco"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Seen:
         logits: float32 [n, classes] of a classifier, None for others.
         tokens: ``tokens`` [rows, D] of each batch; empty if nobody reads them.
         lengths: rows of each image, batch by batch.
+        detections: class logits [n, Q, C + 1] and boxes [n, Q, 4] of a detector, None for others.
     """
 
     features: torch.Tensor
@@ -112,22 +118,28 @@ class Seen:
     logits: torch.Tensor | None
     tokens: StoredBatches
     lengths: list[tuple[int, ...]]
+    detections: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, model: Any, batches: Sequence[Batch], *, tokens: bool = False) -> Seen:
         """Run ``model`` over ``batches``; ``tokens`` are kept where these are, within the same budget."""
         space = batches.space if isinstance(batches, StoredBatches) else TensorSpace()
         stored, lengths = StoredBatches(space), list[tuple[int, ...]]()
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        parts: list[Outputs] = []
         for batch, images in zip(batches, batch_sizes(batches), strict=True):
             found = run_once(model, batch, tokens=tokens)
-            parts.append((found.features, found.pooled, found.logits))
+            parts.append(replace(found, tokens=None))
             if found.tokens is not None:
                 stored.append({"tokens": found.tokens.clone()}, images)
                 lengths.append(found.lengths)
-        features, pooled, logits = zip(*parts, strict=True)
-        known = [part for part in logits if part is not None]
-        return cls(torch.cat(features), torch.cat(pooled), torch.cat(known) if known else None, stored, lengths)
+        features, pooled = (torch.cat([getattr(part, name) for part in parts]) for name in ("features", "pooled"))
+        known = [part.logits for part in parts if part.logits is not None]
+        objects = [part.detections for part in parts if part.detections is not None]
+        logits = torch.cat(known) if known else None
+        classes, boxes = zip(*objects, strict=True) if objects else ((), ())
+        return cls(
+            features, pooled, logits, stored, lengths, (torch.cat(classes), torch.cat(boxes)) if objects else None
+        )
 
 
 @dataclass
@@ -168,6 +180,16 @@ class Harness:
         """None where the labels cannot be predicted."""
         labels = self.targets.labels(self.report)
         return None if labels is None else AccuracyObjective(self.batches, labels, self.targets.text_features)
+
+    @cached_property
+    def objects_column(self) -> str | None:
+        """Column of the report images' objects, None if there is none."""
+        return objects_column(self.report, self.columns.objects)
+
+    @cached_property
+    def objects(self) -> list[Objects]:
+        """The objects of the report images, whose column must be there."""
+        return objects_of(self.report, str(self.objects_column), self.columns.box_format)
 
     @cached_property
     def train(self) -> ImageInputs:

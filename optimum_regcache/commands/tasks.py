@@ -16,6 +16,7 @@ from optimum_regcache.commands.dense_tasks import (
     segmentation_problem,
     token_problem,
 )
+from optimum_regcache.commands.detection_task import detection, detection_problem
 from optimum_regcache.commands.harness import Harness, Score, Task
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.captions import COLUMNS, caption_column, captions_of
@@ -185,6 +186,7 @@ TASKS = {
     "linear_probe": Task(_training_problem, _linear_probe, by_default=False),
     "segmentation": Task(segmentation_problem, segmentation, by_default=False, tokens=("train", "report")),
     "depth": Task(depth_problem, depth, by_default=False, tokens=("train", "report")),
+    "detection": Task(detection_problem, detection, by_default=False),
 }
 FEATURES_ALONE = ("knn", "linear_probe", "segmentation", "depth")  # what an exported encoder needs nothing else for
 COLUMNS_OF = {  # option -> (task that reads it, attribute of `Columns`)
@@ -192,4 +194,6 @@ COLUMNS_OF = {  # option -> (task that reads it, attribute of `Columns`)
     "--mask-column": ("segmentation", "mask"),
     "--ignore-index": ("segmentation", "ignore"),
     "--depth-column": ("depth", "depth"),
+    "--objects-column": ("detection", "objects"),
+    "--box-format": ("detection", "box_format"),
 }

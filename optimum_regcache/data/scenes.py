@@ -42,6 +42,8 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPE
 MASK_NAMES = ("background", *SHAPES)  # what the numbers of `Scene.mask` mean
 WALL = 3000  # depth of the background, in thousandths
 SIZE = 64
+MOST_SHAPES = 4  # of `Shapes`
+_ATTEMPTS = 40  # at a place for a shape that touches no other
 _SUPERSAMPLING = 2
 
 
@@ -72,10 +74,27 @@ class Scene:
     depth: Image.Image
 
 
-def _generator(split: str, seed: int, index: int) -> np.random.Generator:
+@dataclass(frozen=True)
+class Shapes:
+    """One rendered picture of one to :data:`MOST_SHAPES` shapes that do not touch.
+
+    Attributes:
+        image: RGB picture of ``size`` x ``size`` pixels.
+        categories: index into :data:`SHAPES` of each shape.
+        boxes: left, top, width, height of each shape in pixels, as COCO has them.
+        instances: uint8, 0 for the background and 1 + number of the shape that covers half of the pixel.
+    """
+
+    image: Image.Image
+    categories: tuple[int, ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
+    instances: Image.Image
+
+
+def _generator(split: str, seed: int, *key: int) -> np.random.Generator:
     if split not in SPLITS:
         raise ValueError(f"Unknown scene split {split!r}; expected one of {', '.join(SPLITS)}.")
-    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(SPLITS.index(split), index)))
+    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(SPLITS.index(split), *key)))
 
 
 def _background(rng: np.random.Generator, texture: str, base: tuple[int, int, int], size: int) -> Image.Image:
@@ -184,8 +203,7 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     radius = rng.uniform(0.13, 0.30) * big
     margin = 1.25 * radius
     cx, cy = rng.uniform(margin, big - margin, size=2)
-    tone = np.clip(np.asarray(COLOURS[colour]) * rng.uniform(0.85, 1.1), 0, 255).astype(int)
-    fill = Image.new("RGB", (big, big), (int(tone[0]), int(tone[1]), int(tone[2])))
+    fill = Image.new("RGB", (big, big), _tone(rng, COLOURS[colour]))
     mask = _shape_mask(shape, radius, rng.uniform(0, 2 * math.pi), cx, cy, big)
     canvas.paste(fill, mask=mask)
     left, top, right, bottom = (float(v) / big for v in mask.getbbox() or (0, 0, big, big))
@@ -197,6 +215,44 @@ def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Scene:
     classes = np.where(covered, 1 + SHAPES.index(shape), 0).astype(np.uint8)
     depth = np.where(covered, round(1000 * 0.3 * big / radius), WALL).astype(np.uint16)
     return Scene(image, label, caption, (left, top, right, bottom), Image.fromarray(classes), Image.fromarray(depth))
+
+
+def render_shapes(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> Shapes:
+    """Draw picture ``index`` of ``split`` with several shapes; arguments as for :func:`render`, whose scenes these are not.
+
+    Raises:
+        ValueError: ``split`` is not one of :data:`SPLITS`.
+    """
+    rng = _generator(split, seed, index, MOST_SHAPES)
+    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    big = size * _SUPERSAMPLING
+    canvas = _background(rng, texture, list(BACKGROUNDS.values())[rng.integers(len(BACKGROUNDS))], big)
+    places: list[tuple[float, float, float]] = []
+    categories, boxes = [], []
+    instances = np.zeros((size, size), np.uint8)
+    wanted = int(rng.integers(1, MOST_SHAPES + 1))
+    for _ in range(_ATTEMPTS):
+        radius = rng.uniform(0.1, 0.2) * big
+        cx, cy = rng.uniform(1.25 * radius, big - 1.25 * radius, size=2)
+        if any(math.hypot(cx - x, cy - y) < 1.25 * (radius + r) for x, y, r in places):
+            continue
+        category, tone = int(rng.integers(len(SHAPES))), list(COLOURS.values())[rng.integers(len(COLOURS))]
+        mask = _shape_mask(SHAPES[category], radius, rng.uniform(0, 2 * math.pi), cx, cy, big)
+        canvas.paste(_tone(rng, tone), (0, 0, big, big), mask)
+        left, top, right, bottom = (v / _SUPERSAMPLING for v in mask.getbbox() or (0, 0, big, big))
+        places.append((cx, cy, radius))
+        categories.append(category)
+        boxes.append((left, top, right - left, bottom - top))
+        instances[np.asarray(mask.resize((size, size), Image.Resampling.BOX)) >= 128] = len(places)
+        if len(places) == wanted:
+            break
+    image = canvas.resize((size, size), Image.Resampling.BOX)
+    return Shapes(image, tuple(categories), tuple(boxes), Image.fromarray(instances))
+
+
+def _tone(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.asarray(colour) * rng.uniform(0.85, 1.1), 0, 255).astype(int)
+    return int(red), int(green), int(blue)
 
 
 def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
@@ -230,4 +286,24 @@ def load_dataset(split: str, num_samples: int, *, seed: int = 0, size: int = SIZ
                 "depth": ImageFeature(),
             }
         ),
+    )
+
+
+def load_shapes(split: str, num_samples: int, *, seed: int = 0, size: int = SIZE) -> Dataset:
+    """Render the first ``num_samples`` pictures of several shapes as a ``datasets.Dataset`` for object detection (columns
+    image, objects: {bbox, category}, instances; see :class:`Shapes`)."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    found = [render_shapes(split, i, seed=seed, size=size) for i in range(num_samples)]
+    objects = {"bbox": List(List(Value("float32"), length=4)), "category": List(ClassLabel(names=list(SHAPES)))}
+    return Dataset.from_dict(
+        {
+            "image": [s.image for s in found],
+            "objects": [{"bbox": [list(b) for b in s.boxes], "category": list(s.categories)} for s in found],
+            "instances": [s.instances for s in found],
+        },
+        features=Features({"image": ImageFeature(), "objects": objects, "instances": ImageFeature()}),
     )

@@ -33,6 +33,7 @@ class EncoderFamily:
         layer_scales: the LayerScale parameter behind each of the two branches; empty if the family has none.
         key_norm: norm of the keys of all heads, relative to the attention module, if the family has one (or an Identity).
         cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
+        trailing: config entry with the number of tokens behind the patches, if the family has some (detection tokens).
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
         rotary: query and key of patches are rotated by their position before the attention interface is called.
         packed: the patches of all images of a batch stand in one sequence [N, D], their grids in ``image_grid_thw``.
@@ -54,6 +55,7 @@ class EncoderFamily:
     layer_scales: tuple[str, ...] = ()
     key_norm: str = ""
     cls_tokens: int = 1
+    trailing: str = ""
     always_mask: bool = False
     rotary: bool = False
     packed: bool = False
@@ -62,6 +64,14 @@ class EncoderFamily:
     def num_prefix_tokens(self, config: Any) -> int:
         """CLS plus trained registers: never deleted, never a register candidate."""
         return self.cls_tokens + int(getattr(config, "num_register_tokens", 0) or 0)
+
+    def num_trailing_tokens(self, config: Any) -> int:
+        """Tokens behind the patches: never deleted, never a register candidate either."""
+        return int(getattr(config, self.trailing)) if self.trailing else 0
+
+    def adds_positions(self, config: Any) -> bool:
+        """Whether the encoder adds position embeddings of all tokens between its blocks."""
+        return bool(getattr(config, "use_mid_position_embeddings", False))
 
     @property
     def fused_projections(self) -> bool:
@@ -127,6 +137,14 @@ _VIT: dict[str, Any] = {
     "head": ("pooler.dense",),
     "norms": ("layernorm_before", "layernorm_after"),
 }
+_OLD_PROJECTIONS = ("attention.query", "attention.key", "attention.value")
+_OLD_VIT: dict[str, Any] = {
+    **_VIT,
+    "projections": _OLD_PROJECTIONS,
+    "mlp_in": ("intermediate.dense",),
+    "mlp_out": ("output.dense",),
+}
+_YOLOS: dict[str, Any] = {**_OLD_VIT, "head": ()}
 _QWEN: dict[str, Any] = {
     "projections": ("qkv",),
     "embeddings": "patch_embed",
@@ -161,6 +179,10 @@ _CURRENT: tuple[EncoderFamily, ...] = (
     EncoderFamily("ViT", ("ViTModel",), "layers", "attention", "o_proj", **_VIT),
     EncoderFamily("DeiT", ("DeiTModel",), "layers", "attention", "o_proj", **_VIT, cls_tokens=2),
     EncoderFamily(
+        "YOLOS", ("YolosModel",), "encoder.layer", "attention", "output.dense", **_YOLOS,
+        trailing="num_detection_tokens",
+    ),
+    EncoderFamily(
         "InternVL", ("InternVLVisionModel",), "encoder.layer", "attention", "projection_layer",
         patch_embedding="embeddings.patch_embeddings.projection", norms=_VIT["norms"],
         layer_scales=("lambda_1", "lambda_2"), key_norm="k_norm",
@@ -178,14 +200,6 @@ _CURRENT: tuple[EncoderFamily, ...] = (
         mlp_in=("mlp.linear_fc1",), mlp_out=("mlp.linear_fc2",), head=("merger.linear_fc1", "merger.linear_fc2"),
     ),
 )  # fmt: skip
-
-_OLD_PROJECTIONS = ("attention.query", "attention.key", "attention.value")
-_OLD_VIT: dict[str, Any] = {
-    **_VIT,
-    "projections": _OLD_PROJECTIONS,
-    "mlp_in": ("intermediate.dense",),
-    "mlp_out": ("output.dense",),
-}
 
 _BY_NAME = {row.name: row for row in _CURRENT}
 

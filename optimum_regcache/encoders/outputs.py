@@ -15,7 +15,7 @@ from optimum_regcache.encoders.passes import (
     patch_tokens,
     pooled_features,
 )
-from optimum_regcache.encoders.tower import find_tower, has_classifier, reads_patches
+from optimum_regcache.encoders.tower import find_tower, has_boxes, has_classifier, reads_patches
 from optimum_regcache.math.linear import fast_linears
 
 
@@ -35,6 +35,8 @@ class Outputs:
         logits: [B, classes] of a classifier, None for others.
         tokens: [rows, D], as `patch_tokens`; None if they were not asked for.
         lengths: rows of each image.
+        detections: class logits [B, Q, C + 1] and boxes [B, Q, 4] (centre and size, fractions of the image) of a detector,
+            None for others.
     """
 
     features: torch.Tensor
@@ -42,6 +44,13 @@ class Outputs:
     logits: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     lengths: tuple[int, ...] = ()
+    detections: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@fast_linears()
+def _detections(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    output = model(**move(batch, model))
+    return output.logits.float().cpu(), output.pred_boxes.float().cpu()
 
 
 @torch.inference_mode()
@@ -61,9 +70,13 @@ def run_once(model: Any, batch: Batch, *, tokens: bool = False) -> Outputs:
     tower, outputs = find_tower(model), list[Any]()
     handle = tower.module.register_forward_hook(lambda module, args, output: outputs.append(output))
     logits: torch.Tensor | None = None
+    detections: tuple[torch.Tensor, torch.Tensor] | None = None
     try:
         if has_classifier(model):
             logits = class_logits(model, batch)
+            features = pooled_features(tower, outputs[0])
+        elif has_boxes(model):
+            detections = _detections(model, batch)
             features = pooled_features(tower, outputs[0])
         else:
             features = image_features(model, batch)
@@ -72,10 +85,11 @@ def run_once(model: Any, batch: Batch, *, tokens: bool = False) -> Outputs:
     features = features.clone()  # it may be a view, which would hold on to all tokens
     mean = reads_patches(model, tower) and not tower.family.packed
     if not (mean or tokens):
-        return Outputs(features.cpu(), features.cpu(), logits)
+        return Outputs(features.cpu(), features.cpu(), logits, detections=detections)
     rows, lengths = patch_tokens(model, batch, outputs[0])
     pooled = torch.stack([part.mean(0) for part in torch.split(rows, lengths)]) if mean else features
-    return Outputs(features.cpu(), pooled.cpu(), logits, rows.cpu() if tokens else None, tuple(lengths))
+    kept = rows.cpu() if tokens else None
+    return Outputs(features.cpu(), pooled.cpu(), logits, kept, tuple(lengths), detections)
 
 
 def _run_exported(model: FeatureEncoder, batch: Batch, tokens: bool) -> Outputs:

@@ -12,7 +12,7 @@ from torch import nn
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.store import LazySequence
-from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
+from optimum_regcache.encoders.tower import PatchSpan, Tower, find_tower, reads_patches, takes_mask
 from optimum_regcache.math.linear import fast_linears
 
 Batch = dict[str, torch.Tensor]
@@ -21,7 +21,7 @@ Batch = dict[str, torch.Tensor]
 class FeatureEncoder(ABC):
     """An encoder that is no torch module and takes batches on the CPU, such as an exported one."""
 
-    num_prefix_tokens: int = 0  # of `last_hidden_state`
+    patches: PatchSpan = PatchSpan(0)  # of `last_hidden_state`
     patch_size: tuple[int, int] | None = None  # pixels (h, w), None if nobody knows
     gives_tokens: bool = False  # whether there is a `last_hidden_state`
 
@@ -131,21 +131,24 @@ def patch_features(model: nn.Module, tower: Tower, batch: Batch) -> torch.Tensor
     """The patch tokens that a model around the tower reads, each of length 1, as one row per image [B, M], float32: the cosine
     of two such rows is the mean cosine of their tokens."""
     strategy = getattr(cast("Any", model).config, "vision_feature_select_strategy", "default")
-    states = _read_states(model, tower, batch, tower.num_prefix_tokens if strategy == "default" else 0)
+    span = tower.patches if strategy == "default" else PatchSpan(0)
+    states = _read_states(model, tower, batch, span)
     tokens = [nn.functional.normalize(s.float(), dim=-1) for s in states]
     return torch.cat([t.flatten(1) for t in tokens], 1) / sum(t.shape[1] for t in tokens) ** 0.5
 
 
-def _read_states(model: nn.Module, tower: Tower, batch: Batch, lead: int, output: Any = None) -> list[torch.Tensor]:
-    """The states that a model around the tower reads, without the first ``lead`` tokens, each [B, N, D]; of a backbone, the
-    feature maps. ``output`` is that of the tower, if it has run."""
+def _read_states(
+    model: nn.Module, tower: Tower, batch: Batch, span: PatchSpan, output: Any = None
+) -> list[torch.Tensor]:
+    """The states that a model around the tower reads, the tokens of ``span`` alone, each [B, N, D]; of a backbone, the feature
+    maps. ``output`` is that of the tower, if it has run."""
     options = _options_of(model, tower)
     output = run_tower(tower, batch, **options) if output is None else output
     if tower.is_backbone:
         return _map_tokens(tower, output)
     if not options:
-        return [output.last_hidden_state[:, lead:]]
-    return [output.hidden_states[i][:, lead:] for i in states_read(model, tower)]
+        return [output.last_hidden_state[:, span.positions]]
+    return [output.hidden_states[i][:, span.positions] for i in states_read(model, tower)]
 
 
 def _options_of(model: nn.Module, tower: Tower) -> dict[str, Any]:
@@ -158,12 +161,12 @@ def _options_of(model: nn.Module, tower: Tower) -> dict[str, Any]:
 def _map_tokens(tower: Tower, output: Any) -> list[torch.Tensor]:
     """Patch tokens [B, N, D] of each feature map of a backbone, which are grids, or sequences that begin with CLS
     (``reshape_hidden_states=False``, as for DPT)."""
-    lead = tower.num_prefix_tokens
-    return [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, lead:] for m in output.feature_maps]
+    places = tower.patches.positions
+    return [m.flatten(2).transpose(1, 2) if m.ndim == 4 else m[:, places] for m in output.feature_maps]
 
 
 def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch, output: Any = None) -> tuple[torch.Tensor, list[int]]:
-    """The patch tokens that a model gives for dense use, without CLS, trained registers and padding.
+    """The patch tokens that a model gives for dense use, without CLS, trained registers, detection tokens and padding.
 
     ``last_hidden_state`` of the tower, whose deleted positions hold the fill (docs/method.md 7); the feature maps of a
     backbone, all of them; the states that a larger model around the tower reads; merged tokens where patches are packed.
@@ -183,18 +186,18 @@ def patch_tokens(model: nn.Module | FeatureEncoder, batch: Batch, output: Any = 
         last = (model.run(batch) if output is None else output).last_hidden_state
         if last is None:
             raise ValueError("The encoder gives pooled features and no patch tokens. Compare its features.")
-        last = last[:, model.num_prefix_tokens :].float()
+        last = last[:, model.patches.positions].float()
         return last.flatten(0, 1), [last.shape[1]] * len(last)
     inputs, tower = move(batch, model), find_tower(model)
     if tower.family.packed:
         output = run_tower(tower, inputs) if output is None else output
         merged = output if isinstance(output, torch.Tensor) else output.pooler_output
         return merged.float(), _merged_lengths(tower, inputs)
-    lead = tower.num_prefix_tokens
+    span = tower.patches
     if tower.is_backbone or reads_patches(model, tower):
-        states = _read_states(model, tower, inputs, lead, output)
+        states = _read_states(model, tower, inputs, span, output)
     else:
-        states = [(run_tower(tower, inputs) if output is None else output).last_hidden_state[:, lead:]]
+        states = [(run_tower(tower, inputs) if output is None else output).last_hidden_state[:, span.positions]]
     tokens, mask = torch.cat(states, 1).float(), inputs.get("pixel_attention_mask")
     if mask is None or mask.shape != states[0].shape[:2]:
         return tokens.flatten(0, 1), [tokens.shape[1]] * len(tokens)
@@ -231,7 +234,8 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """Features that ``model`` is used for, [B, D], float32.
 
     Projected image embeddings for CLIP- and SigLIP-like models; the patch tokens that a larger model reads (`patch_features`);
-    otherwise the tower's pooled output, the CLS token if it has none, and the mean token where there is no CLS either.
+    the detection tokens that a detector reads (`trailing_features`); otherwise the tower's pooled output, the CLS token if it
+    has none, and the mean token where there is no CLS either.
     """
     inputs = move(batch, model)
     if isinstance(model, FeatureEncoder):
@@ -252,6 +256,8 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
 
 def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
     """Pooled features [B, D], float32, of the output of a tower whose images are not packed."""
+    if tower.num_trailing_tokens:
+        return trailing_features(output.last_hidden_state, tower.patches)
     if getattr(output, "image_embeds", None) is not None:
         return output.image_embeds.float()
     if getattr(output, "pooler_output", None) is not None:
@@ -260,6 +266,12 @@ def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
         return _map_tokens(tower, output)[-1].mean(1).float()
     last = output.last_hidden_state
     return (last[:, 0] if tower.num_prefix_tokens else last.mean(1)).float()
+
+
+def trailing_features(last: torch.Tensor, span: PatchSpan) -> torch.Tensor:
+    """The tokens of ``last`` [B, N, D] behind the patches, which the heads of a detector read, each of length 1, as one row per
+    image [B, M], float32: the cosine of two such rows is the mean cosine of their tokens."""
+    return nn.functional.normalize(last[:, -span.trail :].float(), dim=-1).flatten(1) / span.trail**0.5
 
 
 @torch.inference_mode()
@@ -344,10 +356,11 @@ class PaddingMask:
         return x[self.mask.to(x.device)]
 
 
-def leading_tokens(tower: Tower) -> int:
-    """Tokens before the patches inside the blocks, a test-time register among them; works for unprepared towers too."""
+def patch_span(tower: Tower) -> PatchSpan:
+    """Which tokens are patches inside the blocks, where a test-time register may precede them; works for unprepared towers
+    too."""
     runtime = getattr(tower.blocks[0], "regcache", None)
-    return tower.num_prefix_tokens if runtime is None else runtime.num_prefix_tokens
+    return tower.patches if runtime is None else runtime.patches
 
 
 Visitor = Callable[[str, int, torch.Tensor, torch.Tensor], None]
@@ -362,7 +375,7 @@ def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> 
         batches: images.
         visit: called with (site, block, states [B, N, D], valid bool [B, N], false at padding and where a deleted token is
             masked) for every block, site ``block`` being what it computes on, after its deletion, and ``fc2`` the input of
-            its MLP output projection. CLS and registers come first.
+            its MLP output projection. `patch_span` tells which tokens are patches.
 
     """
     tower, padding = find_tower(model), PaddingMask()

@@ -7,9 +7,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from optimum_regcache.encoders.families import FAMILIES, EncoderFamily, submodule, supported_encoders
+
+
+@dataclass(frozen=True)
+class PatchSpan:
+    """Which tokens of a sequence are patches: all but the first ``lead`` and the last ``trail``. The only place that tells."""
+
+    lead: int
+    trail: int = 0
+
+    @property
+    def positions(self) -> slice:
+        """Of the patches, in a sequence of any length."""
+        return slice(self.lead, -self.trail if self.trail else None)
+
+    @property
+    def protected(self) -> int:
+        """Tokens that are no patches."""
+        return self.lead + self.trail
+
+    def count(self, tokens: int) -> int:
+        """Patches among ``tokens``."""
+        return tokens - self.protected
+
+    def mask(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """bool [tokens], true at patches."""
+        position = torch.arange(tokens, device=device)
+        return (position >= self.lead) & (position < tokens - self.trail)
 
 
 @dataclass(frozen=True)
@@ -40,6 +68,21 @@ class Tower:
     def num_prefix_tokens(self) -> int:
         """Leading tokens that are not patches."""
         return self.family.num_prefix_tokens(self.config)
+
+    @property
+    def num_trailing_tokens(self) -> int:
+        """Tokens behind the patches (detection tokens), which the heads read."""
+        return self.family.num_trailing_tokens(self.config)
+
+    @property
+    def patches(self) -> PatchSpan:
+        """Which tokens of its input and output are patches; `passes.patch_span` tells it inside the blocks."""
+        return PatchSpan(self.num_prefix_tokens, self.num_trailing_tokens)
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether tokens must keep their places from block to block: deletion masks them then."""
+        return self.family.always_mask or self.is_backbone or self.family.adds_positions(self.config)
 
     @property
     def patch_size(self) -> tuple[int, int] | None:
@@ -153,13 +196,19 @@ def takes_mask(block: nn.Module) -> bool:
 
 
 def reads_patches(model: nn.Module, tower: Tower) -> bool:
-    """Whether ``model`` is more than its tower and reads the tower's patch tokens: all but classifiers and models that
-    compare a pooled image with a text."""
+    """Whether ``model`` is more than its tower and reads the tower's patch tokens: all but classifiers, models that compare a
+    pooled image with a text, and detectors that read the tokens behind the patches."""
     return (
         bool(tower.name)
+        and not tower.num_trailing_tokens
         and [name for name, _ in model.named_children()] != [tower.name]
         and not (has_classifier(model) or hasattr(model, "get_text_features"))
     )
+
+
+def has_boxes(model: nn.Module) -> bool:
+    """Whether the model itself gives boxes of objects and their classes."""
+    return type(model).__name__.endswith("ForObjectDetection")
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.passes import Batch, leading_tokens, visit_tokens
+from optimum_regcache.encoders.passes import Batch, patch_span, visit_tokens
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.registers.replay import Recorded, replaying
 
@@ -42,7 +42,7 @@ class TokenNorms:
 def measure_token_norms(
     model: nn.Module, batches: Iterable[Batch], known: Recorded | None = None, before: TokenNorms | None = None
 ) -> TokenNorms:
-    """Measure on ``batches`` with whatever registers and deletion are installed. Padding and prefix tokens are left out.
+    """Measure on ``batches`` with whatever registers and deletion are installed. Only patches count, without padding.
 
     Args:
         model: model or tower.
@@ -51,7 +51,7 @@ def measure_token_norms(
         before: norms on these batches, of the model before that block.
     """
     tower = find_tower(model)
-    lead, depth = leading_tokens(tower), len(tower.blocks)
+    span, depth = patch_span(tower), len(tower.blocks)
     collected: dict[tuple[str, int], list[torch.Tensor]] = {}
     any_max, tokens, images = torch.zeros(depth), torch.zeros(depth), torch.zeros(depth)
 
@@ -62,8 +62,8 @@ def measure_token_norms(
         else:
             tokens[block] += norms.numel()
             images[block] += len(norms)
-        valid[:, :lead] = False
-        collected.setdefault((site, block), []).append(norms[valid].cpu())
+        patches = valid & span.mask(valid.shape[1], valid.device)
+        collected.setdefault((site, block), []).append(norms[patches].cpu())
 
     first = 0 if known is None or before is None else known.block
     with nullcontext() if known is None else replaying(model, known.block, known.states):

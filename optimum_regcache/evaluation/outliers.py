@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache.encoders.passes import Batch, leading_tokens, visit_tokens
+from optimum_regcache.encoders.passes import Batch, patch_span, visit_tokens
 from optimum_regcache.encoders.tower import find_tower
 
 REPORTED_RATIO = 20.0  # l_inf over the median: what reports call an outlier; calibration leaves out more tokens
@@ -25,7 +25,8 @@ Boxes = Sequence[Sequence[float]]
 @dataclass(frozen=True)
 class OutlierReport:
     """Outlier tokens of a set of images, block by block. A token is an outlier if its l_inf norm is at least
-    :data:`REPORTED_RATIO` times the median patch token of its image; CLS, trained registers and padding do not count.
+    :data:`REPORTED_RATIO` times the median patch token of its image; CLS, trained registers, detection tokens and padding do
+    not count.
 
     Attributes:
         ratio: float [blocks], largest token over median token at the block's input, median over images.
@@ -121,17 +122,17 @@ def measure_outliers(
         ValueError: no images.
     """
     tower = find_tower(model)
-    lead, depth = leading_tokens(tower), len(tower.blocks)
+    places, depth = patch_span(tower).positions, len(tower.blocks)
     generator = torch.Generator().manual_seed(seed)
     norms: dict[tuple[str, int], list[torch.Tensor]] = {}
     tops: list[list[torch.Tensor]] = [[] for _ in range(depth)]
     normals: list[list[torch.Tensor]] = [[] for _ in range(depth)]
 
     def record(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
-        found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, lead:]
+        found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, places]
         norms.setdefault((site, block), []).append(found.cpu())
         if site == "block" and sum(map(len, tops[block])) < MAX_COMPARED:
-            patches, rows = x[:, lead:], torch.arange(len(x))
+            patches, rows = x[:, places], torch.arange(len(x))
             tops[block].append(patches[rows, found.nan_to_num(-1.0).argmax(1)].float().cpu())
             median = found.nanmedian(1, keepdim=True).values
             chance = torch.rand(found.shape, generator=generator).to(x.device).masked_fill(~(found <= median), -1.0)

@@ -126,6 +126,7 @@ def describe(model: PreTrainedModel, tower: Tower, size: tuple[int, int], opset:
         "model_class": type(model).__name__,
         "image_size": list(size),
         "num_prefix_tokens": tower.num_prefix_tokens,
+        "num_trailing_tokens": tower.num_trailing_tokens,
         "quantization": config.label if config else None,
         "quantized_layers": sum(1 for _ in quant_linears(model)),
         "needs_vnni": any(needs_vnni(2**m.activations.bits - 1, m.codes()) for _, m in quant_linears(model)),

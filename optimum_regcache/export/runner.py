@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from optimum_regcache.encoders.passes import Batch, FeatureEncoder
+from optimum_regcache.encoders.passes import Batch, FeatureEncoder, trailing_features
+from optimum_regcache.encoders.tower import PatchSpan
 from optimum_regcache.export.layout import NETWORKS, need, read_info
 from optimum_regcache.hub.loading import load_processor
 from optimum_regcache.kernels.cpu import sums_saturate
@@ -56,7 +57,8 @@ class ExportedEncoder(FeatureEncoder):
     def __init__(self, directory: Path, info: dict[str, Any], config: Any, processor: Any, network: Network) -> None:
         self.directory, self.info, self.config, self.processor = directory, info, config, processor
         self.format: str = info["format"]
-        self.num_prefix_tokens, self.gives_tokens = info["num_prefix_tokens"], "last_hidden_state" in info["outputs"]
+        self.patches = PatchSpan(info["num_prefix_tokens"], info.get("num_trailing_tokens", 0))
+        self.gives_tokens = "last_hidden_state" in info["outputs"]
         patch: Any = getattr(getattr(config, "vision_config", config), "patch_size", None)
         self.patch_size = (patch, patch) if isinstance(patch, int) else patch and (int(patch[0]), int(patch[1]))
         self._network = network
@@ -122,11 +124,13 @@ class ExportedEncoder(FeatureEncoder):
 
     def features_of(self, output: Any) -> torch.Tensor:
         """Pooled features [B, D], the same that `evaluation.image_features` takes of the model itself."""
+        last = output.last_hidden_state
+        if self.patches.trail:
+            return trailing_features(last, self.patches)
         for features in (output.image_embeds, output.pooler_output):
             if features is not None:
                 return features
-        last = output.last_hidden_state
-        return last[:, 0] if self.num_prefix_tokens else last.mean(1)
+        return last[:, 0] if self.patches.lead else last.mean(1)
 
 
 def _onnx_network(file: Path, num_threads: int | None, saturates: bool) -> Network:

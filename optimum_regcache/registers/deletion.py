@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from optimum_regcache.config import DeletionConfig
+from optimum_regcache.encoders.tower import PatchSpan
 
 Grid = torch.Tensor | tuple[int, int] | None
 
@@ -21,14 +22,14 @@ class Selection:
         kept: int64 [B, N - count] positions kept, ascending; None when the tokens stay in place and are masked as keys.
         count: most tokens deleted in one image.
         grid: patch rows and columns, (h, w) or int64 [B, 2].
-        num_prefix_tokens: leading tokens that are not patches.
+        patches: which tokens are patches.
     """
 
     dropped: torch.Tensor
     kept: torch.Tensor | None
     count: int
     grid: Grid
-    num_prefix_tokens: int
+    patches: PatchSpan
 
 
 def valid_tokens(attention_mask: torch.Tensor | None, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
@@ -131,7 +132,7 @@ def narrow_positions(positions: tuple[torch.Tensor, ...], selection: Selection) 
     """Rotary angles of the patches that were kept.
 
     Args:
-        positions: cosine and sine, each [patches, d]; leading tokens have none.
+        positions: cosine and sine, each [patches, d]; other tokens have none.
         selection: what was deleted.
 
     Returns:
@@ -139,8 +140,7 @@ def narrow_positions(positions: tuple[torch.Tensor, ...], selection: Selection) 
     """
     if selection.kept is None:
         return positions
-    lead = selection.num_prefix_tokens
-    patches = selection.kept[:, lead:] - lead
+    patches = selection.kept[:, selection.patches.positions] - selection.patches.lead
     return tuple(angles[patches].unsqueeze(1) for angles in positions)
 
 
@@ -156,14 +156,14 @@ def fill_deleted(full: torch.Tensor, selection: Selection, valid: torch.Tensor |
         [B, N, D]. Where no neighbour is left, or the grid is unknown, the mean of all kept patches of the image.
     """
     batch, tokens, width = full.shape
-    lead, dropped = selection.num_prefix_tokens, selection.dropped
+    lead, dropped = selection.patches.lead, selection.dropped
     usable = ~dropped if valid is None else ~dropped & valid
-    usable = usable & (torch.arange(tokens, device=full.device) >= lead)
+    usable = usable & selection.patches.mask(tokens, full.device)
     weight = usable.unsqueeze(1).to(full.dtype)
     clean = full.masked_fill(~usable.unsqueeze(-1), 0)  # what is gone may be nan or inf
     overall = weight @ clean / weight.sum(-1, keepdim=True).clamp(min=1)  # [B, 1, D]
     target = dropped.long().topk(selection.count, dim=1).indices  # [B, k]
-    size = grid_size(selection.grid, tokens - lead, batch, full.device)
+    size = grid_size(selection.grid, selection.patches.count(tokens), batch, full.device)
     fill = overall.expand(-1, selection.count, -1)
     if size is not None:
         rows, columns = (s.unsqueeze(-1) for s in size)  # [B, 1, 1]

@@ -94,7 +94,7 @@ def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
             f"{type(tower.module).__name__} packs the patches of all images into one sequence and merges neighbours after "
             "its last block; no token of it can be deleted. Use registers alone (deletion.count=0, search.max_delete=0)."
         )
-    needs_grid = tower.family.always_mask or tower.is_backbone or reads_patches(model, tower)
+    needs_grid = tower.keeps_places or reads_patches(model, tower)
     if config.active and config.fill == "none" and needs_grid:
         raise ValueError(
             f"{type(tower.module).__name__} needs the whole patch grid after the last block; use "

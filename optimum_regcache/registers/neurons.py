@@ -22,7 +22,7 @@ from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower, visit_tokens
 from optimum_regcache.encoders.sharing import replace_value, shared_copy
-from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.encoders.tower import PatchSpan, Tower, find_tower
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.install import prepare_tower, set_deletion, set_registers
 
@@ -35,18 +35,18 @@ class RegisterNeuronActivation(nn.Module):
     """The MLP's activation function, after which the register token takes over a few hidden units (docs/method.md 11.12).
 
     For each unit j: with m the value of largest magnitude over all tokens, sign kept, Z[register, j] = m and Z[n, j] = 0 for
-    the patches n. Leading tokens (CLS, trained registers) keep theirs. It has neither parameters nor buffers, so the names
-    in the state dict do not change.
+    the patches n. Other tokens (CLS, trained registers, detection tokens) keep theirs. It has neither parameters nor buffers,
+    so the names in the state dict do not change.
 
     Args:
         inner: the activation function.
         neurons: hidden units, distinct.
-        register: index of the register token; the patches follow it.
+        patches: of the encoder; the register token stands right before them.
     """
 
-    def __init__(self, inner: nn.Module, neurons: Sequence[int], register: int) -> None:
+    def __init__(self, inner: nn.Module, neurons: Sequence[int], patches: PatchSpan) -> None:
         super().__init__()
-        self.inner, self.neurons, self.register = inner, tuple(neurons), register
+        self.inner, self.neurons, self.patches = inner, tuple(neurons), patches
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, N, M] -> [B, N, M]."""
@@ -54,11 +54,12 @@ class RegisterNeuronActivation(nn.Module):
         index = torch.tensor(self.neurons, device=z.device)
         units = z.index_select(-1, index)  # [B, N, k]
         peak = units.gather(1, units.abs().argmax(1, keepdim=True))
-        clean = torch.zeros_like(units[:, self.register + 1 :])
-        return z.index_copy(-1, index, torch.cat((units[:, : self.register], peak, clean), 1))
+        lead, end = self.patches.lead, units.shape[1] - self.patches.trail
+        clean = torch.zeros_like(units[:, lead + 1 : end])
+        return z.index_copy(-1, index, torch.cat((units[:, :lead], peak, clean, units[:, end:]), 1))
 
     def extra_repr(self) -> str:
-        return f"neurons={list(self.neurons)}, register={self.register}"
+        return f"neurons={list(self.neurons)}, register={self.patches.lead}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> lis
         def seen(module: nn.Module, args: Any, output: Any) -> None:
             x = cast("Any", output[0] if isinstance(output, tuple) else output)
             ignored = ~padding.valid(x.shape[0], x.shape[1], x.device)
-            ignored[:, : tower.num_prefix_tokens] = True
+            ignored |= ~tower.patches.mask(x.shape[1], x.device)
             norms[block].append(x.float().norm(dim=-1).masked_fill(ignored, -1.0).cpu())
 
         return seen
@@ -254,7 +255,7 @@ def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
                     setattr(parent, name, child.inner)
     for block, units in chosen.items():
         mlp, name = _activation(tower, block)
-        setattr(mlp, name, RegisterNeuronActivation(mlp.get_submodule(name), units, tower.num_prefix_tokens))
+        setattr(mlp, name, RegisterNeuronActivation(mlp.get_submodule(name), units, tower.patches))
     runtime.extra_token = bool(chosen)
 
 
@@ -380,6 +381,11 @@ def _check_token(tower: Tower) -> None:
     require(
         not tower.family.packed,
         f"{name} packs the patches of all images into one sequence, where a test-time register token has no place. Use "
+        "zero_register_neurons (variant 'kv').",
+    )
+    require(
+        not tower.family.adds_positions(tower.config),
+        f"{name} adds position embeddings of all tokens between its blocks, where a test-time register token has none. Use "
         "zero_register_neurons (variant 'kv').",
     )
     require(

@@ -141,8 +141,8 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Recorded
 
 
 class TokenSample:
-    """Which tokens of the calibration images a fit looks at: the leading tokens of every image (a class token may be all
-    that counts in the last block) and patches at equal steps, shifted from image to image.
+    """Which tokens of the calibration images a fit looks at: the tokens of every image that are no patches (a class token
+    may be all that counts in the last block) and patches at equal steps, shifted from image to image.
 
     Args:
         model: model or tower, prepared.
@@ -151,9 +151,9 @@ class TokenSample:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None) -> None:
-        self.lead = prepare_tower(model).num_prefix_tokens
+        self.span = prepare_tower(model).patches
         images = count_images(batches)
-        self.per_image = None if limit is None else max(limit // images, self.lead + 1)
+        self.per_image = None if limit is None else max(limit // images, self.span.protected + 1)
         self.padding, self._first = PaddingMask(), 0
 
     def start(self, batch: Batch, first: int) -> None:
@@ -167,13 +167,13 @@ class TokenSample:
         if x.ndim != 3:
             return x.flatten(0, -2)
         batch, tokens, _ = x.shape
-        patches, number = tokens - self.lead, tokens if self.per_image is None else self.per_image
+        patches, number = self.span.count(tokens), tokens if self.per_image is None else self.per_image
         chosen = torch.ones(batch, tokens, dtype=torch.bool, device=x.device)
         if number < tokens:
-            steps = torch.arange(number - self.lead) * patches // (number - self.lead)
+            steps = torch.arange(self.span.count(number)) * patches // self.span.count(number)
             image = torch.arange(self._first, self._first + batch)[:, None]
-            chosen[:, self.lead :] = False
-            chosen.scatter_(1, (self.lead + (steps + 7 * image) % patches).to(x.device), True)
+            chosen[:, self.span.positions] = False
+            chosen.scatter_(1, (self.span.lead + (steps + 7 * image) % patches).to(x.device), True)
         if left_out is not None:
             chosen &= ~left_out
         return x[chosen & self.padding.valid(batch, tokens, x.device)]

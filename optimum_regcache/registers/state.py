@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import collected_outputs
-from optimum_regcache.encoders.tower import Tower
+from optimum_regcache.encoders.tower import PatchSpan, Tower
 from optimum_regcache.registers import deletion as D
 from optimum_regcache.registers.cache import RegisterCache
 
@@ -87,8 +87,8 @@ class TowerRuntime:
         self.hooks: list[RemovableHandle] = []
         self.num_copies: dict[int, float] = {}
         self.extra_token = False
-        self._leading = tower.num_prefix_tokens
-        self.keep_positions = tower.is_backbone or tower.family.always_mask
+        self._patches = tower.patches
+        self.keep_positions = tower.keeps_places
         self.num_blocks = len(tower.blocks)
         self._rows_of = (self.num_blocks, tower.num_heads, tower.head_dim)
         self._accepted: RegisterCache | None = None
@@ -104,9 +104,13 @@ class TowerRuntime:
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches inside the blocks; they are never deleted."""
-        return self._leading + int(self.extra_token)
+    def patches(self) -> PatchSpan:
+        """Which tokens are patches inside the blocks; the others are never deleted."""
+        return replace(self._patches, lead=self._leading + int(self.extra_token))
+
+    @property
+    def _leading(self) -> int:
+        return self._patches.lead
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced", "_accepted")}
@@ -157,13 +161,13 @@ class TowerRuntime:
         ``native``: by the C++ operator where it applies.
         """
         batch, tokens, _ = hidden.shape
-        config, lead, state = self.deletion, self.num_prefix_tokens, self.current
+        config, span, state = self.deletion, self.patches, self.current
         masked = self._masked()
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
-        if native and simple and config.action == "delete":
+        if native and simple and config.action == "delete" and not span.trail:
             self._check_size(tokens)
-            hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, lead, config.count)
-            state.selection = D.Selection(dropped, kept, config.count, state.grid, lead)
+            hidden, kept, dropped = torch.ops.regcache.delete_tokens(hidden, span.lead, config.count)
+            state.selection = D.Selection(dropped, kept, config.count, state.grid, span)
             state.valid = None
             self._note(dropped)
             return hidden
@@ -183,7 +187,7 @@ class TowerRuntime:
 
     def _check_size(self, tokens: int) -> None:
         """Raise ``ValueError`` where ``tokens`` are too few for the deletion."""
-        count, patches = self.deletion.count, tokens - self.num_prefix_tokens
+        count, patches = self.deletion.count, self.patches.count(tokens)
         if patches < 2 * count:
             raise ValueError(
                 f"deletion.count={count} would remove more than half of the {patches} patch tokens of this input. Use larger "
@@ -192,15 +196,15 @@ class TowerRuntime:
 
     def _select(self, states: torch.Tensor, valid: torch.Tensor, stay: bool) -> D.Selection:
         """The outlier tokens by ``states`` [B, N, D]; ``stay``: they keep their place."""
-        config, lead, tokens = self.deletion, self.num_prefix_tokens, states.shape[1]
+        config, span, tokens = self.deletion, self.patches, states.shape[1]
         self._check_size(tokens)
-        patch = torch.arange(tokens, device=states.device) >= lead
+        patch = span.mask(tokens, states.device)
         dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)
         if config.action in ("replace", "per_token"):
             dropped = dropped & valid  # padding need not make up the number
         self._note(dropped)
         kept = None if stay else D.kept_positions(dropped, config.count)
-        return D.Selection(dropped, kept, config.count, self.current.grid, lead)
+        return D.Selection(dropped, kept, config.count, self.current.grid, span)
 
     def _note(self, chosen: torch.Tensor) -> None:
         if not torch.compiler.is_compiling():  # nothing of a pass outlives it in a graph
@@ -287,10 +291,9 @@ class TowerRuntime:
         state.selection = state.valid = None
         if selection is None or self.deletion.fill == "none":
             return hidden
-        if native and selection.kept is not None and valid is None:
-            size = D.patch_grid(selection.grid, selection.dropped.shape[1] - selection.num_prefix_tokens)
+        span = selection.patches
+        if native and selection.kept is not None and valid is None and not span.trail:
+            size = D.patch_grid(selection.grid, span.count(selection.dropped.shape[1]))
             if size is not None:
-                return torch.ops.regcache.restore_tokens(
-                    hidden, selection.kept, selection.dropped, selection.num_prefix_tokens, *size
-                )
+                return torch.ops.regcache.restore_tokens(hidden, selection.kept, selection.dropped, span.lead, *size)
         return D.fill_deleted(D.spread_tokens(hidden, selection), selection, valid)

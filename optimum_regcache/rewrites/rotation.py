@@ -77,7 +77,8 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> None:
         seed: of the rotation.
 
     Raises:
-        ValueError: rotated already; a backbone, whose inner hidden states are its output; a quantized layer.
+        ValueError: rotated already; a backbone, whose inner hidden states are its output; position embeddings between the
+            blocks; a quantized layer.
     """
     prepare_tower(model)
     tower = find_tower(model)
@@ -102,7 +103,7 @@ def empty_rotation(model: nn.Module) -> None:
     """Buffers ``rotation`` of the right shape and dtype, NaN, for a checkpoint of a rotated model to be loaded into.
 
     Raises:
-        ValueError: rotated already, or a backbone.
+        ValueError: rotated already, a backbone, or position embeddings between the blocks.
     """
     prepare_tower(model)
     tower = find_tower(model)
@@ -163,6 +164,11 @@ def _check_rotatable(tower: Tower) -> None:
         raise ValueError(
             f"{type(tower.module).__name__} returns the hidden states between its blocks as feature maps, which a rotation of "
             "the residual stream would turn. Use the model class instead of the backbone, or rotation=False."
+        )
+    if tower.family.adds_positions(tower.config):
+        raise ValueError(
+            f"{type(tower.module).__name__} adds position embeddings between its blocks, which a rotation of the residual "
+            "stream does not turn. Use rotation=False."
         )
 
 

@@ -371,7 +371,7 @@ def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:
             tower.module(pixel_values=batch["pixel_values"][:1].to(next(tower.module.parameters())))
     finally:
         handle.remove()
-    return seen[0] - tower.num_prefix_tokens
+    return tower.patches.count(seen[0])
 
 
 def install_setup(

@@ -205,7 +205,7 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
         progress: show a progress bar.
 
     Returns:
-        block -> `MinedTokens`. Protected tokens (CLS, trained registers) and padding never enter.
+        block -> `MinedTokens`. Protected tokens (CLS, trained registers, detection tokens) and padding never enter.
 
     Raises:
         ValueError: no images, or an unknown ``score_site``.
@@ -223,8 +223,8 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
             run_tower(tower, batch)
             for block in blocks:
                 state = recorder.inputs[block]
-                valid = padding.valid(state.shape[0], state.shape[1], state.device).clone()
-                valid[:, : tower.num_prefix_tokens] = False
+                valid = padding.valid(state.shape[0], state.shape[1], state.device)
+                valid = valid & tower.patches.mask(state.shape[1], state.device)
                 norms = state.abs().amax(-1).float() if score_site == "block_input" else recorder.fc2[block]
                 found = _top_of_batch(recorder, block, norms.masked_fill(~valid, -1.0), top, seen, generator)
                 best[block] = found if block not in best else _merge(best[block], found, top)

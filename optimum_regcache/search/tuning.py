@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features, leading_tokens
+from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features, patch_span
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.evaluation.objective import CosineObjective, Objective
 from optimum_regcache.registers import RegisterCache
@@ -255,11 +255,11 @@ class _Tuning:
             return
         tower = find_tower(model)
         block = self.start.blocks[0] if self.deletion.block is None else self.deletion.block
-        lead = leading_tokens(tower)
+        places = patch_span(tower).positions
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            found.append(states[..., lead:, :].abs().amax(-1).logsumexp(-1).mean())
+            found.append(states[..., places, :].abs().amax(-1).logsumexp(-1).mean())
 
         handle = tower.blocks[block].register_forward_hook(note)
         try:

@@ -10,7 +10,9 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 PRESETS = ("w8a8", "w6a6", "w4a4", "w8a8-dynamic")
-TASKS = ("accuracy", "cosine", "patch_cosine", "projector", "retrieval", "knn", "linear_probe", "segmentation", "depth")
+TASKS = (
+    "accuracy", "cosine", "patch_cosine", "projector", "retrieval", "knn", "linear_probe", "segmentation", "depth", "detection",
+)  # fmt: skip
 _OBJECTIVES = ("cosine", "patch_cosine", "similarity_kl", "logit_kl", "accuracy", "knn")
 
 

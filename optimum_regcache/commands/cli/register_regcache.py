@@ -204,6 +204,13 @@ class EvaluateCommand(Command):
             help="number in masks that is no class, for --task segmentation (default 255; -1: none)",
         )
         parser.add_argument("--depth-column", help="column of the depth maps, for --task depth")
+        parser.add_argument("--objects-column", help="column of boxes and classes of objects, for --task detection")
+        parser.add_argument(
+            "--box-format",
+            default="coco",
+            choices=("coco", "corners"),
+            help="boxes are left, top, width, height (coco, the default) or left, top, right, bottom (corners), in pixels",
+        )
         parser.add_argument(
             "--metric", action="append", default=[],
             help="further metric: a name that the evaluate library ships (its script is downloaded from the Hub and run), or "
@@ -226,7 +233,8 @@ class EvaluateCommand(Command):
         recipe = resolve_recipe(self.args, self.args.preset)
         args = self.args
         template = None if args.template is None else tuple(args.template)
-        columns = Columns(args.caption_column, args.mask_column, args.depth_column, args.ignore_index)
+        named = (args.caption_column, args.mask_column, args.depth_column, args.ignore_index)
+        columns = Columns(*named, args.objects_column, args.box_format)
         subject = Subject(model, args.float_model, dataset, template, args.device, hub, columns)
         options = {"tasks": tuple(dict.fromkeys(args.task)), "metrics": args.metric, "fused": args.fused}
         print(evaluate_job(subject, recipe, args.output, **options, overwrite=args.overwrite)[1])
