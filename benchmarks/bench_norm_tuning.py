@@ -90,7 +90,8 @@ def measure(division: Division, given: dict[str, Any], known: list[dict[str, Any
             continue
         start, _ = division.fit(methods)
         shared = {**given, "base": base, "setup": division.setup.describe()}
-        found.append({**shared, "row": "", **{m: _paired(start[m]) for m in METRICS}})
+        if not any(r["base"] == base and r["row"] == "" for r in known):
+            found.append({**shared, "row": "", **{m: _paired(start[m]) for m in METRICS}})
         for name in tqdm(missing, desc=f"{base} {given['preset']} seed {given['seed']}"):
             scores, record = division.fit([*methods, ROWS[name]])
             gains = {f"{m} gain": _paired(scores[m] - start[m]) for m in METRICS}
@@ -146,7 +147,8 @@ def main() -> None:
         if all(any(r["base"] == b and r["row"] == n for r in known) for b, (_, names) in BASES.items() for n in names):
             continue
         rows += measure(Division(encoder, preset, seed, args), given, known)
-        rows.sort(key=lambda r: (r["encoder"], r["preset"], r["base"], r["seed"]))
+        order = ["", *ROWS]
+        rows.sort(key=lambda r: (r["encoder"], r["preset"], r["base"], r["seed"], order.index(r["row"])))
         write_json(path, {"rows": rows, "environment": environment()})
     print(table(rows))
 

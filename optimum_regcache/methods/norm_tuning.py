@@ -114,7 +114,6 @@ class NormTuning(Method):
             layer.release_runtime()  # float32 weights that only gradients need
         cache = get_register_cache(fit.result)
         if cache is not None:
-            set_registers(fit.model, cache)
             fit.config = fit.config.replace(registers={"num_copies": cache.num_copies})
         fit.measured[self.name] = {"tensors": tensors.counts, "trained_on": first, "held_out": images - first, **record}
 

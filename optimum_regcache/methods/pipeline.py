@@ -57,8 +57,8 @@ class Quantized:
     Attributes:
         model: the quantized model, ready for `save_pretrained`.
         config: its config.
-        float_model: the float model after all rewrites, registers and deletion installed. It uses the tensors of the
-            caller's model wherever no method changed them: read it, do not write into it.
+        float_model: the float model after all rewrites, registers and deletion installed, nothing trained. It uses the tensors
+            of the caller's model wherever no method changed them: read it, do not write into it.
         measured: method name -> what it found.
         seconds: stage -> duration.
     """
