@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,8 @@ def recipes(preset: str, counts: tuple[int, int]) -> dict[str, Recipe]:
 
 def measure(
     model: str, dataset: str | None, preset: str, counts: tuple[int, int], variants: list[str]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each of ``variants``, with the scores of its tasks."""
-    rows = []
     for name, recipe in recipes(preset, counts).items():
         if name not in variants:
             continue
@@ -66,13 +66,10 @@ def measure(
                 draw(Path(folder) / "scenes", counts, scenes.SIZE)
             found, _ = evaluate_job(subject, recipe, result, tasks=TASKS)
         installed = quantizer.fit_result.search.chosen.describe() if quantizer.fit_result else "nothing"
-        rows.append(
-            {
-                "model": Path(model).name, "preset": preset, "variant": name, "installed": installed,
-                "training_images": counts[0], "images": counts[1], "tasks": found["tasks"],
-            }
-        )  # fmt: skip
-    return rows
+        yield {
+            "model": Path(model).name, "preset": preset, "variant": name, "installed": installed,
+            "training_images": counts[0], "images": counts[1], "tasks": found["tasks"],
+        }  # fmt: skip
 
 
 def draw(folder: Path, counts: tuple[int, int], size: int) -> None:
@@ -131,7 +128,8 @@ def main() -> None:
             for preset in arguments.preset:
                 there = [row["variant"] for row in stored.matching(model=Path(model).name, preset=preset)]
                 absent = [variant for variant in arguments.variant if variant not in there]
-                stored.add(measure(model, dataset, preset, counts, absent))
+                for row in measure(model, dataset, preset, counts, absent):
+                    stored.add([row])
     print(table(stored.rows))
 
 
