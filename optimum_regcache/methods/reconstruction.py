@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from transformers.utils import logging
 
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import one_of, require
@@ -15,6 +16,8 @@ from optimum_regcache.methods._reconstruction.parametrise import FullWeight, Low
 from optimum_regcache.methods._reconstruction.resume import FinishedBlocks, fingerprint
 from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.methods.gptq import WeightGrid
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class Reconstruction(Method):
             finished = FinishedBlocks(fit.work_dir, fingerprint(self, fit) if fit.work_dir is not None else "")
             found = train.Reconstruction(fit, settings, self.parametrise).run(finished.kept)
         fit.measured[self.name] = {"blocks": [record.to_dict() for record in found]}
+        given = [record.block for record in found if not record.trained]
+        if given:
+            logger.warning(
+                f"{self.name}: block(s) {given} did not get better by training and stay as they were rounded."
+            )
 
     def parametrise(self, weight: torch.Tensor, grid: WeightGrid, block: int, number: int) -> Parametrisation:
         """What is trained of ``weight`` [out, in], the layer ``number`` of ``block``."""

@@ -85,7 +85,7 @@ class Reconstruction:
         fit: float and quantized model, calibration images.
         settings: how.
         parametrise: (float32 weight [out, in], grid, block, number of the layer in it) -> what is trained of it.
-        sampler: (images, size, seed) -> draws of training images without end.
+        sampler: (the training of a block) -> draws of training images without end; all of them in random order by default.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Reconstruction:
         fit: PipelineState,
         settings: Settings,
         parametrise: Callable[[torch.Tensor, WeightGrid, int, int], Parametrisation],
-        sampler: Callable[[Sequence[Sequence[int]], int, int], Iterator[list[int]]] | None = None,
+        sampler: Callable[[BlockTraining], Iterator[list[int]]] | None = None,
     ) -> None:
         self.fit, self.settings, self.parametrise = fit, settings, parametrise
-        self.sampler = sampler or (lambda groups, size, seed: iter(Sampler(groups, size, seed)))
-        self.images, self.space = Images(fit.batches), TensorSpace()
+        self.sampler = sampler or shuffled
+        self.images, self.space = Images(fit.batches), TensorSpace(parent=fit.work_dir)
         self.depth = len(fit.tower.blocks)
         self.sizes = batch_sizes(fit.batches)
         if settings.features:
@@ -193,8 +193,7 @@ class BlockTraining:
         rates = [group["lr"] for group in optimizer.param_groups]
         best, least, made = [t.detach().clone() for t in leaves], math.inf, 0
         every = max(1, math.ceil(s.iterations / _JUDGEMENTS))
-        draws = self.owner.sampler(self.owner.images.training, s.batch, s.seed + self.ours.block)
-        for step, items in enumerate(islice(draws, s.iterations)):
+        for step, items in enumerate(islice(self.owner.sampler(self), s.iterations)):
             progress = step / s.iterations
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -215,7 +214,7 @@ class BlockTraining:
     def _step(self, optimizer: torch.optim.Adam, leaves: list[torch.Tensor], items: list[int], progress: float) -> bool:
         """One step of Adam; false, and nothing moves, where loss or gradient are not finite."""
         with torch.enable_grad():
-            loss = self._total(*self._losses(items))
+            loss = self._total(*self.losses(items))
             penalty = self.trained.penalty(progress)
             loss = loss if penalty is None else loss + _PENALTY_WEIGHT * penalty
             gradients = torch.autograd.grad(loss * _GRADIENT_SCALE, leaves, allow_unused=True)
@@ -241,12 +240,12 @@ class BlockTraining:
         for group in self.owner.images.judging:
             for first in range(0, len(group), size):
                 items = group[first : first + size]
-                for part, value in enumerate(self._losses(items)):
+                for part, value in enumerate(self.losses(items)):
                     sums[part] += float(value) * len(items)
                 count += len(items)
         return sums[0] / count, sums[1] / count
 
-    def _losses(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(squared error of the block's output, of the final features), means over these images."""
         owner, block = self.owner, self.ours.block
         fit, images = owner.fit, owner.images
@@ -267,6 +266,12 @@ class BlockTraining:
             features = _through(fit.model, block + 1, got, batch)
         target = images.features(owner.features, items, owner.sizes).to(features)
         return local, (features - target).square().mean()
+
+
+def shuffled(training: BlockTraining) -> Iterator[list[int]]:
+    """Training images in random order."""
+    settings = training.owner.settings
+    return iter(Sampler(training.owner.images.training, settings.batch, settings.seed + training.ours.block))
 
 
 def _mean_square(error: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
