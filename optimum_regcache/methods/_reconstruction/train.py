@@ -101,7 +101,7 @@ class Reconstruction:
     ) -> None:
         self.fit, self.settings, self.parametrise = fit, settings, parametrise
         self.sampler, self.prepare = sampler or shuffled, prepare
-        self.images, self.space = Images(fit.batches), TensorSpace()
+        self.images, self.space = Images(fit.batches), TensorSpace(parent=fit.work_dir)
         self.depth = len(fit.tower.blocks)
         self.sizes = batch_sizes(fit.batches)
         if settings.features:
@@ -184,7 +184,8 @@ class BlockTraining:
             trained.restore(before)
         bar.set_postfix_str(f"block {self.ours.block}: loss x {min(end, start) / start:.3f}")
         seconds = round(time.perf_counter() - begun, 3)
-        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, trained.ranks())
+        ranks = trained.ranks() if end < start else {}
+        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, ranks)
 
     def loss(self, items: Sequence[int]) -> torch.Tensor:
         """Mean over these training images, in units of the start's parts, 0-dim, with gradients."""
