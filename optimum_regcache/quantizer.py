@@ -174,6 +174,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         search: SearchConfig | None = None,
         recipe: Recipe | None = None,
         template: str = DEFAULT_TEMPLATE,
+        work_dir: str | Path | None = None,
         overwrite: bool = False,
         progress: bool = True,
     ) -> PreTrainedModel:
@@ -194,6 +195,7 @@ class RegCacheQuantizer(OptimumQuantizer):
             search: search settings when a search is run.
             recipe: in place of ``quantization_config``, ``search`` and ``batch_size``; may be that of an earlier search.
             template: zero-shot prompt for ``objective="accuracy"``.
+            work_dir: directory for finished trials and reconstructed blocks; call again with the same one to resume.
             overwrite: ``save_dir`` may hold the result of another call.
             progress: show progress bars.
 
@@ -224,7 +226,7 @@ class RegCacheQuantizer(OptimumQuantizer):
         if save_dir is not None:
             seen = images.inputs.fingerprint() if images is not None else None
             output = on_main(lambda: self._output(save_dir, plan.recipe, file_prefix, overwrite, seen))
-        run = run_plan(self.model, images, plan, known=self.fit_result, progress=progress)
+        run = run_plan(self.model, images, plan, known=self.fit_result, work_dir=work_dir, progress=progress)
         self.fit_result = run.fit or self.fit_result
         if self.fit_result is not None:
             self.fit_result.parts.release()  # a result is kept, the images need not be

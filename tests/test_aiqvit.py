@@ -97,7 +97,7 @@ def test_losses_of_images_are_in_the_order_asked_for(monkeypatch: pytest.MonkeyP
         backward = training.image_losses(items[::-1])
         torch.testing.assert_close(training.image_losses(items), backward.flip(0))
         for item, loss in zip(items[::-1], backward.tolist(), strict=True):
-            assert float(training._losses([item])[0]) == pytest.approx(loss, rel=1e-4)
+            assert float(training.losses([item])[0]) == pytest.approx(loss, rel=1e-4)
         checked.append(training.ours.block)
         search(self, training)
 

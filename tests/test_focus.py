@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from models import TOWERS, fit, random_cache
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from optimum_regcache import RegCacheConfig
@@ -225,6 +226,16 @@ def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
     if dtype == torch.float32:
         assert torch.equal(CLIP.run(opened), CLIP.run(model))
     assert other.to(torch.float16).lower.dtype == torch.float32
+
+
+def test_a_checkpoint_without_an_end_is_refused(tmp_path: Path) -> None:
+    fitted().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if name.endswith("probabilities.lower"))]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds 3 'lower' tensors, its quantization config needs 4"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_a_damaged_interval_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import fits
 import pytest
 import torch
-from models import TOWERS, TinyModel, random_cache
+from models import MODELS, TOWERS, TinyModel, random_cache
 from torch.nn import functional as F
 
 from optimum_regcache import RegCacheConfig, set_backend
@@ -255,9 +255,9 @@ def test_it_works_with_other_methods_and_every_deletion(others: list[str], parts
     assert sum(r["trained"] for r in records(result)) >= 2
 
 
-@pytest.mark.parametrize("name", ["siglip2", "dinov2_swiglu", "dinov3"])
+@pytest.mark.parametrize("name", ["siglip2", "dinov2_swiglu", "dinov3", "clip_dual"])
 def test_every_kind_of_encoder_can_be_reconstructed(name: str) -> None:
-    tiny = TOWERS[name]
+    tiny = MODELS[name]
     result = reconstructed(configured([{**SHORT, "iterations": 10}]), tiny)
     assert unseen_cosine(result, tiny) > unseen_cosine(reconstructed(configured([]), tiny), tiny) - 0.02
     assert any(r["trained"] for r in records(result))

@@ -25,7 +25,7 @@ from optimum_regcache.methods._reconstruction.rank_search import (
     candidate_ranks,
     search_ranks,
 )
-from optimum_regcache.methods._reconstruction.resume import FinishedBlocks, fingerprint
+from optimum_regcache.methods._reconstruction.resume import train_blocks
 from optimum_regcache.methods._reconstruction.train import BlockTraining, Reconstruction, Settings
 from optimum_regcache.methods._search.gradients import squared_gradients
 from optimum_regcache.methods._search.product import search_interval
@@ -122,10 +122,7 @@ class AIQViT(Method):
             seed=self.seed,
         )
         with torch.inference_mode(False):
-            finished = FinishedBlocks(fit.work_dir, fingerprint(self, fit) if fit.work_dir is not None else "")
-            training = Reconstruction(fit, settings, self._parametrise, self._easy_first, self._search)
-            found = training.run(finished.kept)
-        fit.measured[self.name] = {"blocks": [record.to_dict() for record in found]}
+            train_blocks(self, Reconstruction(fit, settings, self._parametrise, self._easy_first, self._search))
 
     def _parametrise(self, weight: torch.Tensor, grid: WeightGrid, block: int, number: int) -> LowRank:
         rank = candidate_ranks(len(weight), weight.shape[1], self.ranks)[0]  # the search may change it

@@ -12,7 +12,7 @@ from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.validation import one_of, require
 from optimum_regcache.methods._reconstruction import train
 from optimum_regcache.methods._reconstruction.parametrise import FullWeight, LowRank, Parametrisation, RoundingOffsets
-from optimum_regcache.methods._reconstruction.resume import FinishedBlocks, fingerprint
+from optimum_regcache.methods._reconstruction.resume import train_blocks
 from optimum_regcache.methods.base import Method, PipelineState
 from optimum_regcache.methods.gptq import WeightGrid
 
@@ -87,9 +87,7 @@ class Reconstruction(Method):
             self.seed,
         )
         with torch.inference_mode(False):
-            finished = FinishedBlocks(fit.work_dir, fingerprint(self, fit) if fit.work_dir is not None else "")
-            found = train.Reconstruction(fit, settings, self.parametrise).run(finished.kept)
-        fit.measured[self.name] = {"blocks": [record.to_dict() for record in found]}
+            train_blocks(self, train.Reconstruction(fit, settings, self.parametrise))
 
     def parametrise(self, weight: torch.Tensor, grid: WeightGrid, block: int, number: int) -> Parametrisation:
         """What is trained of ``weight`` [out, in], the layer ``number`` of ``block``."""

@@ -126,6 +126,9 @@ def _finished_selection(runtime: TowerRuntime, known: Recorded, hidden: torch.Te
         return None
     if dropped is None:
         return None
+    if runtime.extra_token:  # it has left
+        place = runtime.num_prefix_tokens - 1
+        dropped = torch.cat((dropped[:, :place], dropped[:, place + 1 :]), 1)
     stays = hidden.shape[1] == dropped.shape[1]
     kept = None if stays else kept_positions(dropped, count)
     return Selection(dropped, kept, count, None, runtime.num_prefix_tokens)

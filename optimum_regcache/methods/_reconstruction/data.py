@@ -36,8 +36,8 @@ class Images:
         self._places: list[tuple[int, int]] = []
         shapes: dict[object, list[int]] = {}
         for number, batch in enumerate(batches):
-            shape = tuple((name, tuple(rows.shape[1:])) for name, rows in sorted(batch.items()))
-            count = 1 if self.packed else num_images(batch)
+            count, images = 1 if self.packed else num_images(batch), num_images(batch)
+            shape = tuple((name, tuple(v.shape[1:])) for name, v in sorted(batch.items()) if len(v) == images)
             first = len(self._places)
             self._places += [(number, row) for row in range(count)]
             shapes.setdefault(number if self.packed else shape, []).extend(range(first, first + count))
@@ -127,8 +127,8 @@ def common_tokens(
 def _rows(batch: Batch, rows: list[int]) -> Batch:
     if "image_grid_thw" in batch:
         return batch
-    index = torch.tensor(rows)
-    return {name: values[index.to(values.device)] for name, values in batch.items()}
+    index, images = torch.tensor(rows), num_images(batch)
+    return {name: v[index.to(v.device)] for name, v in batch.items() if len(v) == images}  # texts stay behind
 
 
 def _state_rows(state: BlockInput, rows: list[int]) -> BlockInput:

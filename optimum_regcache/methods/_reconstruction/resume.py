@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from transformers.utils import logging
 
 from optimum_regcache.config.files import write_bytes
 from optimum_regcache.methods._reconstruction.block import TrainedBlock
-from optimum_regcache.methods._reconstruction.train import BlockRecord
+from optimum_regcache.methods._reconstruction.train import BlockRecord, Reconstruction
 from optimum_regcache.methods.base import Method, PipelineState
+
+logger = logging.get_logger(__name__)
 
 _RECORD = "record"  # the record's JSON among the tensors of a file
 
@@ -55,6 +58,17 @@ class FinishedBlocks:
         data = save({**trained.snapshot(), _RECORD: text})
         write_bytes(path, hashlib.sha256(data).digest() + data, sync=True)
         return record
+
+
+def train_blocks(method: Method, training: Reconstruction) -> None:
+    """Run ``training``, with what is finished in the work directory; its records become what ``method`` measured."""
+    fit = training.fit
+    finished = FinishedBlocks(fit.work_dir, fingerprint(method, fit) if fit.work_dir is not None else "")
+    found = training.run(finished.kept)
+    fit.measured[method.name] = {"blocks": [record.to_dict() for record in found]}
+    given = [record.block for record in found if not record.trained]
+    if given:
+        logger.warning(f"{method.name}: block(s) {given} did not get better by training and stay as they were rounded.")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ class Reconstruction:
         fit: float and quantized model, calibration images.
         settings: how.
         parametrise: (float32 weight [out, in], grid, block, number of the layer in it) -> what is trained of it.
-        sampler: of the training of a block -> draws of training images without end.
+        sampler: (the training of a block) -> draws of training images without end; all of them in random order by default.
         prepare: called with the training of a block before its first step.
     """
 
@@ -100,8 +100,8 @@ class Reconstruction:
         prepare: Callable[[BlockTraining], None] | None = None,
     ) -> None:
         self.fit, self.settings, self.parametrise = fit, settings, parametrise
-        self.sampler, self.prepare = sampler or _in_random_order, prepare
-        self.images, self.space = Images(fit.batches), TensorSpace()
+        self.sampler, self.prepare = sampler or shuffled, prepare
+        self.images, self.space = Images(fit.batches), TensorSpace(parent=fit.work_dir)
         self.depth = len(fit.tower.blocks)
         self.sizes = batch_sizes(fit.batches)
         if settings.features:
@@ -184,11 +184,12 @@ class BlockTraining:
             trained.restore(before)
         bar.set_postfix_str(f"block {self.ours.block}: loss x {min(end, start) / start:.3f}")
         seconds = round(time.perf_counter() - begun, 3)
-        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, trained.ranks())
+        ranks = trained.ranks() if end < start else {}
+        return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, ranks)
 
     def loss(self, items: Sequence[int]) -> torch.Tensor:
         """Mean over these training images, in units of the start's parts, 0-dim, with gradients."""
-        return self._total(*self._losses(items))
+        return self._total(*self.losses(items))
 
     @torch.no_grad()
     def image_losses(self, items: Sequence[int]) -> torch.Tensor:
@@ -261,12 +262,12 @@ class BlockTraining:
         for group in self.owner.images.judging:
             for first in range(0, len(group), size):
                 items = group[first : first + size]
-                for part, value in enumerate(self._losses(items)):
+                for part, value in enumerate(self.losses(items)):
                     sums[part] += float(value) * len(items)
                 count += len(items)
         return sums[0] / count, sums[1] / count
 
-    def _losses(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(squared error of the block's output, of the final features), means over these images."""
         owner = self.owner
         error, counts, got, batch, features = self._compare(items)
@@ -298,9 +299,10 @@ class BlockTraining:
         return got.hidden - wanted.to(got.hidden.device), counts, got, batch, features
 
 
-def _in_random_order(training: BlockTraining) -> Iterator[list[int]]:
-    owner = training.owner
-    return iter(Sampler(owner.images.training, owner.settings.batch, owner.settings.seed + training.ours.block))
+def shuffled(training: BlockTraining) -> Iterator[list[int]]:
+    """Training images in random order."""
+    settings = training.owner.settings
+    return iter(Sampler(training.owner.images.training, settings.batch, settings.seed + training.ours.block))
 
 
 def _mean_square(error: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
