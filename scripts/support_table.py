@@ -36,6 +36,7 @@ COLUMNS = ("family", "class", "tower", "registers", "deletion", "save + open", "
 AUTO = {
     "ForConditionalGeneration": "AutoModelForImageTextToText",
     "ForImageClassification": "AutoModelForImageClassification",
+    "ForUniversalSegmentation": "AutoModelForUniversalSegmentation",
     "ForObjectDetection": "AutoModelForObjectDetection",
     "ForDepthEstimation": "AutoModelForDepthEstimation",
     "ForSemanticSegmentation": "AutoModelForSemanticSegmentation",

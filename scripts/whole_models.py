@@ -75,6 +75,8 @@ class Whole:
                 for name, parameter in model.named_parameters():  # wider than at first: attention far from uniform
                     if parameter.ndim > 1 and "lm_head" not in name:
                         parameter.mul_(4.0 if float(parameter.std()) < 0.05 else 1.0)
+        if hasattr(model, "attn_mask_probs"):
+            model.attn_mask_probs.zero_()  # as trained models have it
         if self.tokens:
             model.generation_config.eos_token_id = None  # three tokens, whatever they are
         return model
@@ -165,6 +167,7 @@ def _qwen(name: str, **vision: Any) -> Callable[[], Any]:
 
 
 _DINO = {"mlp_ratio": 2}
+_EOMT = {"mlp_ratio": 2, "num_register_tokens": 2, "num_blocks": 1, "num_queries": 3, "num_labels": 3}
 _YOLOS: dict[str, Any] = {
     "image_size": [IMAGE, IMAGE],
     "num_detection_tokens": 3,
@@ -249,6 +252,7 @@ WHOLES: tuple[Whole, ...] = (
         "YOLOS (positions in every block)", "YolosForObjectDetection", 
         _tower("Yolos", **_YOLOS | {"use_mid_position_embeddings": True}),
     ),
+    Whole("EoMT", "EomtForUniversalSegmentation", _tower("Eomt", **_EOMT)),
     Whole(
         "SegFormer", "SegformerForSemanticSegmentation",
         lambda: hf.SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1]),

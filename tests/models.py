@@ -109,6 +109,8 @@ def randomize(model: Any, seed: int) -> Any:
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
             else:
                 parameter.copy_((0.3 if "embedding" in name or "token" in name else 0.15) * noise)
+    if hasattr(model, "attn_mask_probs"):
+        model.attn_mask_probs.zero_()  # as trained models have it
     return model.eval()
 
 
@@ -305,24 +307,6 @@ PACKED: dict[str, TinyModel] = {
 }
 
 MODELS: dict[str, TinyModel] = {**TOWERS, **COMPOSITES}
-
-# adds position embeddings of all tokens between its blocks
-YOLOS_POSITIONS = TinyModel(
-    "yolos_positions",
-    _config(hf.YolosConfig, **{**_YOLOS, "use_mid_position_embeddings": True}),
-    hf.YolosModel,
-    image_inputs,
-    trail=3,
-)
-DETECTOR = TinyModel(
-    "yolos_detector",
-    _config(hf.YolosConfig, **_YOLOS, **_LABELS),
-    hf.YolosForObjectDetection,
-    image_inputs,
-    "vit",
-    output="pred_boxes",
-    trail=3,
-)
 
 # not part of the matrix over all models, but with special cases of their own
 CLIP_CLASSIFIER = TinyModel(

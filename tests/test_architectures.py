@@ -7,11 +7,11 @@ import re
 
 import pytest
 import transformers as hf
+from detectors import DETECTOR, EOMT
 from models import (
     BLOCKS,
     CLIP_CLASSIFIER,
     COMPOSITES,
-    DETECTOR,
     DINOV2_BACKBONE,
     HEAD_DIM,
     HEADS,
@@ -28,7 +28,7 @@ from optimum_regcache.encoders.sites import quantization_sites
 from optimum_regcache.encoders.tower import find_tower
 
 every_model = pytest.mark.parametrize(
-    "tiny", [*MODELS.values(), *INNER.values(), CLIP_CLASSIFIER, DETECTOR, DINOV2_BACKBONE], ids=lambda t: t.name
+    "tiny", [*MODELS.values(), *INNER.values(), CLIP_CLASSIFIER, DETECTOR, EOMT, DINOV2_BACKBONE], ids=lambda t: t.name
 )
 every_tower = pytest.mark.parametrize("tiny", [*TOWERS.values(), *INNER.values()], ids=lambda t: t.name)
 
@@ -142,6 +142,7 @@ HEADS_OF = {
     "internvl": [],
     "yolos": [],
     "yolos_detector": [],
+    "eomt": [],
     "vit": ["pooler.dense"],
     "deit": ["pooler.dense"],
     "clip_dual": ["visual_projection"],

@@ -93,8 +93,7 @@ def reference(
         Per image the kept tokens after the last block [lead + kept patches + trail, D], and the dropped patches.
     """
     model, seen = tiny.build(), []
-    if planted:
-        plant(tiny, model, planted)
+    plant(tiny, model, planted or [])
     tower = find_tower(model)
     angles: Any = None
 
@@ -113,8 +112,7 @@ def reference(
             gone = sorted(np.argsort(-norms, kind="stable")[:count].tolist())
             keep = [*range(tiny.lead), *(tiny.lead + p for p in range(rows * columns) if p not in gone)]
             patches = [p - tiny.lead for p in keep[tiny.lead :]]
-            keep += range(hidden.shape[0] - tiny.trail, hidden.shape[0])
-            state = hidden[None, keep]
+            state = hidden[None, [*keep, *range(len(hidden) - tiny.trail, len(hidden))]]
             positions = {} if angles is None else {"position_embeddings": tuple(a[patches] for a in angles)}
             for block in tower.blocks[DELETE_BLOCK:]:
                 state = run_block(block, state, **positions)
@@ -137,9 +135,8 @@ def assert_filled(
         size = grid[0] * grid[1]
         full = np.zeros((size, tokens.shape[1]))
         full[[p for p in range(size) if p not in gone]] = tokens[tiny.lead : len(tokens) - tiny.trail]
-        np.testing.assert_allclose(image[: tiny.lead], tokens[: tiny.lead], rtol=1e-5, atol=2e-5)
-        if tiny.trail:
-            np.testing.assert_allclose(image[-tiny.trail :], tokens[-tiny.trail :], rtol=1e-5, atol=2e-5)
+        around = [*range(tiny.lead), *range(-tiny.trail, 0)]
+        np.testing.assert_allclose(image[around], tokens[around], rtol=1e-5, atol=2e-5)
         filled = neighbour_mean(full, gone, grid)
         np.testing.assert_allclose(image[tiny.lead : tiny.lead + size], filled, rtol=1e-5, atol=2e-5)
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reference import load, planted
-from optimum_regcache.encoders.passes import encode, visit_tokens
+from optimum_regcache.encoders.passes import encode
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.visiting import visit_tokens
 from optimum_regcache.evaluation import AccuracyObjective
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers

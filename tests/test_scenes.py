@@ -15,15 +15,19 @@ from optimum_regcache.data.scenes import (
     CLASS_NAMES,
     COLOURS,
     MASK_NAMES,
+    MOST_SHAPES,
     SHAPES,
     SIZE,
     SPLITS,
     TEXTURES,
     WALL,
     Scene,
+    Shapes,
     load_dataset,
+    load_shapes,
     prompt,
     render,
+    render_shapes,
 )
 
 CAPTION = re.compile(
@@ -195,3 +199,49 @@ def test_data_set_passes_seed_and_size_on() -> None:
     scene = render("search", 1, seed=4, size=20)
     assert np.array_equal(np.asarray(row["image"]), pixels(scene))
     assert row["caption"] == scene.caption
+
+
+# pictures of several shapes
+
+
+@pytest.fixture(scope="module")
+def several() -> list[Shapes]:
+    return [render_shapes("train", index) for index in range(60)]
+
+
+def test_shapes_do_not_touch_and_fill_their_boxes(several: list[Shapes]) -> None:
+    for found in several:
+        numbers, image = np.asarray(found.instances), np.asarray(found.image)
+        assert image.shape == (SIZE, SIZE, 3)
+        assert len(found.categories) == len(found.boxes) == numbers.max() <= MOST_SHAPES
+        for number, (left, top, width, height) in enumerate(found.boxes, 1):
+            rows, columns = np.nonzero(numbers == number)
+            assert left - 0.5 <= columns.min() <= left + 2
+            assert left + width - 2 <= columns.max() + 1 <= left + width + 0.5
+            assert top - 0.5 <= rows.min()
+            assert rows.max() + 1 <= top + height + 0.5
+            assert left >= 0
+            assert left + width <= SIZE
+    assert {len(found.categories) for found in several} == set(range(1, MOST_SHAPES + 1))
+    assert {c for found in several for c in found.categories} == set(range(len(SHAPES)))
+
+
+def test_pictures_of_shapes_are_reproducible_and_differ_between_splits(several: list[Shapes]) -> None:
+    assert np.array_equal(np.asarray(render_shapes("train", 7).image), np.asarray(several[7].image))
+    seen = {np.asarray(render_shapes(split, i).image).tobytes() for split in SPLITS for i in range(5)}
+    assert len(seen) == 5 * len(SPLITS)
+    assert not any(np.array_equal(np.asarray(render("train", i).image), np.asarray(several[i].image)) for i in range(5))
+
+
+def test_the_data_set_of_shapes(several: list[Shapes]) -> None:
+    data = load_shapes("train", 3)
+    assert data[2]["objects"] == {
+        "bbox": [list(box) for box in several[2].boxes],
+        "category": list(several[2].categories),
+    }
+    assert data.features["objects"]["category"].feature.names == list(SHAPES)
+    assert isinstance(data.features["instances"], Image)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        load_shapes("train", 0)
+    with pytest.raises(ValueError, match="Unknown scene split 'test'"):
+        render_shapes("test", 0)

@@ -9,25 +9,27 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from models import BLOCKS, DETECTOR, INNER, PATCHES, YOLOS_POSITIONS, TinyModel, quantized, random_cache, run_block
+from detectors import DETECTOR, YOLOS, YOLOS_POSITIONS
+from models import BLOCKS, PATCHES, TinyModel, quantized, random_cache, run_block
 from references import neighbour_mean
 from torch.nn import functional as F
 
 from optimum_regcache import DeletionConfig, fuse, unfuse
-from optimum_regcache.encoders.passes import image_features, patch_tokens, visit_tokens
+from optimum_regcache.encoders.passes import image_features, patch_tokens
 from optimum_regcache.encoders.tower import PatchSpan, find_tower, reads_patches
+from optimum_regcache.encoders.visiting import visit_tokens
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.outliers import measure_outliers
 from optimum_regcache.evaluation.places import patch_norms
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
-from optimum_regcache.registers.neurons import RegisterNeuronActivation, set_register_neurons
+from optimum_regcache.registers.neuron_activation import RegisterNeuronActivation
+from optimum_regcache.registers.neurons import set_register_neurons
 from optimum_regcache.registers.replay import TokenSample
 from optimum_regcache.rewrites.rotation import rotate_residual
 from optimum_regcache.search.mining import mine_tokens
 
 TRAIL, BLOCK = 3, 2
 TOKENS = 1 + PATCHES + TRAIL
-YOLOS = INNER["yolos"]
 both = pytest.mark.parametrize("tiny", [YOLOS, YOLOS_POSITIONS, DETECTOR], ids=lambda t: t.name)
 
 

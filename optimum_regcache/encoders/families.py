@@ -34,6 +34,8 @@ class EncoderFamily:
         key_norm: norm of the keys of all heads, relative to the attention module, if the family has one (or an Identity).
         cls_tokens: CLS and distillation tokens before the patches; trained registers come from the config.
         trailing: config entry with the number of tokens behind the patches, if the family has some (detection tokens).
+        queries: config entry with the number of tokens that join before all others at the last ``num_blocks`` blocks, if the
+            family has some.
         always_mask: deletion must keep the token count (the pooling head takes the input's padding mask).
         rotary: query and key of patches are rotated by their position before the attention interface is called.
         packed: the patches of all images of a batch stand in one sequence [N, D], their grids in ``image_grid_thw``.
@@ -56,6 +58,7 @@ class EncoderFamily:
     key_norm: str = ""
     cls_tokens: int = 1
     trailing: str = ""
+    queries: str = ""
     always_mask: bool = False
     rotary: bool = False
     packed: bool = False
@@ -68,6 +71,10 @@ class EncoderFamily:
     def num_trailing_tokens(self, config: Any) -> int:
         """Tokens behind the patches: never deleted, never a register candidate either."""
         return int(getattr(config, self.trailing)) if self.trailing else 0
+
+    def num_queries(self, config: Any) -> int:
+        """Tokens that join before all others at a later block."""
+        return int(getattr(config, self.queries)) if self.queries else 0
 
     def adds_positions(self, config: Any) -> bool:
         """Whether the encoder adds position embeddings of all tokens between its blocks."""
@@ -181,6 +188,9 @@ _CURRENT: tuple[EncoderFamily, ...] = (
     EncoderFamily(
         "YOLOS", ("YolosModel",), "encoder.layer", "attention", "output.dense", **_YOLOS,
         trailing="num_detection_tokens",
+    ),
+    EncoderFamily(
+        "EoMT", ("EomtForUniversalSegmentation",), "layers", "attention", "out_proj", **_DINOV2, queries="num_queries",
     ),
     EncoderFamily(
         "InternVL", ("InternVLVisionModel",), "encoder.layer", "attention", "projection_layer",

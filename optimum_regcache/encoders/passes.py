@@ -1,9 +1,9 @@
-"""Running an encoder: batches, final features, and hooks that watch its tokens."""
+"""Running an encoder: batches and final features."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -142,7 +142,7 @@ def _read_states(
 ) -> list[torch.Tensor]:
     """The states that a model around the tower reads, the tokens of ``span`` alone, each [B, N, D]; of a backbone, the feature
     maps. ``output`` is that of the tower, if it has run."""
-    options = _options_of(model, tower)
+    options = call_options(model, tower)
     output = run_tower(tower, batch, **options) if output is None else output
     if tower.is_backbone:
         return _map_tokens(tower, output)
@@ -151,7 +151,7 @@ def _read_states(
     return [output.hidden_states[i][:, span.positions] for i in states_read(model, tower)]
 
 
-def _options_of(model: nn.Module, tower: Tower) -> dict[str, Any]:
+def call_options(model: nn.Module, tower: Tower) -> dict[str, Any]:
     """How the model around the tower calls it: those with a ``vision_feature_layer`` ask for the states between the blocks,
     where deleted tokens are masked and still computed."""
     config: Any = getattr(model, "config", None) if tower.name and not tower.is_backbone else None
@@ -234,8 +234,8 @@ def image_features(model: Any, batch: Batch) -> torch.Tensor:
     """Features that ``model`` is used for, [B, D], float32.
 
     Projected image embeddings for CLIP- and SigLIP-like models; the patch tokens that a larger model reads (`patch_features`);
-    the detection tokens that a detector reads (`trailing_features`); otherwise the tower's pooled output, the CLS token if it
-    has none, and the mean token where there is no CLS either.
+    the detection tokens that a detector reads (`trailing_features`); queries and patches of a segmenter; otherwise the tower's
+    pooled output, the CLS token if it has none, and the mean token where there is no CLS either.
     """
     inputs = move(batch, model)
     if isinstance(model, FeatureEncoder):
@@ -258,6 +258,8 @@ def pooled_features(tower: Tower, output: Any) -> torch.Tensor:
     """Pooled features [B, D], float32, of the output of a tower whose images are not packed."""
     if tower.num_trailing_tokens:
         return trailing_features(output.last_hidden_state, tower.patches)
+    if tower.num_queries:
+        return _query_features(output.last_hidden_state, tower)
     if getattr(output, "image_embeds", None) is not None:
         return output.image_embeds.float()
     if getattr(output, "pooler_output", None) is not None:
@@ -272,6 +274,14 @@ def trailing_features(last: torch.Tensor, span: PatchSpan) -> torch.Tensor:
     """The tokens of ``last`` [B, N, D] behind the patches, which the heads of a detector read, each of length 1, as one row per
     image [B, M], float32: the cosine of two such rows is the mean cosine of their tokens."""
     return nn.functional.normalize(last[:, -span.trail :].float(), dim=-1).flatten(1) / span.trail**0.5
+
+
+def _query_features(last: torch.Tensor, tower: Tower) -> torch.Tensor:
+    """The queries and the patches of ``last`` [B, N, D], whose products are masks, as one row per image as for
+    `trailing_features`; the queries count as much as the patches."""
+    parts = (last[:, : tower.num_queries], last[:, tower.patches.positions])
+    rows = [nn.functional.normalize(p.float(), dim=-1).flatten(1) / (2 * p.shape[1]) ** 0.5 for p in parts]
+    return torch.cat(rows, 1)
 
 
 @torch.inference_mode()
@@ -354,58 +364,3 @@ class PaddingMask:
         if self.mask is None or x.ndim < 3 or self.mask.shape != x.shape[:2]:
             return x
         return x[self.mask.to(x.device)]
-
-
-def patch_span(tower: Tower) -> PatchSpan:
-    """Which tokens are patches inside the blocks, where a test-time register may precede them; works for unprepared towers
-    too."""
-    runtime = getattr(tower.blocks[0], "regcache", None)
-    return tower.patches if runtime is None else runtime.patches
-
-
-Visitor = Callable[[str, int, torch.Tensor, torch.Tensor], None]
-
-
-@torch.inference_mode()
-def visit_tokens(model: nn.Module, batches: Iterable[Batch], visit: Visitor) -> None:
-    """Run ``batches`` through the vision tower, with whatever registers and deletion are installed.
-
-    Args:
-        model: model or tower.
-        batches: images.
-        visit: called with (site, block, states [B, N, D], valid bool [B, N], false at padding and where a deleted token is
-            masked) for every block, site ``block`` being what it computes on, after its deletion, and ``fc2`` the input of
-            its MLP output projection. `patch_span` tells which tokens are patches.
-
-    """
-    tower, padding = find_tower(model), PaddingMask()
-
-    def hook(site: str, block: int) -> Any:
-        runtime: Any = getattr(tower.blocks[block], "regcache", None)
-
-        def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = padding.unpack(args[0])
-            valid = padding.valid(x.shape[0], x.shape[1], x.device).clone()
-            selection = None if runtime is None else runtime.current.selection
-            if selection is not None and selection.kept is None:
-                valid &= ~selection.dropped
-            visit(site, block, x, valid)
-
-        return seen
-
-    handles: list[Any] = []
-    for index in range(len(tower.blocks)):
-        handles.append(
-            tower.norm(index, 0).register_forward_pre_hook(hook("block", index))
-        )  # a block's own input still
-        # holds what it deletes, and lacks the token that its first one adds
-        handles.append(tower.mlp_out(index).register_forward_pre_hook(hook("fc2", index)))
-    options = _options_of(model, tower)
-    try:
-        with unfused(tower.module):
-            for batch in batches:
-                padding.start(batch)
-                run_tower(tower, batch, **options)
-    finally:
-        for handle in handles:
-            handle.remove()

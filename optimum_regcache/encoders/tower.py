@@ -75,9 +75,25 @@ class Tower:
         return self.family.num_trailing_tokens(self.config)
 
     @property
+    def num_queries(self) -> int:
+        """Tokens that join before all others at block :attr:`first_with_queries`; the heads read them and the patches."""
+        return self.family.num_queries(self.config)
+
+    @property
+    def first_with_queries(self) -> int:
+        """The first block that computes on queries; the number of blocks where there are none."""
+        depth = len(self.blocks)
+        return depth - int(self.config.num_blocks) if self.num_queries else depth
+
+    def patches_at(self, block: int) -> PatchSpan:
+        """Which tokens are patches in a block, without a test-time register: `visiting.patch_span` knows of that."""
+        joined = self.num_queries if block >= self.first_with_queries else 0
+        return PatchSpan(self.num_prefix_tokens + joined, self.num_trailing_tokens)
+
+    @property
     def patches(self) -> PatchSpan:
-        """Which tokens of its input and output are patches; `passes.patch_span` tells it inside the blocks."""
-        return PatchSpan(self.num_prefix_tokens, self.num_trailing_tokens)
+        """Which tokens of its output are patches."""
+        return self.patches_at(len(self.blocks))
 
     @property
     def keeps_places(self) -> bool:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.passes import Batch, patch_span, visit_tokens
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.visiting import patch_span, visit_tokens
 from optimum_regcache.registers.replay import Recorded, replaying
 
 
@@ -51,7 +52,7 @@ def measure_token_norms(
         before: norms on these batches, of the model before that block.
     """
     tower = find_tower(model)
-    span, depth = patch_span(tower), len(tower.blocks)
+    depth = len(tower.blocks)
     collected: dict[tuple[str, int], list[torch.Tensor]] = {}
     any_max, tokens, images = torch.zeros(depth), torch.zeros(depth), torch.zeros(depth)
 
@@ -62,7 +63,7 @@ def measure_token_norms(
         else:
             tokens[block] += norms.numel()
             images[block] += len(norms)
-        patches = valid & span.mask(valid.shape[1], valid.device)
+        patches = valid & patch_span(tower, block).mask(valid.shape[1], valid.device)
         collected.setdefault((site, block), []).append(norms[patches].cpu())
 
     first = 0 if known is None or before is None else known.block

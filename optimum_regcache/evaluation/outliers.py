@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_regcache.encoders.passes import Batch, patch_span, visit_tokens
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.visiting import patch_span, visit_tokens
 
 REPORTED_RATIO = 20.0  # l_inf over the median: what reports call an outlier; calibration leaves out more tokens
 MAX_COMPARED = 512  # images whose tokens are compared with each other, rounded up to whole batches
@@ -122,13 +123,14 @@ def measure_outliers(
         ValueError: no images.
     """
     tower = find_tower(model)
-    places, depth = patch_span(tower).positions, len(tower.blocks)
+    depth = len(tower.blocks)
     generator = torch.Generator().manual_seed(seed)
     norms: dict[tuple[str, int], list[torch.Tensor]] = {}
     tops: list[list[torch.Tensor]] = [[] for _ in range(depth)]
     normals: list[list[torch.Tensor]] = [[] for _ in range(depth)]
 
     def record(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
+        places = patch_span(tower, block).positions
         found = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, places]
         norms.setdefault((site, block), []).append(found.cpu())
         if site == "block" and sum(map(len, tops[block])) < MAX_COMPARED:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_regcache.encoders.passes import Batch, patch_span, visit_tokens
+from optimum_regcache.encoders.passes import Batch
 from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.encoders.visiting import patch_span, visit_tokens
 from optimum_regcache.evaluation.outliers import REPORTED_RATIO
 
 
@@ -26,11 +27,13 @@ def patch_norms(model: nn.Module, batch: Batch) -> torch.Tensor:
         deleted token, or padding.
     """
     tower = find_tower(model)
-    places, norms = patch_span(tower).positions, dict[int, torch.Tensor]()
+    norms = dict[int, torch.Tensor]()
 
     def record(site: str, block: int, x: torch.Tensor, valid: torch.Tensor) -> None:
         if site == "block":
-            norms[block] = x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, places].cpu()
+            norms[block] = (
+                x.abs().amax(-1).float().masked_fill(~valid, torch.nan)[:, patch_span(tower, block).positions].cpu()
+            )
 
     with _in_place(tower):
         visit_tokens(model, [batch], record)

@@ -147,6 +147,11 @@ def check_exportable(model: PreTrainedModel, tower: Tower) -> None:
             f"{name} ({tower.family.name}) takes patches of varying grids with a padding mask; the export has one fixed "
             "image size and no mask. Use a SigLIP encoder, or run the model in PyTorch."
         )
+    if tower.num_queries:
+        raise ValueError(
+            f"{name} ({tower.family.name}) gives classes and masks of its queries, which the export does not write. Run the "
+            "model in PyTorch."
+        )
     if tower.is_backbone:
         raise ValueError(
             f"{name} returns feature maps of chosen stages, which the export does not write. Export the encoder class, for "

@@ -24,7 +24,7 @@ from optimum_regcache.kernels import native as native_ops
 from optimum_regcache.layers.linear import QuantLinear
 from optimum_regcache.registers.attention import active_registers, widen_mask
 from optimum_regcache.registers.cache import RegisterLayer
-from optimum_regcache.registers.neurons import RegisterNeuronActivation
+from optimum_regcache.registers.neuron_activation import RegisterNeuronActivation
 
 logger = logging.get_logger(__name__)
 

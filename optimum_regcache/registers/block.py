@@ -50,6 +50,7 @@ class BlockMixin(Swapped):
             if state.replayed is not None:
                 hidden_states = state.replayed.hidden
                 state.selection, state.valid = state.replayed.selection, state.replayed.valid
+        runtime.join(self.block_index)
         if self.block_index == 0:
             hidden_states = runtime.enter(hidden_states, self.rotation)
         attention_mask = runtime.mask_for_token(attention_mask)

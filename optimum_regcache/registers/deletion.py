@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -126,6 +126,16 @@ def narrow_mask(attention_mask: torch.Tensor | None, selection: Selection, dtype
     if rows > 1:
         attention_mask = attention_mask.gather(2, kept[:, None, :, None].expand(-1, heads, -1, attention_mask.shape[3]))
     return attention_mask.gather(3, kept[:, None, None, :].expand(-1, heads, attention_mask.shape[2], -1))
+
+
+def moved_on(selection: Selection, count: int, patches: PatchSpan) -> Selection:
+    """``selection`` after ``count`` tokens have joined before all others; ``patches``: which are patches then."""
+    dropped = torch.nn.functional.pad(selection.dropped, (count, 0))
+    kept = selection.kept
+    if kept is not None:
+        joined = torch.arange(count, device=kept.device).expand(kept.shape[0], -1)
+        kept = torch.cat((joined, kept + count), 1)
+    return replace(selection, dropped=dropped, kept=kept, patches=patches)
 
 
 def narrow_positions(positions: tuple[torch.Tensor, ...], selection: Selection) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.encoders.compat import attention_caller
-from optimum_regcache.encoders.tower import find_tower, reads_patches, takes_mask
+from optimum_regcache.encoders.tower import Tower, find_tower, reads_patches, takes_mask
 from optimum_regcache.registers.attention import attach
 from optimum_regcache.registers.block import BlockMixin, EmbeddingsMixin
 from optimum_regcache.registers.cache import RegisterCache
@@ -27,12 +27,13 @@ def prepare_tower(model: torch.nn.Module) -> TowerRuntime:
     """Make the vision tower of ``model`` ready for registers and deletion, in place. Repeated calls change nothing.
 
     Raises:
-        ValueError: ``model`` holds no supported encoder.
+        ValueError: ``model`` holds no supported encoder, or one that masks its queries by states between its blocks.
     """
     tower = find_tower(model)
     embeddings = tower.module.get_submodule(tower.family.embeddings)
     if isinstance(embeddings, EmbeddingsMixin):
         return embeddings.regcache
+    _refuse_masked_queries(tower)
     runtime = TowerRuntime(tower)
     runtime.first_block = tower.blocks[0]
     swap(embeddings, EmbeddingsMixin, runtime)
@@ -45,6 +46,16 @@ def prepare_tower(model: torch.nn.Module) -> TowerRuntime:
         attention = tower.attention(index)
         attach(attention, attention_caller(attention), runtime, index)
     return runtime
+
+
+def _refuse_masked_queries(tower: Tower) -> None:
+    """EoMT masks the attention of its queries by what it predicts between its blocks, until training has annealed that."""
+    probabilities: Any = getattr(tower.module, "attn_mask_probs", None)
+    if probabilities is not None and not probabilities.is_meta and bool((probabilities > 0).any()):
+        raise ValueError(
+            f"{type(tower.module).__name__} masks its queries by what it predicts between its blocks (attn_mask_probs above "
+            "0), which is not supported. Trained models have annealed it: model.attn_mask_probs.zero_()."
+        )
 
 
 def set_registers(model: torch.nn.Module, cache: RegisterCache | None) -> None:
@@ -94,7 +105,7 @@ def set_deletion(model: torch.nn.Module, config: DeletionConfig) -> None:
             f"{type(tower.module).__name__} packs the patches of all images into one sequence and merges neighbours after "
             "its last block; no token of it can be deleted. Use registers alone (deletion.count=0, search.max_delete=0)."
         )
-    needs_grid = tower.keeps_places or reads_patches(model, tower)
+    needs_grid = tower.keeps_places or bool(tower.num_queries) or reads_patches(model, tower)
     if config.active and config.fill == "none" and needs_grid:
         raise ValueError(
             f"{type(tower.module).__name__} needs the whole patch grid after the last block; use "

@@ -20,46 +20,17 @@ from torch import nn
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower, visit_tokens
+from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower
 from optimum_regcache.encoders.sharing import replace_value, shared_copy
-from optimum_regcache.encoders.tower import PatchSpan, Tower, find_tower
+from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.encoders.visiting import visit_tokens
 from optimum_regcache.registers.cache import RegisterCache
 from optimum_regcache.registers.install import prepare_tower, set_deletion, set_registers
+from optimum_regcache.registers.neuron_activation import RegisterNeuronActivation
 
 OUTLIER_RATIO = 3.0  # l2 norm of an outlier token over the median token, at least
 UNIT_RATIO = 3.0  # activation of a register neuron on outlier tokens over that on the other patches, at least
 Neurons = Mapping[int, Sequence[int]]
-
-
-class RegisterNeuronActivation(nn.Module):
-    """The MLP's activation function, after which the register token takes over a few hidden units (docs/method.md 11.12).
-
-    For each unit j: with m the value of largest magnitude over all tokens, sign kept, Z[register, j] = m and Z[n, j] = 0 for
-    the patches n. Other tokens (CLS, trained registers, detection tokens) keep theirs. It has neither parameters nor buffers,
-    so the names in the state dict do not change.
-
-    Args:
-        inner: the activation function.
-        neurons: hidden units, distinct.
-        patches: of the encoder; the register token stands right before them.
-    """
-
-    def __init__(self, inner: nn.Module, neurons: Sequence[int], patches: PatchSpan) -> None:
-        super().__init__()
-        self.inner, self.neurons, self.patches = inner, tuple(neurons), patches
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, N, M] -> [B, N, M]."""
-        z = self.inner(hidden_states)
-        index = torch.tensor(self.neurons, device=z.device)
-        units = z.index_select(-1, index)  # [B, N, k]
-        peak = units.gather(1, units.abs().argmax(1, keepdim=True))
-        lead, end = self.patches.lead, units.shape[1] - self.patches.trail
-        clean = torch.zeros_like(units[:, lead + 1 : end])
-        return z.index_copy(-1, index, torch.cat((units[:, :lead], peak, clean, units[:, end:]), 1))
-
-    def extra_repr(self) -> str:
-        return f"neurons={list(self.neurons)}, register={self.patches.lead}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +158,7 @@ def _output_norms(tower: Tower, batches: Sequence[Batch], progress: bool) -> lis
         def seen(module: nn.Module, args: Any, output: Any) -> None:
             x = cast("Any", output[0] if isinstance(output, tuple) else output)
             ignored = ~padding.valid(x.shape[0], x.shape[1], x.device)
-            ignored |= ~tower.patches.mask(x.shape[1], x.device)
+            ignored |= ~tower.patches_at(block).mask(x.shape[1], x.device)
             norms[block].append(x.float().norm(dim=-1).masked_fill(ignored, -1.0).cpu())
 
         return seen
@@ -255,7 +226,7 @@ def set_register_neurons(model: nn.Module, neurons: Neurons | None) -> None:
                     setattr(parent, name, child.inner)
     for block, units in chosen.items():
         mlp, name = _activation(tower, block)
-        setattr(mlp, name, RegisterNeuronActivation(mlp.get_submodule(name), units, tower.patches))
+        setattr(mlp, name, RegisterNeuronActivation(mlp.get_submodule(name), units, tower.patches_at(block)))
     runtime.extra_token = bool(chosen)
 
 
@@ -372,7 +343,7 @@ def _check_plain_mlp(tower: Tower) -> None:
 
 
 def _check_token(tower: Tower) -> None:
-    name = type(tower.module).__name__
+    name, kv = type(tower.module).__name__, "Use zero_register_neurons (variant 'kv')."
     require(
         not tower.is_backbone,
         f"{name} reshapes every hidden state to the patch grid, where a test-time register token has no place. Use the model "
@@ -380,13 +351,15 @@ def _check_token(tower: Tower) -> None:
     )
     require(
         not tower.family.packed,
-        f"{name} packs the patches of all images into one sequence, where a test-time register token has no place. Use "
-        "zero_register_neurons (variant 'kv').",
+        f"{name} packs the patches of all images into one sequence, where a test-time register token has no place. {kv}",
+    )
+    require(
+        not tower.num_queries,
+        f"{name} reads all tokens behind its queries as patches, where a test-time register token has no place. {kv}",
     )
     require(
         not tower.family.adds_positions(tower.config),
-        f"{name} adds position embeddings of all tokens between its blocks, where a test-time register token has none. Use "
-        "zero_register_neurons (variant 'kv').",
+        f"{name} adds position embeddings of all tokens between its blocks, and a test-time register token has none. {kv}",
     )
     require(
         not tower.family.always_mask,

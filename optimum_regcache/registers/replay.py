@@ -151,10 +151,11 @@ class TokenSample:
         model: model or tower, prepared.
         batches: images.
         limit: largest number of tokens in all; None for all tokens.
+        block: whose tokens they are.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None) -> None:
-        self.span = prepare_tower(model).patches
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None, block: int = 0) -> None:
+        self.span = prepare_tower(model).patches_at(block)
         images = count_images(batches)
         self.per_image = None if limit is None else max(limit // images, self.span.protected + 1)
         self.padding, self._first = PaddingMask(), 0
@@ -199,7 +200,7 @@ def capture_inputs(
         name -> float32 [tokens, in].
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    sample = TokenSample(model, batches, limit)
+    sample = TokenSample(model, batches, limit, known.block)
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -78,6 +78,7 @@ class TowerRuntime:
             hidden states or attention weights is served in this way too, unless ``deletion.fill`` is ``none``.
         patch_size: pixels (h, w) of a patch, None if the input is already patchified.
         num_blocks: blocks of the tower.
+        joining: the block at which queries join before all other tokens, and their number.
         first_block: holds the rotation of the residual stream, if there is one.
         replay: recorded block inputs, while a search measures later blocks only.
     """
@@ -87,7 +88,8 @@ class TowerRuntime:
         self.hooks: list[RemovableHandle] = []
         self.num_copies: dict[int, float] = {}
         self.extra_token = False
-        self._patches = tower.patches
+        self._spans = tuple(tower.patches_at(b) for b in range(len(tower.blocks)))
+        self.joining = tower.first_with_queries, tower.num_queries
         self.keep_positions = tower.keeps_places
         self.num_blocks = len(tower.blocks)
         self._rows_of = (self.num_blocks, tower.num_heads, tower.head_dim)
@@ -103,14 +105,29 @@ class TowerRuntime:
         """The pass under way in this thread."""
         return self._traced if torch.compiler.is_compiling() else self._eager
 
-    @property
-    def patches(self) -> PatchSpan:
-        """Which tokens are patches inside the blocks; the others are never deleted."""
-        return replace(self._patches, lead=self._leading + int(self.extra_token))
+    def patches_at(self, block: int) -> PatchSpan:
+        """Which tokens are patches in a block; the others are never deleted."""
+        span = self._spans[block]
+        return replace(span, lead=span.lead + int(self.extra_token))
 
     @property
     def _leading(self) -> int:
-        return self._patches.lead
+        return self._spans[0].lead
+
+    @property
+    def _deleted_from(self) -> PatchSpan:
+        """The patches at the block of the deletion."""
+        return self.patches_at(0 if self.deletion.block is None else self.deletion.block)
+
+    def join(self, block: int) -> None:
+        """Before ``block``: what was deleted moves on by the queries that join here."""
+        first, count = self.joining
+        state = self.current
+        if block != first or not count or state.selection is None:
+            return
+        state.selection = D.moved_on(state.selection, count, self.patches_at(block))
+        if state.valid is not None:
+            state.valid = torch.nn.functional.pad(state.valid, (count, 0), value=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_eager", "_traced", "_accepted")}
@@ -161,7 +178,7 @@ class TowerRuntime:
         ``native``: by the C++ operator where it applies.
         """
         batch, tokens, _ = hidden.shape
-        config, span, state = self.deletion, self.patches, self.current
+        config, span, state = self.deletion, self._deleted_from, self.current
         masked = self._masked()
         simple = not masked and attention_mask is None and config.score == "linf" and rotation is None
         if native and simple and config.action == "delete" and not span.trail:
@@ -187,7 +204,7 @@ class TowerRuntime:
 
     def _check_size(self, tokens: int) -> None:
         """Raise ``ValueError`` where ``tokens`` are too few for the deletion."""
-        count, patches = self.deletion.count, self.patches.count(tokens)
+        count, patches = self.deletion.count, self._deleted_from.count(tokens)
         if patches < 2 * count:
             raise ValueError(
                 f"deletion.count={count} would remove more than half of the {patches} patch tokens of this input. Use larger "
@@ -196,7 +213,7 @@ class TowerRuntime:
 
     def _select(self, states: torch.Tensor, valid: torch.Tensor, stay: bool) -> D.Selection:
         """The outlier tokens by ``states`` [B, N, D]; ``stay``: they keep their place."""
-        config, span, tokens = self.deletion, self.patches, states.shape[1]
+        config, span, tokens = self.deletion, self._deleted_from, states.shape[1]
         self._check_size(tokens)
         patch = span.mask(tokens, states.device)
         dropped = D.choose_dropped(D.outlier_scores(states, valid & patch, config.score), valid | ~patch, config)

@@ -165,6 +165,11 @@ def _check_rotatable(tower: Tower) -> None:
             f"{type(tower.module).__name__} returns the hidden states between its blocks as feature maps, which a rotation of "
             "the residual stream would turn. Use the model class instead of the backbone, or rotation=False."
         )
+    if tower.num_queries:
+        raise ValueError(
+            f"{type(tower.module).__name__} adds its queries at a later block, which a rotation of the residual stream does "
+            "not turn. Use rotation=False."
+        )
     if tower.family.adds_positions(tower.config):
         raise ValueError(
             f"{type(tower.module).__name__} adds position embeddings between its blocks, which a rotation of the residual "

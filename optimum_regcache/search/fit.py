@@ -371,7 +371,7 @@ def smallest_patch_count(runner: TrialRunner, batch: Batch) -> int:
             tower.module(pixel_values=batch["pixel_values"][:1].to(next(tower.module.parameters())))
     finally:
         handle.remove()
-    return tower.patches.count(seen[0])
+    return tower.patches_at(0).count(seen[0])
 
 
 def install_setup(

@@ -224,7 +224,7 @@ def mine_tokens(  # noqa: PLR0913 (exported: every way to rank tokens has its na
             for block in blocks:
                 state = recorder.inputs[block]
                 valid = padding.valid(state.shape[0], state.shape[1], state.device)
-                valid = valid & tower.patches.mask(state.shape[1], state.device)
+                valid = valid & tower.patches_at(block).mask(state.shape[1], state.device)
                 norms = state.abs().amax(-1).float() if score_site == "block_input" else recorder.fc2[block]
                 found = _top_of_batch(recorder, block, norms.masked_fill(~valid, -1.0), top, seen, generator)
                 best[block] = found if block not in best else _merge(best[block], found, top)

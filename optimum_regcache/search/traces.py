@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.parts import CALIBRATION_OUTLIER_RATIO
-from optimum_regcache.encoders.passes import Batch, PaddingMask, patch_span, run_tower
+from optimum_regcache.encoders.passes import Batch, PaddingMask, run_tower
 from optimum_regcache.encoders.tower import Tower, find_tower
+from optimum_regcache.encoders.visiting import patch_span
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.search.mining import TokenRecorder
@@ -79,7 +80,7 @@ class _Watcher:
 
     def __init__(self, tower: Tower, padding: PaddingMask) -> None:
         self.tower, self.padding, self.trace = tower, padding, Trace()
-        self.span, self.last = patch_span(tower), len(tower.blocks) - 1
+        self.spans, self.last = [patch_span(tower, b) for b in range(len(tower.blocks))], len(tower.blocks) - 1
         self.inputs: dict[int, torch.Tensor] = {}
         self.handles: list[Any] = []
         for index, block in enumerate(tower.blocks):
@@ -109,10 +110,10 @@ class _Watcher:
             valid = self.padding.valid(norms.shape[0], norms.shape[1], norms.device)
             require_numbers(norms[valid], f"block {index}")
             norms = norms.masked_fill(~valid, torch.nan)
-            norms = norms[:, (self.tower.patches if at_end else self.span).positions].cpu()
+            norms = norms[:, (self.tower.patches if at_end else self.spans[index]).positions].cpu()
             deletion: Any = getattr(runtime, "deletion", DeletionConfig())
             if deletion.active and index == deletion.block:
-                self.trace.dropped.append(runtime.current.chosen[:, self.span.positions].cpu())
+                self.trace.dropped.append(runtime.current.chosen[:, self.spans[index].positions].cpu())
             gone = deletion.active and index >= deletion.block and deletion.action != "replace"
             if gone and self.trace.dropped[-1].shape == norms.shape:  # they stay in place, or were filled in
                 norms = norms.masked_fill(self.trace.dropped[-1], torch.nan)
@@ -252,7 +253,7 @@ def compare_rows(
                     continue
                 scores = watcher.inputs[start] if score_site == "block_input" else recorder.fc2[start]
                 valid = padding.valid(scores.shape[0], scores.shape[1], scores.device)
-                valid = valid & watcher.span.mask(scores.shape[1], scores.device)
+                valid = valid & watcher.spans[start].mask(scores.shape[1], scores.device)
                 scores = scores.masked_fill(~valid, torch.nan)
                 found = torch.stack([_outliers(watcher.trace.norms[b][-1]).any(1) for b in blocks]).any(0)
                 image = found.nonzero().flatten().to(scores.device)

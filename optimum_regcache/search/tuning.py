@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from optimum_regcache.config import DeletionConfig
 from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
-from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features, patch_span
+from optimum_regcache.encoders.passes import Batch, batch_sizes, image_features
 from optimum_regcache.encoders.tower import find_tower
+from optimum_regcache.encoders.visiting import patch_span
 from optimum_regcache.evaluation.objective import CosineObjective, Objective
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.registers.replay import Recorded, lending, replaying
@@ -255,7 +256,7 @@ class _Tuning:
             return
         tower = find_tower(model)
         block = self.start.blocks[0] if self.deletion.block is None else self.deletion.block
-        places = patch_span(tower).positions
+        places = patch_span(tower, block).positions
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import YolosConfig, YolosForObjectDetection
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
@@ -82,9 +83,16 @@ def _embeddings(mine: Any, tower: Any, pixels: torch.Tensor) -> None:
     mine.patch_embeddings.projection.weight.copy_(normed(kernel).movedim(-1, 0))
     mine.patch_embeddings.projection.bias.zero_()
     places = theirs.position_embedding.weight
-    mine.position_embeddings[0, : len(places)] = normed(places) + norm.bias
+    known = normed(places) + norm.bias
+    mine.position_embeddings[0, : len(places)] = known
     mine.cls_token.copy_(normed(theirs.class_embedding))
-    mine.detection_tokens.normal_(std=float(mine.position_embeddings[0, : len(places)].std()))
+    # detection tokens begin as average patches, spread over the picture: each looks around its own place from the start
+    side, count = scenes.SIZE // theirs.patch_size, mine.detection_tokens.shape[1]
+    grid = known[1:].T.reshape(1, -1, side, side)
+    rows = int(count**0.5)
+    spread = F.interpolate(grid, (rows, -(-count // rows)), mode="bilinear")
+    mine.position_embeddings[0, len(places) :] = spread.flatten(2)[0].T[:count]
+    mine.detection_tokens.copy_(normed(theirs.patch_embedding(pixels).flatten(2).mean((0, 2))))
 
 
 class DetectionTask:
