@@ -20,6 +20,7 @@ from optimum_regcache import RegCacheConfig
 from optimum_regcache.calibration.calibrate import calibrate
 from optimum_regcache.calibration.observers import FocusObserver
 from optimum_regcache.config import AttentionConfig
+from optimum_regcache.encoders.tower import PatchSpan
 from optimum_regcache.hub.structure import check_ranges
 from optimum_regcache.layers.attention import AttentionProducts, Operand, attention_products
 from optimum_regcache.math.nonuniform import focused_unit, uniform_unit
@@ -119,7 +120,7 @@ def test_calibration_takes_the_least_error_of_the_product() -> None:
     a = (torch.randn(20, 2, 33, 33, generator=generator) / 2 + 4 * torch.eye(33)).softmax(-1)
     v = torch.randn(20, 2, 33, 5, generator=generator)
     v[..., 0] += 4.0  # of what all values share, the many small probabilities carry most
-    observer, halves = FocusObserver(DFQ, 0), FocusObserver(DFQ, 0)
+    observer, halves = FocusObserver(DFQ, PatchSpan(0)), FocusObserver(DFQ, PatchSpan(0))
     valid = torch.ones(20, 33, dtype=torch.bool)
     valid[:, -2:] = False
     observer.update(a, v, valid)
@@ -138,8 +139,8 @@ def test_calibration_takes_the_least_error_of_the_product() -> None:
     assert float(low) == 0.0
     assert torch.equal(halves.qparams()[0], high)
     with pytest.raises(ValueError, match="The observer has seen no activation"):
-        FocusObserver(DFQ, 0).qparams()
-    observer = FocusObserver(DFQ, 0)
+        FocusObserver(DFQ, PatchSpan(0)).qparams()
+    observer = FocusObserver(DFQ, PatchSpan(0))
     observer.update(a, torch.full_like(v, float("nan")), valid)
     with pytest.raises(ValueError, match="An activation is not finite"):
         observer.qparams()
@@ -152,7 +153,7 @@ def test_leading_tokens_count_as_much_as_all_patches() -> None:
     a, v = logits.softmax(-1), torch.randn(4, 2, 33, 5, generator=generator) + 1.0
     found = []
     for lead in (0, 1):
-        observer = FocusObserver(DFQ, lead)
+        observer = FocusObserver(DFQ, PatchSpan(lead))
         observer.update(a, v, torch.ones(4, 33, dtype=torch.bool))
         found.append(float(observer.qparams()[0]))
 

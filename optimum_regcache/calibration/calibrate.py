@@ -12,8 +12,9 @@ from torch import nn
 from optimum_regcache.calibration.observers import FocusObserver, ProbabilityObserver, make_observer
 from optimum_regcache.config import ActivationsConfig, AttentionConfig, RegCacheConfig
 from optimum_regcache.encoders.outputs import class_logits
-from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features, leading_tokens
-from optimum_regcache.encoders.tower import find_tower, has_classifier
+from optimum_regcache.encoders.passes import Batch, PaddingMask, image_features
+from optimum_regcache.encoders.tower import PatchSpan, find_tower, has_classifier
+from optimum_regcache.encoders.visiting import patch_span
 from optimum_regcache.layers.attention import AttentionProducts, attention_products, install_products
 from optimum_regcache.layers.install import config_sites, site_activations
 from optimum_regcache.math.hadamard import block_hadamard, block_order
@@ -74,8 +75,10 @@ class _OperandTap:
 class _FocusTap:
     """The same for probabilities of the form ``dfq``, which are judged together with the values they meet."""
 
-    def __init__(self, products: AttentionProducts, config: AttentionConfig, lead: int, padding: PaddingMask) -> None:
-        self.padding, self.observer = padding, FocusObserver(config, lead)
+    def __init__(
+        self, products: AttentionProducts, config: AttentionConfig, patches: PatchSpan, padding: PaddingMask
+    ) -> None:
+        self.padding, self.observer = padding, FocusObserver(config, patches)
         self.values: torch.Tensor | None = None
         products.value.register_forward_pre_hook(self._keep)  # goes with the products
 
@@ -137,13 +140,12 @@ def calibrate(
     if config.attention.quantize:
         install_products(float_model, config.attention, bypass=True)
         tower = find_tower(float_model)
-        heads, lead = tower.num_heads, leading_tokens(tower)
-        skipped = [tower.attention(block).products for block in range(first)]
+        spans = {tower.attention(b).products: patch_span(tower, b) for b in range(first, len(tower.blocks))}
         for name, products in attention_products(float_model):
-            for role, _ in products.operands() if products not in skipped else ():
+            for role, _ in products.operands() if products in spans else ():
                 focused = role == "probabilities" and config.attention.probabilities == "dfq"
-                tap = _FocusTap(products, config.attention, lead, padding) if focused else None
-                watch(f"{name}.{role}", tap or _OperandTap(role, config.attention, heads, padding))
+                tap = _FocusTap(products, config.attention, spans[products], padding) if focused else None
+                watch(f"{name}.{role}", tap or _OperandTap(role, config.attention, tower.num_heads, padding))
     try:
         if taps:
             with nullcontext() if known is None else replaying(float_model, known.block, known.states):

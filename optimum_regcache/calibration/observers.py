@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from optimum_regcache.config import ActivationsConfig, AttentionConfig
+from optimum_regcache.encoders.tower import PatchSpan
 from optimum_regcache.math import uniform
 from optimum_regcache.math.nonuniform import focus_ends, focused_unit, quantize_probabilities
 
@@ -252,18 +253,18 @@ def _shares(valid: torch.Tensor) -> torch.Tensor:
 class FocusObserver:
     """Interval [0, b2] of `dfq` probabilities with the least squared error of the product AV (docs/method.md 11.14).
 
-    b2 is one of `focus_ends`; the first 16 images decide. Leading tokens, which carry the output, count together as much as all
-    patches.
+    b2 is one of `focus_ends`; the first 16 images decide. The tokens that are no patches, which carry the output, count
+    together as much as all patches.
 
     Args:
         config: bits.
-        lead: number of leading tokens.
+        patches: which tokens are patches.
     """
 
     IMAGES = 16
 
-    def __init__(self, config: AttentionConfig, lead: int) -> None:
-        self.config, self.lead, self._images = config, lead, 0
+    def __init__(self, config: AttentionConfig, patches: PatchSpan) -> None:
+        self.config, self.patches, self._images = config, patches, 0
         self._ends = focus_ends()
         self._errors = torch.zeros(len(self._ends), dtype=torch.float64)
 
@@ -280,7 +281,8 @@ class FocusObserver:
             return
         self._images += count
         a, v = probabilities[:count].float(), values[:count].float()
-        weights = torch.cat([_shares(valid[:count, : self.lead]), _shares(valid[:count, self.lead :])], 1)
+        patches = self.patches.mask(valid.shape[1], valid.device)
+        weights = _shares(valid[:count] & patches) + _shares(valid[:count] & ~patches)
         for place, end in enumerate(self._ends):
             error = (focused_unit(a, 0.0, end, self.config.bits) - a) @ v
             self._errors[place] += float((error.pow(2).sum((1, 3)) * weights).sum(dtype=torch.float64))

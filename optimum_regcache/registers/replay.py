@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -126,12 +126,13 @@ def _finished_selection(runtime: TowerRuntime, known: Recorded, hidden: torch.Te
         return None
     if dropped is None:
         return None
+    span = runtime.patches_at(known.block)
     if runtime.extra_token:  # it has left
-        place = runtime.num_prefix_tokens - 1
-        dropped = torch.cat((dropped[:, :place], dropped[:, place + 1 :]), 1)
+        span = replace(span, lead=span.lead - 1)
+        dropped = torch.cat((dropped[:, : span.lead], dropped[:, span.lead + 1 :]), 1)
     stays = hidden.shape[1] == dropped.shape[1]
     kept = None if stays else kept_positions(dropped, count)
-    return Selection(dropped, kept, count, None, runtime.num_prefix_tokens)
+    return Selection(dropped, kept, count, None, span)
 
 
 def walk_blocks(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Recorded]:

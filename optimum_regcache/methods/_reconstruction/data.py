@@ -137,7 +137,7 @@ def _state_rows(state: BlockInput, rows: list[int]) -> BlockInput:
     if s is not None:
         kept = None if s.kept is None else s.kept[index]
         grid = s.grid[index.to(s.grid.device)] if isinstance(s.grid, torch.Tensor) else s.grid
-        selection = Selection(s.dropped[index], kept, s.count, grid, s.num_prefix_tokens)
+        selection = Selection(s.dropped[index], kept, s.count, grid, s.patches)
     return BlockInput(state.hidden[index], selection, None if state.valid is None else state.valid[index])
 
 
@@ -150,6 +150,6 @@ def _joined(states: Sequence[BlockInput]) -> BlockInput:
         grid = one.grid
         if isinstance(grid, torch.Tensor):
             grid = torch.cat([s.grid for s in several if isinstance(s.grid, torch.Tensor)])
-        selection = Selection(torch.cat([s.dropped for s in several]), kept, one.count, grid, one.num_prefix_tokens)
+        selection = Selection(torch.cat([s.dropped for s in several]), kept, one.count, grid, one.patches)
     valid = None if first.valid is None else torch.cat([s.valid for s in states if s.valid is not None])
     return BlockInput(torch.cat([s.hidden for s in states]), selection, valid)
