@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, num_images
-from optimum_regcache.registers.deletion import Selection, gather_tokens
+from optimum_regcache.registers.deletion import Selection, gather_tokens, moved_on
 from optimum_regcache.registers.state import BlockInput
 
 _JUDGES = 8  # one image in so many judges and does not train
@@ -111,17 +112,28 @@ def common_tokens(
         ours, theirs: behind the same block.
         padding: bool [B, N], true where a token is an image's own; None where there is no padding.
     """
-    hidden, selection = theirs.hidden, ours.selection
+    hidden, selection, other = theirs.hidden, _behind_joined(ours), _behind_joined(theirs)
     if padding is not None and (hidden.ndim != 3 or padding.shape[0] != len(hidden)):
         padding = None
-    if selection is None or theirs.selection is None:
+    if selection is None or other is None:
         return hidden, padding if padding is None or padding.shape[1] == hidden.shape[1] else None
-    there = ~theirs.selection.dropped
+    there = ~other.dropped
     counts = there if padding is None or padding.shape != there.shape else there & padding
     if selection.kept is None:
         return hidden, counts & ~selection.dropped
     places = there.long().cumsum(1).sub(1).clamp(min=0).gather(1, selection.kept)
     return gather_tokens(hidden, places), counts.gather(1, selection.kept)
+
+
+def _behind_joined(state: BlockInput) -> Selection | None:
+    """The selection of ``state``, moved on by the queries that have joined before the tokens it was made of."""
+    selection = state.selection
+    if selection is None:
+        return None
+    places = selection.dropped if selection.kept is None else selection.kept
+    joined = state.hidden.shape[1] - places.shape[1]
+    span = selection.patches
+    return selection if joined == 0 else moved_on(selection, joined, replace(span, lead=span.lead + joined))
 
 
 def _rows(batch: Batch, rows: list[int]) -> Batch:
