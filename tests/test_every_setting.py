@@ -253,9 +253,9 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         "ranks": [changes([2], {**W4, "parameters": {"search_iterations": 2000, "drop_path": 0.2}})],
         "search_iterations": [changes(9, W4), unread(9, {**W4, "parameters": {"ranks": [4], "drop_path": 0.2}})],
         "drop_path": [changes(0.9, W4), unread(0.9, {**W4, "parameters": {"ranks": [4], "search_iterations": 2000}})],
-        "first_fraction": [changes(1.0, W4)],
+        "first_fraction": [changes(1.0, {**W4, "data.calibration_fraction": 0.75})],
         "iterations": [changes(3, W4)],
-        "batch": [changes(1, W4)],
+        "batch": [changes(1, {**W4, "data.calibration_fraction": 0.75})],
         "learning_rate": [changes(0.1, W4)],
         "scale_learning_rate": [changes(0.1, W4), unread(0.1, with_(W4, activations__mode="dynamic"))],
         "seed": [changes(1, W4)],
@@ -289,7 +289,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "test_time_registers": {"top_k": 2},
     **{name: {"iterations": 2, "batch": 2, "learning_rate": 0.01} for name in ("reconstruction", "light", "glf_q")},
     "norm_tuning": {"iterations": 3, "batch": 1, "learning_rate": 0.02},
-    "aiqvit": {"ranks": [2, 8], "search_iterations": 2, "iterations": 2, "batch": 2, "learning_rate": 0.01},
+    "aiqvit": {"ranks": [2, 8], "search_iterations": 2, "iterations": 4, "batch": 2, "learning_rate": 0.003},
 }
 
 
