@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
@@ -183,12 +184,11 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scenes.load_shapes(split, count).to_parquet(folder / "data" / f"{side}.parquet")
     items = list(ImageInputs(scenes.load_shapes("search", 4), processor))
     config_8 = RegCacheConfig.from_preset("w8a8").replace(registers={"mode": "none"})
-    quantized = RegCacheQuantizer(model).quantize(
-        quantization_config=config_8, calibration_dataset=items, progress=False
-    )
-    for name, saved in (("float", model), ("w8a8", quantized)):
-        saved.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    quantizer = RegCacheQuantizer(model, processor)
+    quantized = quantizer.quantize(quantization_config=config_8, calibration_dataset=items, progress=False)
+    model.save_pretrained(folder / "float")
+    quantizer.save(quantized, folder / "w8a8")
+    processor.save_pretrained(folder / "float")
     return folder
 
 
@@ -264,3 +264,18 @@ def test_options_without_the_task(detector: Path, tmp_path: Path) -> None:
     subject = Subject(str(detector / "float"), dataset=str(detector / "data"), columns=Columns(box_format="corners"))
     with pytest.raises(ValueError, match="--box-format has no effect without --task detection"):
         evaluate_job(subject, RECIPE, tmp_path / "r.json")
+
+
+def test_card_and_pipeline(detector: Path) -> None:
+    card: Any = ModelCard.load(detector / "w8a8" / "README.md")
+    assert card.data.pipeline_tag == "object-detection"
+    assert "AutoModelForObjectDetection.from_pretrained(" in card.text
+    detect = hf.pipeline(
+        "object-detection",
+        str(detector / "w8a8"),
+        image_processor=YolosImageProcessorPil.from_pretrained(detector / "float"),
+    )
+    picture = scenes.render_shapes("report", 0).image
+    found = detect(picture, threshold=0.0)
+    assert len(found) == 4
+    assert {f["label"] for f in found} <= set(scenes.SHAPES)

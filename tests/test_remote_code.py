@@ -108,6 +108,7 @@ def test_what_the_config_names() -> None:
         "AutoModelForImageClassification": "modeling_regcache.CLIPForImageClassification",
         "AutoModelForZeroShotImageClassification": "modeling_regcache.CLIPModel",
     }
+    assert auto_map(hf.YolosConfig())["AutoModelForObjectDetection"] == "modeling_regcache.YolosForObjectDetection"
     assert auto_map(hf.CLIPVisionConfig()) == {"AutoModel": "modeling_regcache.CLIPVisionModel"}
 
 

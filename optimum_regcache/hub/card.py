@@ -14,7 +14,7 @@ from optimum_regcache.config import PRESETS, RegCacheConfig
 from optimum_regcache.config.recipe import LOCAL
 from optimum_regcache.config.validation import is_mapping
 from optimum_regcache.data import reference
-from optimum_regcache.encoders.tower import has_classifier
+from optimum_regcache.encoders.tower import has_boxes, has_classifier
 from optimum_regcache.hub.remote_code import SHIM
 
 CARD = "README.md"
@@ -22,6 +22,8 @@ _METRICS = {"accuracy": "top-1 accuracy", "cosine_similarity": "mean cosine to t
 _TASKS = {
     "zero-shot-image-classification": "AutoModel",
     "image-classification": "AutoModelForImageClassification",
+    "object-detection": "AutoModelForObjectDetection",
+    "image-segmentation": "AutoModelForUniversalSegmentation",
     "image-feature-extraction": "AutoModel",
 }
 
@@ -55,6 +57,10 @@ def pipeline_tag(model: Any) -> str:
     """The task that the Hub lists the model under."""
     if hasattr(model, "get_text_features"):
         return "zero-shot-image-classification"
+    if has_boxes(model):
+        return "object-detection"
+    if type(model).__name__.endswith("ForUniversalSegmentation"):
+        return "image-segmentation"
     return "image-classification" if has_classifier(model) else "image-feature-extraction"
 
 

@@ -16,6 +16,8 @@ _MAPPINGS = {
     "AutoModel": transformers.MODEL_MAPPING,
     "AutoModelForImageClassification": transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     "AutoModelForZeroShotImageClassification": transformers.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    "AutoModelForObjectDetection": transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    "AutoModelForUniversalSegmentation": transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
     "AutoModelForImageTextToText": transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "AutoBackbone": transformers.MODEL_FOR_BACKBONE_MAPPING,
 }
