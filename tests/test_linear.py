@@ -50,6 +50,31 @@ def test_onednn_computes_the_same_to_rounding(products, shape, biased):
         torch.testing.assert_close(linear(strided, weight, bias if biased else None), found)
 
 
+@pytest.mark.skipif(not module._USABLE, reason="this PyTorch has no oneDNN beside MKL")
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 7, 24)])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "all"])
+def test_gradients_inside_the_block_are_those_of_pytorch(products, shape, wanted):
+    names = ("x", "weight", "bias")
+    plain = [t.requires_grad_(wanted in (name, "all")) for name, t in zip(names, _operands(shape), strict=True)]
+    leaves = [t for t in plain if t.requires_grad]
+    expected = torch.autograd.grad(F.linear(*plain).sin().sum(), leaves)
+    with fast_linears():
+        found = torch.autograd.grad(F.linear(*plain).sin().sum(), leaves)
+        simulated = torch.autograd.grad(linear(*plain).sum(), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(simulated, torch.autograd.grad(F.linear(*plain).sum(), leaves), rtol=1e-4, atol=1e-5)
+    assert len(products) == 2 * (1 + len([t for t in leaves if t is not plain[2]]))
+
+
+@pytest.mark.skipif(not module._USABLE, reason="this PyTorch has no oneDNN beside MKL")
+def test_second_derivatives_are_refused() -> None:
+    x, weight, _ = _operands()
+    with fast_linears():
+        y = F.linear(x.requires_grad_(), weight).sin().sum()
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(y, x, create_graph=True)
+
+
 def test_autograd_other_dtypes_empty_inputs_and_subclasses_are_left_to_pytorch(products):
     x, weight, bias = _operands()
     weight.requires_grad_()

@@ -15,36 +15,64 @@ _USABLE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_availab
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear(x, weight, bias)``, x [..., in] -> [..., out]; by oneDNN where that computes it: float32 on the CPU,
-    without autograd and tracing."""
-    suits = (
+    """``F.linear(x, weight, bias)``, x [..., in] -> [..., out]; by oneDNN where that computes it: float32 on the CPU, without
+    tracing, and with autograd only inside `fast_linears`."""
+    if torch.is_grad_enabled() or not _suits(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    return (
         _USABLE
         and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and type(x) is torch.Tensor
         and x.numel() > 0
     )
-    if not suits or (bias is not None and bias.dtype != torch.float32):
-        return F.linear(x, weight, bias)
-    return _onednn(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+class _Trained(torch.autograd.Function):
+    """`_onednn` with gradients of first order, which oneDNN computes too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("A second derivative through our own passes: oneDNN has none.")
+        x, weight = ctx.saved_tensors
+        needed, gradient = ctx.needs_input_grad, gradients[0].contiguous()
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _onednn(gradient, weight.T.contiguous(), None) if needed[0] else None,
+            _onednn(rows.T.contiguous(), x.reshape(len(rows), -1).T.contiguous(), None) if needed[1] else None,
+            rows.sum(0) if needed[2] else None,
+        )
+
+
 class _FastLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs:
-            return linear(*args)
-        return func(*args, **(kwargs or {}))
+        if func is not F.linear or kwargs or not _suits(*args):
+            return func(*args, **(kwargs or {}))
+        operands: Any = args if len(args) == 3 else (*args, None)
+        trained: Any = _Trained.apply
+        return trained(*operands) if torch.is_grad_enabled() else _onednn(*operands)
 
 
 @contextmanager
 def fast_linears() -> Generator[None, None, None]:
-    """Inside the ``with`` block, or the function it decorates, every ``F.linear`` is `linear`; no module changes."""
+    """Inside the ``with`` block, or the function it decorates, oneDNN computes every ``F.linear`` that it can, its gradients
+    too; no module changes."""
     with _FastLinears():
         yield
