@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from optimum_regcache.data import reference, scenes
-from reference_training.detection import START, DetectionTask, build_detector
+from reference_training.detection import START, START_SIZE, DetectionTask, build_detector
 from reference_training.recipes import RECIPES
 
 RECIPE = RECIPES["yolos-scenes"]
@@ -57,3 +57,12 @@ def test_targets_follow_mirrored_pictures(task: DetectionTask) -> None:
         torch.testing.assert_close(target["boxes"][:, 0], boxes[:, 0] if kept else 1 - boxes[:, 0])
     assert 0 < mirrored < 24
     assert torch.isfinite(torch.tensor(task.score(build_detector(RECIPE, 0, task.development[:8]))))
+
+
+def test_boxes_begin_at_the_places_of_their_tokens(task: DetectionTask) -> None:
+    with torch.no_grad():
+        boxes = build_detector(RECIPE, 0, task.development)(task.development[:32]).pred_boxes.mean(0)
+    number = torch.arange(RECIPE.detection_tokens)
+    places = torch.stack(((number % 5 + 0.5) / 5, (number // 5 + 0.5) / 4), 1)
+    assert (boxes[:, :2] - places).abs().max() < 0.1
+    torch.testing.assert_close(boxes[:, 2:], torch.full((20, 2), START_SIZE), rtol=0, atol=0.02)

@@ -164,6 +164,7 @@ def test_a_step_of_the_induction_trains_gates_and_collects_registers(kind: str) 
 
 
 def test_recipes_name_what_is_shipped() -> None:
-    assert set(RECIPES) == {"clip-scenes", "clip-scenes-induced", "siglip-scenes-induced"}
+    encoders = {"clip-scenes", "clip-scenes-induced", "siglip-scenes-induced"}
+    assert set(RECIPES) == {*encoders, "yolos-scenes"}  # the detector is not shipped
     control, induced = RECIPES["clip-scenes"], RECIPES["clip-scenes-induced"]
     assert replace(induced, induction=None) == control  # the control is the same encoder before the induction

@@ -16,6 +16,7 @@ from reference_training.recipes import TrainingRecipe
 
 DEVELOPMENT_IMAGES = 256
 START = "clip-scenes-induced"
+START_SIZE = 0.3  # side of the boxes that it starts with
 _PARTS = {
     "self_attn.q_proj": "attention.attention.query",
     "self_attn.k_proj": "attention.attention.key",
@@ -68,6 +69,7 @@ def build_detector(recipe: TrainingRecipe, seed: int, pixels: torch.Tensor) -> A
                 state[name] = tower.get_parameter(f"encoder.layers.{i}.{there}.{kind}")
     model.vit.load_state_dict(state, strict=False)
     _embeddings(model.vit.embeddings, tower, pixels)
+    _boxes(model, pixels)
     return model
 
 
@@ -86,13 +88,40 @@ def _embeddings(mine: Any, tower: Any, pixels: torch.Tensor) -> None:
     known = normed(places) + norm.bias
     mine.position_embeddings[0, : len(places)] = known
     mine.cls_token.copy_(normed(theirs.class_embedding))
-    # detection tokens begin as average patches, spread over the picture: each looks around its own place from the start
+    # detection tokens begin as average patches, spread over the picture, and with a mark of their own that reaches the last
+    # block: each looks around its own place, and knows it
     side, count = scenes.SIZE // theirs.patch_size, mine.detection_tokens.shape[1]
-    grid = known[1:].T.reshape(1, -1, side, side)
-    rows = int(count**0.5)
-    spread = F.interpolate(grid, (rows, -(-count // rows)), mode="bilinear")
+    spread = F.interpolate(known[1:].T.reshape(1, -1, side, side), _grid(count), mode="bilinear")
     mine.position_embeddings[0, len(places) :] = spread.flatten(2)[0].T[:count]
-    mine.detection_tokens.copy_(normed(theirs.patch_embedding(pixels).flatten(2).mean((0, 2))))
+    average = normed(theirs.patch_embedding(pixels).flatten(2).mean((0, 2)))
+    mine.detection_tokens.copy_(average + torch.randn(mine.detection_tokens.shape))
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """Rows and columns of the places of ``count`` detection tokens."""
+    rows = int(count**0.5)
+    return rows, -(-count // rows)
+
+
+@torch.no_grad()
+def _boxes(model: Any, pixels: torch.Tensor) -> None:
+    """The box head begins with a box at the place of each detection token: its last layer is fitted by least squares."""
+    count = model.config.num_detection_tokens
+    rows, columns = _grid(count)
+    number = torch.arange(count)
+    centres = torch.stack(((number % columns + 0.5) / columns, (number // columns + 0.5) / rows), 1)
+    wanted = torch.cat((centres, torch.full((count, 2), START_SIZE)), 1).logit()
+    hidden = model.vit(pixels).last_hidden_state[:, -count:]
+    for layer in (*model.bbox_predictor.layers[:-1], *model.class_labels_classifier.layers[:-1]):
+        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    *first, last = model.bbox_predictor.layers
+    for layer in first:
+        hidden = layer(hidden).relu()
+    inputs = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0).double()
+    gram = inputs.T @ inputs + 1e-4 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(gram, inputs.T @ wanted.repeat(len(pixels), 1).double()).float()
+    last.weight.copy_(solution[:-1].T)
+    last.bias.copy_(solution[-1])
 
 
 class DetectionTask:

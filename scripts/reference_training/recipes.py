@@ -88,7 +88,7 @@ RECIPES = {
     ),
     "yolos-scenes": TrainingRecipe(
         "yolos",
-        base=BaseStage(steps=1400, batch_size=32, images=8192, lr=1e-3, muon_lr=1e-3, mlp_drop=0.0),
+        base=BaseStage(steps=4000, batch_size=32, images=16384, lr=1e-3, muon_lr=1e-3, mlp_drop=0.0),
         detection_tokens=20,
     ),
 }
