@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,6 +40,18 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+@once_differentiable
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needed, gradient = ctx.needs_input_grad, gradient.contiguous()
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    return (
+        _onednn(gradient, weight.T.contiguous(), None) if needed[0] else None,
+        _onednn(rows.T.contiguous(), x.reshape(len(rows), -1).T.contiguous(), None) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
+    )
+
+
 class _Trained(torch.autograd.Function):
     """`_onednn` with gradients of first order, which oneDNN computes too."""
 
@@ -47,18 +60,10 @@ class _Trained(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         return _onednn(x, weight, bias)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("A second derivative through our own passes: oneDNN has none.")
-        x, weight = ctx.saved_tensors
-        needed, gradient = ctx.needs_input_grad, gradients[0].contiguous()
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            _onednn(gradient, weight.T.contiguous(), None) if needed[0] else None,
-            _onednn(rows.T.contiguous(), x.reshape(len(rows), -1).T.contiguous(), None) if needed[1] else None,
-            rows.sum(0) if needed[2] else None,
-        )
+    backward: Any = staticmethod(_gradients)
+
+
+_trained = cast("Callable[..., torch.Tensor]", _Trained.apply)  # pyright: ignore[reportUnknownMemberType]
 
 
 class _FastLinears(TorchFunctionMode):
@@ -66,8 +71,7 @@ class _FastLinears(TorchFunctionMode):
         if func is not F.linear or kwargs or not _suits(*args):
             return func(*args, **(kwargs or {}))
         operands: Any = args if len(args) == 3 else (*args, None)
-        trained: Any = _Trained.apply
-        return trained(*operands) if torch.is_grad_enabled() else _onednn(*operands)
+        return _trained(*operands) if torch.is_grad_enabled() else _onednn(*operands)
 
 
 @contextmanager
