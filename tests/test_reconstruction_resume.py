@@ -12,14 +12,16 @@ import torch
 from models import TOWERS, random_cache
 from torch.nn import functional as F
 
-from optimum_regcache import RegCacheConfig
+from optimum_regcache import RegCacheConfig, RegCacheQuantizer
+from optimum_regcache.config.recipe import DataConfig, Recipe
+from optimum_regcache.encoders.passes import JoinedBatches, count_images
 from optimum_regcache.methods import quantize_with, resolve
 from optimum_regcache.methods._reconstruction import train
 
 CLIP = TOWERS["clip"]
 
 
-def reconstruct(folder: Path, images: int = 12, **parameters: Any) -> Any:
+def reconstruct(folder: Path | None, images: int = 12, more: int = 0, **parameters: Any) -> Any:
     method = {"name": "reconstruction", "iterations": 4, "batch": 4, **parameters}
     config = RegCacheConfig.from_preset("w4a4").replace(
         methods=[method],
@@ -28,7 +30,9 @@ def reconstruct(folder: Path, images: int = 12, **parameters: Any) -> Any:
         attention={"quantize": True, "bits": 4},
     )
     cache = random_cache((2, 3), num_copies=2.0)
-    return quantize_with(CLIP.build(), resolve(config), cache, [CLIP.inputs(2, images)], False, folder)
+    batches = [CLIP.inputs(2, images)]
+    training = JoinedBatches(batches, [CLIP.inputs(3, more)]) if more else ()
+    return quantize_with(CLIP.build(), resolve(config), cache, batches, False, folder, training)
 
 
 def files(folder: Path) -> list[Path]:
@@ -95,3 +99,27 @@ def test_a_restored_model_runs(tmp_path: Path) -> None:
     first, second = (CLIP.run(reconstruct(tmp_path).model).flatten(1) for _ in range(2))
     assert torch.equal(first, second)
     assert bool(F.cosine_similarity(first, second).isfinite().all())
+
+
+def test_more_images_train_and_the_scales_stay_those_of_calibration() -> None:
+    few, more = reconstruct(None, activation_scales=False), reconstruct(None, more=5, activation_scales=False)
+    name = "encoder.layers.0.mlp.fc1"
+    one, other = (result.model.get_submodule(name) for result in (few, more))
+    assert torch.equal(one.input_scale, other.input_scale)
+    assert not torch.equal(one.weight, other.weight)
+
+
+def test_quantize_trains_on_the_images_that_rank_and_on_none_that_confirm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    own = train.Reconstruction.__init__
+
+    def noted(self: Any, fit: Any, *args: Any, **kwargs: Any) -> None:
+        seen.extend([count_images(fit.batches), count_images(fit.training)])
+        own(self, fit, *args, **kwargs)
+
+    monkeypatch.setattr(train.Reconstruction, "__init__", noted)
+    data = DataConfig(num_samples=24, calibration_fraction=0.25, confirm_fraction=0.5, batch_size=4)
+    config = RegCacheConfig(registers={"mode": "none"}, methods=[{"name": "light", "iterations": 1, "batch": 2}])
+    images = [{"pixel_values": image} for image in CLIP.inputs(2, 24)["pixel_values"]]
+    RegCacheQuantizer(CLIP.build(), None).quantize(recipe=Recipe(config, data=data), calibration_dataset=images)
+    assert seen == [6, 15]

@@ -21,7 +21,7 @@ from optimum_regcache.data.images import ImageInputs
 from optimum_regcache.data.reading import store_batches
 from optimum_regcache.encoders.passes import count_images
 from optimum_regcache.encoders.tower import find_tower
-from optimum_regcache.methods import quantize_with
+from optimum_regcache.methods import ResolvedConfig, quantize_with
 from optimum_regcache.registers import RegisterCache
 from optimum_regcache.search.fit import FitResult, install_setup, search_config
 from optimum_regcache.search.plan import QuantizationPlan, space_of
@@ -106,10 +106,14 @@ def compare(
         notes += ["; ".join(told)] if told else []
     if any(row.name == "per token" for row in result.rows):
         notes.append("per token: dynamic scales, one per token; for comparison only, never what is saved")
-    if config.methods:
-        result.rows += _method_rows(source, plan, run, reporter, progress)
-        notes.append(f"{method_label(config)}: the methods; rows above without the name are round to nearest")
-    label, name = method_label(config), "RegCache" if installs(config) else "plain"
+    untrained = plan.resolved.untrained()
+    if untrained.config.methods:
+        result.rows += _method_rows(source, untrained, run, reporter, progress)
+        notes.append(f"{method_label(untrained.config)}: the methods; rows above without the name are round to nearest")
+    if len(untrained.methods) < len(plan.resolved.methods):
+        result.rows.append(_untrained_row(source, untrained, run, reporter, progress))
+        notes.append(f"{method_label(config)}: what is saved; nothing was trained for the rows above it")
+    name = "RegCache" if installs(config) else "plain"
     installed = fit.search.chosen.describe() if fit else f"registers {config.registers.mode}, as the recipe says"
     swapped = advice.swapped if advice is not None else None
     made = opened if swapped is None else run.quantized.model
@@ -133,7 +137,7 @@ def compare(
     if options.seeds > 1:
         result.seeds = _other_seeds(source, plan, reporter, opened, options.seeds, result.rows)
         notes.append(_describe_seeds(result.seeds, labels is not None))
-    named = {name, *(row.name for row in result.rows if row.name.startswith(f"{label}, "))}
+    named = {name, *(r.name for r in result.rows if r.name.startswith(f"{method_label(untrained.config)}, "))}
     worse = [row.name for row in result.rows if row.below_naive and row.name in named]
     if worse:
         notes.append(f"WORSE THAN ROUND TO NEAREST (naive): {', '.join(worse)}. Do not use these settings here.")
@@ -173,9 +177,9 @@ def _ablation(fit: FitResult) -> Iterator[_Variant]:
 
 
 def _method_rows(
-    source: Source, plan: QuantizationPlan, run: QuantizationRun, reporter: Reporter, progress: bool
+    source: Source, resolved: ResolvedConfig, run: QuantizationRun, reporter: Reporter, progress: bool
 ) -> list[Row]:
-    """The methods without registers, and under each half of what is installed."""
+    """The methods of ``resolved`` without registers, and under each half of what is installed."""
     config, fit, rows = run.quantized.config, run.fit, list[Row]()
     setups: list[_Variant] = []
     if installs(config) or fit is not None:
@@ -183,11 +187,22 @@ def _method_rows(
     if fit is not None:
         setups += _ablation(fit)
     for kind, setup, cache, deletion in setups:
-        installed = install_setup(plan.resolved, cache, deletion)
+        installed = install_setup(resolved, cache, deletion)
         result = quantize_with(source.model, installed, cache, run.calibration, progress)
-        name = f"{method_label(config)}, {kind}"
+        name = f"{method_label(resolved.config)}, {kind}"
         rows.append(reporter.model_row(name, result.model, result.float_model, setup.describe()))
     return rows
+
+
+def _untrained_row(
+    source: Source, untrained: ResolvedConfig, run: QuantizationRun, reporter: Reporter, progress: bool
+) -> Row:
+    """What is saved, without its methods that train."""
+    setup = run.fit.search.chosen if run.fit is not None else Setup()
+    installed = install_setup(untrained, run.cache, run.quantized.config.deletion, setup.refinement)
+    result = quantize_with(source.model, installed, run.cache, run.calibration, progress)
+    text = setup.describe() if run.fit is not None else f"registers {run.quantized.config.registers.mode}"
+    return reporter.model_row("without training", result.model, result.float_model, text)
 
 
 def _other_seeds(

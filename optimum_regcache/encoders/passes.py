@@ -91,6 +91,25 @@ class ImageRange(LazySequence[Batch]):
         return batch if end - first == num_images(batch) else _cut(batch, end, first)
 
 
+class JoinedBatches(LazySequence[Batch]):
+    """The batches of several sequences, one sequence after the other.
+
+    Attributes:
+        sizes: images of each batch.
+    """
+
+    def __init__(self, *parts: Sequence[Batch]) -> None:
+        self.sizes = [size for part in parts for size in batch_sizes(part)]
+        self._places = [(part, position) for part in parts for position in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def item(self, position: int) -> Batch:
+        part, index = self._places[position]
+        return part[index]
+
+
 def _cut(batch: Batch, end: int, first: int = 0) -> Batch:
     if "image_grid_thw" not in batch:
         return {name: rows[first:end] for name, rows in batch.items()}

@@ -32,6 +32,8 @@ class PipelineState:
         original: the caller's float model; nothing writes into it.
         model: float copy with registers and deletion installed; rewrites change it, later steps read it.
         batches: calibration images.
+        training: what methods that train learn from: the calibration images, and those that ranked configurations where the
+            caller has some.
         quantized: the quantized copy, once the modules are replaced.
         input_qparams: module name -> (scale, zero_point) that a step fixed before calibration.
         measured: method name -> what it found, JSON-compatible.
@@ -49,6 +51,10 @@ class PipelineState:
     measured: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     work_dir: Path | None = None
+    training: Sequence[Batch] = ()
+
+    def __post_init__(self) -> None:
+        self.training = self.training or self.batches
 
     @property
     def tower(self) -> Tower:
@@ -141,7 +147,8 @@ class Method:
         finds: (part, field) of the config that it fills in from the images.
         needs_images: it looks at calibration images.
         needs_static: it fits something to stored activation scales, so dynamic ones cannot be used.
-        trains: it takes minutes, so that a search judges registers and deletion without it.
+        trains: it takes minutes, so that a search judges registers and deletion without it, and may learn from the images
+            that ranked them.
     """
 
     name: ClassVar[str]

@@ -32,7 +32,7 @@ class NormTuning(Method):
     """Adam on ``1 - cos`` between the features of the quantized model and those of the float original, no labels: weight and
     bias of every norm of the encoder, LayerScale, and keys, values and logit bias of installed registers.
 
-    The last calibration images are held out. The best state on them is installed if its gain, image by image, exceeds the
+    The last images are held out. The best state on them is installed if its gain, image by image, exceeds the
     standard error, else the start. A fit that is interrupted here begins again.
 
     Attributes:
@@ -41,7 +41,7 @@ class NormTuning(Method):
         learning_rate: of Adam, in units of the root mean square of what a norm puts out, of a LayerScale, of the keys or the
             values of a block; of the logit bias itself. Falls linearly to a tenth.
         norms, layer_scale, registers: what is trained.
-        holdout: share of the calibration images that is held out; at least two images.
+        holdout: share of the images that is held out; at least two images.
         patience: scores in a row without improvement that end the training.
         seed: of the order of the batches.
     """
@@ -58,6 +58,7 @@ class NormTuning(Method):
     name: ClassVar[str] = "norm_tuning"
     paper: ClassVar[str] = "after norm tweaking (arXiv 2309.02784); registers after CushionCache (arXiv 2406.12016)"
     cache_effect: ClassVar[str] = "keys, values and tau are trained"
+    trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +83,7 @@ class NormTuning(Method):
 
     def select(self, fit: PipelineState) -> None:
         """Refuse what cannot be trained before anything is fitted."""
-        tower, images = fit.tower, count_images(fit.batches)
+        tower, images = fit.tower, count_images(fit.training)
         require(
             images >= 3,
             f"norm_tuning needs at least 3 calibration images, one to train on and two to judge by; got {images}. Give "
@@ -104,10 +105,10 @@ class NormTuning(Method):
         if not tensors.counts:
             fit.measured[self.name] = {"note": "nothing to train: no registers are installed"}
             return
-        images = count_images(fit.batches)
+        images = count_images(fit.training)
         first = images - min(max(2, round(self.holdout * images)), images - 1)
-        train = _small_batches(ImageRange(fit.batches, first), self.batch)
-        held_out = CosineObjective(fit.original, ImageRange(fit.batches, first=first))
+        train = _small_batches(ImageRange(fit.training, first), self.batch)
+        held_out = CosineObjective(fit.original, ImageRange(fit.training, first=first))
         with torch.inference_mode(False):
             record = _Training(self, fit.original, tensors, train, held_out).run(fit.progress)
         for _, layer in quant_linears(fit.result):

@@ -77,6 +77,7 @@ def quantize_with(
     batches: Sequence[Batch],
     progress: bool = True,
     work_dir: Path | None = None,
+    training: Sequence[Batch] = (),
 ) -> Quantized:
     """Fit the stages from "install" to "tune" of the table above on a copy of ``model``.
 
@@ -91,6 +92,7 @@ def quantize_with(
         batches: calibration images; may be empty if nothing needs any.
         progress: show progress bars.
         work_dir: directory for finished blocks of a reconstruction; call again with the same one to resume.
+        training: what methods that train learn from; the calibration images if empty.
 
     Raises:
         ValueError: a method that cannot work on this model, or config and cache that disagree, with the reason.
@@ -106,7 +108,9 @@ def quantize_with(
     prepare_tower(twin)
     set_registers(twin, cache)
     set_deletion(twin, config.deletion)
-    fit = PipelineState(config, methods, model, twin, list(batches), progress=progress, work_dir=work_dir)
+    fit = PipelineState(
+        config, methods, model, twin, list(batches), progress=progress, work_dir=work_dir, training=training
+    )
     seconds: dict[str, float] = {}
     for stage in STAGES:
         begun = time.perf_counter()

@@ -17,7 +17,7 @@ from optimum_regcache.config.effects import require_search_unused
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
 from optimum_regcache.config.validation import require
 from optimum_regcache.data.reading import read_batches
-from optimum_regcache.encoders.passes import Batch
+from optimum_regcache.encoders.passes import Batch, JoinedBatches
 from optimum_regcache.encoders.store import TensorSpace
 from optimum_regcache.encoders.tower import find_tower
 from optimum_regcache.hub.door import require_float
@@ -64,8 +64,9 @@ def run_plan(
 ) -> QuantizationRun:
     """Quantize a copy of ``model`` as ``plan`` says.
 
-    The images are divided by the recipe's ``data`` and ``search.seed`` whatever ``registers.mode`` is, and scales are
-    calibrated on the calibration part, so the same recipe on the same images gives the same bits.
+    The images are divided by the recipe's ``data`` and ``search.seed`` whatever ``registers.mode`` is. Scales are calibrated on
+    the calibration part, methods that train learn from it and the selection part, so the same recipe on the same images gives
+    the same bits.
 
     Args:
         model: float model, unchanged.
@@ -111,8 +112,11 @@ def run_plan(
             f"{resolved.image_users} need calibration images: pass calibration_dataset, or use the preset 'w8a8-dynamic'."
         )
     calibration = parts.batches("calibration") if parts is not None else list[Batch]()
+    training: Sequence[Batch] = ()
+    if parts is not None and any(method.trains for method in resolved.methods):
+        training = JoinedBatches(calibration, parts.batches("selection"))
     with current().stage("quantize"):
-        quantized = quantize_with(model, resolved, cache, calibration, progress, folder)
+        quantized = quantize_with(model, resolved, cache, calibration, progress, folder, training)
     recipe = replace(recipe, quantization=quantized.config, notes="")
     space = parts.space if parts is not None else space_of(recipe.data, folder)
     return QuantizationRun(recipe, quantized, cache, fit, calibration, space)

@@ -101,16 +101,16 @@ class Reconstruction:
     ) -> None:
         self.fit, self.settings, self.parametrise = fit, settings, parametrise
         self.sampler, self.prepare = sampler or shuffled, prepare
-        self.images, self.space = Images(fit.batches), TensorSpace(parent=fit.work_dir)
+        self.images, self.space = Images(fit.training), TensorSpace(parent=fit.work_dir)
         self.depth = len(fit.tower.blocks)
-        self.sizes = batch_sizes(fit.batches)
+        self.sizes = batch_sizes(fit.training)
         if settings.features:
             require(
                 states_read(fit.model, fit.tower) == (self.depth,),
                 f"loss='block_and_feature' compares features behind the last block, and {type(fit.model).__name__} reads "
                 "states between the blocks. Use loss='block'.",
             )
-        self.features = encode(fit.model, fit.batches) if settings.features else torch.empty(0)
+        self.features = encode(fit.model, fit.training) if settings.features else torch.empty(0)
 
     def run(self, kept: Callable[[int, TrainedBlock, Callable[[], BlockRecord]], BlockRecord]) -> list[BlockRecord]:
         """Train all blocks.
@@ -124,8 +124,8 @@ class Reconstruction:
         theirs: Recorded | None = None
         with tqdm(total=self.depth * self.settings.iterations, desc="reconstruction", disable=not fit.progress) as bar:
             for block in range(self.depth):
-                ours = Recorded(block, record_block_inputs(fit.result, fit.batches, block, ours, self.space))
-                theirs = theirs or Recorded(0, record_block_inputs(fit.model, fit.batches, 0, None, self.space))
+                ours = Recorded(block, record_block_inputs(fit.result, fit.training, block, ours, self.space))
+                theirs = theirs or Recorded(0, record_block_inputs(fit.model, fit.training, 0, None, self.space))
                 behind = self._behind(theirs)
                 here = [group for group in groups if group.block == block]
                 if here:
@@ -144,9 +144,9 @@ class Reconstruction:
         """What the float block gives, one state per batch."""
         fit, block = self.fit, known.block
         if block + 1 < self.depth:
-            return record_block_inputs(fit.model, fit.batches, block + 1, known, self.space)
+            return record_block_inputs(fit.model, fit.training, block + 1, known, self.space)
         with torch.inference_mode():
-            states = zip(fit.batches, known.states, strict=True)
+            states = zip(fit.training, known.states, strict=True)
             return [block_output(fit.model, batch, Recorded(block, [state]))[0] for batch, state in states]
 
 
