@@ -33,14 +33,19 @@ class Peak(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.highest = dict.fromkeys(STATUS, 0.0)
+        self._over = threading.Event()
+
+    def stop(self) -> None:
+        """Sample no more."""
+        self._over.set()
+        self.join()
 
     def run(self) -> None:
-        while True:
+        while not self._over.wait(0.1):
             lines = Path("/proc/self/status").read_text().splitlines()
             for name in STATUS:
                 kib = next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
                 self.highest[name] = max(self.highest[name], kib / 1024)
-            time.sleep(0.1)
 
 
 def one(count: int, arguments: argparse.Namespace) -> dict[str, float]:
