@@ -6,8 +6,9 @@
     python benchmarks/bench_reconstruction.py --table-only
 
 Registers and deletion are searched once for each encoder, bit width and seed, in the small space of ``make bench-static``, and
-all rows have the same ones. Scales come from the calibration images, weights are trained on these and the selection images. The report images chose nothing. With ``--ablation`` query, key, probabilities and value are quantized too, as in AIQViT,
-and nothing is installed. A finished row is not measured again.
+all rows have the same ones. Scales come from the calibration images, weights are trained on these and the selection images. The
+report images chose nothing. With ``--ablation`` query, key, probabilities and value are quantized too, as in AIQViT, and
+nothing is installed. A finished row is not measured again.
 """
 # pyright: reportCallIssue=false
 
