@@ -149,7 +149,7 @@ def paired(values: torch.Tensor) -> list[float]:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        "| encoder | bits | seed | composition | cosine | patch cosine | top-1 | of float | blocks kept as they were | s | MiB |",
+        "| encoder | bits | seed | composition | cosine | patch cosine | top-1 | of float | blocks left as given | s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
