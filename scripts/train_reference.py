@@ -1,13 +1,11 @@
-"""Train a reference encoder of the package on procedural scenes: a small CLIP, SigLIP or YOLOS.
+"""Train a reference encoder of the package from scratch: a small CLIP or SigLIP on procedural scenes.
 
     python scripts/train_reference.py clip-scenes-induced --output optimum_regcache/data/reference/clip-scenes-induced
 
 Recipes: ``clip-scenes`` (captions only, no outlier tokens), ``clip-scenes-induced`` and ``siglip-scenes-induced`` (then
-outlier tokens are induced, see ``scripts/reference_training/induction.py``), ``yolos-scenes`` (a detector that starts from
-the blocks of the embedded ``clip-scenes-induced``, see ``scripts/reference_training/detection.py``). About an hour on one CPU
-core (base stage: 2,000 steps of about 1.5 s; induction: 400 to 600 of the same); several may run side by side, each uses one
-thread. Interrupted runs resume from ``--checkpoint``. One seed gives one result on one machine; elsewhere the result is
-statistically the same.
+outlier tokens are induced, see ``scripts/reference_training/induction.py``). About an hour on one CPU core (base stage: 2,000
+steps of about 1.5 s; induction: 400 to 600 of the same); several may run side by side, each uses one thread. Interrupted runs
+resume from ``--checkpoint``. One seed gives one result on one machine; elsewhere the result is statistically the same.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reference_training.detection import DetectionTask, build_detector
 from reference_training.encoders import build_model, build_processor, build_tokenizer, encode
 from reference_training.induction import Induction
 from reference_training.recipes import RECIPES, BaseStage, InductionStage, TrainingRecipe
@@ -45,13 +42,8 @@ class Run:
                 f"{checkpoint} belongs to a training with another recipe, seed or amounts. Use another --checkpoint, or delete "
                 "the file to start again."
             )
-        self.task: Any
-        if recipe.kind == "yolos":
-            self.task = DetectionTask(recipe, recipe.base.images, seed)
-            self.model = build_detector(recipe, seed, self.task.development)
-        else:
-            self.task = SceneTask(recipe, recipe.base.images, seed)
-            self.model = build_model(recipe, self.task.tokenizer, seed)
+        self.task = SceneTask(recipe, recipe.base.images, seed)
+        self.model = build_model(recipe, self.task.tokenizer, seed)
         if self.saved:
             self.model.load_state_dict(self.saved["model"])
             print(f"resumed {self.saved['stage']} at step {self.saved['step']} from {checkpoint}", flush=True)
@@ -96,15 +88,11 @@ class Run:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            if hasattr(self.model, "logit_scale"):
-                with torch.no_grad():
-                    self.model.logit_scale.clamp_(max=math.log(100))
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=math.log(100))
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in log.items())
-                print(
-                    f"{stage} step {step + 1}: {numbers}, search-split {self.task.score_name} {evaluate():.4f}",
-                    flush=True,
-                )
+                print(f"{stage} step {step + 1}: {numbers}, search-split zero-shot {evaluate():.4f}", flush=True)
                 self.save(stage, step + 1, optimizers, extra())
 
 
@@ -130,22 +118,7 @@ def train_base(run: Run, stage: BaseStage) -> None:
         return min((step + 1) / 50, max(0.02, 1 - step / stage.steps))
 
     optimizers = make_optimizers(model, stage.lr, stage.muon_lr)
-    run.optimise("base", stage.steps, optimizers, schedule, loss, lambda: task.score(model))
-
-
-def train_detector(run: Run, stage: BaseStage) -> None:
-    """Boxes and classes of several shapes, with the loss of transformers."""
-
-    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        pixels, targets = run.task.batch(step, stage.batch_size)
-        output = run.model(pixels, labels=targets)
-        return output.loss, {name: float(value.detach()) for name, value in output.loss_dict.items()}
-
-    def schedule(step: int) -> float:
-        return min((step + 1) / 50, max(0.02, 1 - step / stage.steps))
-
-    optimizers = make_optimizers(run.model, stage.lr, stage.muon_lr)
-    run.optimise("base", stage.steps, optimizers, schedule, loss, lambda: run.task.score(run.model))
+    run.optimise("base", stage.steps, optimizers, schedule, loss, lambda: task.accuracy(model))
 
 
 def induce(run: Run, stage: InductionStage, base_steps: int) -> None:
@@ -168,7 +141,7 @@ def induce(run: Run, stage: InductionStage, base_steps: int) -> None:
         optimizers,
         schedule,
         lambda step: induction.loss(model, task, task.rows(base_steps + step, stage.batch_size), step),
-        lambda: task.score(model, induction.gates),
+        lambda: task.accuracy(model, induction.gates),
         induction.state_dict,
     )
     before = encode(model, task.development, gates=induction.gates).embedding.detach()
@@ -205,16 +178,14 @@ def main() -> None:
     checkpoint = args.checkpoint or Path(f"{args.recipe}.ckpt")
     run = Run(recipe, args.seed, checkpoint)
     if run.saved.get("stage") != "induction":
-        (train_detector if recipe.kind == "yolos" else train_base)(run, recipe.base)
+        train_base(run, recipe.base)
     if recipe.induction is not None:
         induce(run, recipe.induction, recipe.base.steps)
-    print(f"search-split {run.task.score_name} {run.task.score(run.model):.4f}")
+    print(f"search-split zero-shot {run.task.accuracy(run.model):.4f}")
     run.model.eval().half()
     run.model.save_pretrained(args.output)
-    if recipe.kind == "yolos":
-        run.task.processor.save_pretrained(args.output)
-    else:  # a fresh one: the tokenizer of the task remembers how it was last used
-        build_processor(recipe.kind, build_tokenizer(recipe.kind)).save_pretrained(args.output)
+    # a fresh one: the tokenizer of the task remembers how it was last used
+    build_processor(recipe.kind, build_tokenizer(recipe.kind)).save_pretrained(args.output)
     print(f"saved to {args.output}")
 
 

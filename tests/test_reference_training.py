@@ -164,7 +164,6 @@ def test_a_step_of_the_induction_trains_gates_and_collects_registers(kind: str) 
 
 
 def test_recipes_name_what_is_shipped() -> None:
-    encoders = {"clip-scenes", "clip-scenes-induced", "siglip-scenes-induced"}
-    assert set(RECIPES) == {*encoders, "yolos-scenes"}  # the detector is not shipped
+    assert set(RECIPES) == {"clip-scenes", "clip-scenes-induced", "siglip-scenes-induced"}
     control, induced = RECIPES["clip-scenes"], RECIPES["clip-scenes-induced"]
     assert replace(induced, induction=None) == control  # the control is the same encoder before the induction

@@ -46,7 +46,7 @@ def test_an_interrupted_training_gives_the_identical_encoder(stop: tuple[str, in
         "full = t.RECIPES['clip-scenes-induced']\n"
         "t.RECIPES['clip-scenes-induced'] = replace(full, induction=replace(full.induction, plain_steps=0))\n"
         "t.SAVE_EVERY = 1; stop = sys.argv.pop()\n"
-        "t.SceneTask.score = lambda *args: 0.0  # only for the log\n"
+        "t.SceneTask.accuracy = lambda *args: 0.0  # only for the log\n"
         "save = t.Run.save\n"
         "def stopping(self, stage, step, *rest):\n"
         "    save(self, stage, step, *rest)\n"

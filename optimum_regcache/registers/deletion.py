@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -135,7 +135,7 @@ def moved_on(selection: Selection, count: int, patches: PatchSpan) -> Selection:
     if kept is not None:
         joined = torch.arange(count, device=kept.device).expand(kept.shape[0], -1)
         kept = torch.cat((joined, kept + count), 1)
-    return replace(selection, dropped=dropped, kept=kept, patches=patches)
+    return Selection(dropped, kept, selection.count, selection.grid, patches)
 
 
 def narrow_positions(positions: tuple[torch.Tensor, ...], selection: Selection) -> tuple[torch.Tensor, ...]:

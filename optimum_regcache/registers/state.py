@@ -88,7 +88,8 @@ class TowerRuntime:
         self.hooks: list[RemovableHandle] = []
         self.num_copies: dict[int, float] = {}
         self.extra_token = False
-        self._spans = tuple(tower.patches_at(b) for b in range(len(tower.blocks)))
+        spans = [tower.patches_at(b) for b in range(len(tower.blocks))]
+        self._spans = spans, [replace(s, lead=s.lead + 1) for s in spans]  # without and with a test-time register
         self.joining = tower.first_with_queries, tower.num_queries
         self.keep_positions = tower.keeps_places
         self.num_blocks = len(tower.blocks)
@@ -107,12 +108,11 @@ class TowerRuntime:
 
     def patches_at(self, block: int) -> PatchSpan:
         """Which tokens are patches in a block; the others are never deleted."""
-        span = self._spans[block]
-        return replace(span, lead=span.lead + int(self.extra_token))
+        return self._spans[int(self.extra_token)][block]
 
     @property
     def _leading(self) -> int:
-        return self._spans[0].lead
+        return self._spans[0][0].lead
 
     @property
     def _deleted_from(self) -> PatchSpan:

@@ -62,11 +62,10 @@ class InductionStage:
 @dataclass(frozen=True)
 class TrainingRecipe:
     """Attributes:
-    kind: ``clip`` (CLS, softmax loss), ``siglip`` (attention pooling, sigmoid loss) or ``yolos`` (detector).
+    kind: ``clip`` (CLS, softmax loss) or ``siglip`` (attention pooling, sigmoid loss).
     blocks, width, heads: vision tower; 64 px, patch 8.
     register_block: the block whose MLP makes the outliers (middle of the tower).
     base, induction: the stages; ``induction`` is None for an encoder without outlier tokens.
-    detection_tokens: of a detector, which starts from the blocks of an embedded encoder.
     """
 
     kind: str
@@ -76,7 +75,6 @@ class TrainingRecipe:
     register_block: int = 3
     base: BaseStage = field(default_factory=BaseStage)
     induction: InductionStage | None = None
-    detection_tokens: int = 0
 
 
 RECIPES = {
@@ -85,10 +83,5 @@ RECIPES = {
     # SigLIP's pooling makes it depend less on one MLP: longer, with more of the other MLPs skipped, and rescaled further
     "siglip-scenes-induced": TrainingRecipe(
         "siglip", induction=InductionStage(steps=600, mlp_drop=0.8, fc2_ratio=1024.0)
-    ),
-    "yolos-scenes": TrainingRecipe(
-        "yolos",
-        base=BaseStage(steps=4000, batch_size=32, images=16384, lr=1e-3, muon_lr=1e-3, mlp_drop=0.0),
-        detection_tokens=20,
     ),
 }

@@ -25,8 +25,6 @@ class SceneTask:
         development: normalised pixels of the search split, its labels: ``development_labels``.
     """
 
-    score_name = "zero-shot"
-
     def __init__(self, recipe: TrainingRecipe, images: int, seed: int) -> None:
         self.kind, self.seed = recipe.kind, seed
         self.tokenizer = build_tokenizer(self.kind)
@@ -88,7 +86,7 @@ class SceneTask:
         return total
 
     @torch.no_grad()
-    def score(self, model: Any, gates: dict[int, Gates] | None = None) -> float:
+    def accuracy(self, model: Any, gates: dict[int, Gates] | None = None) -> float:
         """Zero-shot top-1 on the development images."""
         prompts = text_features(model, self.kind, *self._prompts)
         image = F.normalize(encode(model, self.development, gates=gates).embedding, dim=-1)
@@ -104,7 +102,7 @@ def make_optimizers(model: Any, lr: float, muon_lr: float) -> list[torch.optim.O
     """Muon for the matrices of the blocks, AdamW for the rest; norms and biases do not decay."""
     matrices, decay, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "encoder.layer" in name:
+        if parameter.ndim == 2 and "encoder.layers" in name:
             matrices.append(parameter)
         else:
             (decay if parameter.ndim >= 2 else plain).append(parameter)
