@@ -19,6 +19,7 @@ from optimum_regcache.encoders.visiting import patch_span
 from optimum_regcache.evaluation.norms import measure_token_norms
 from optimum_regcache.evaluation.outliers import measure_outliers
 from optimum_regcache.evaluation.places import patch_norms
+from optimum_regcache.methods._search.gradients import squared_gradients
 from optimum_regcache.registers import prepare_tower, set_deletion, set_registers
 from optimum_regcache.registers.neurons import set_register_neurons
 from optimum_regcache.registers.replay import Recorded, record_block_inputs, replaying
@@ -133,3 +134,19 @@ def test_what_cannot_work() -> None:
     model.attn_mask_probs.fill_(1.0)
     with pytest.raises(ValueError, match=r"attn_mask_probs above 0.*model\.attn_mask_probs\.zero_\(\)"):
         prepare_tower(model)
+
+
+def test_layers_are_sampled_by_the_patches_of_their_block() -> None:
+    model, tower = EOMT.build(), find_tower(EOMT.build())
+    prepare_tower(model)
+    names = [f"{tower.block_name(b)}.{tower.mlp_out_name(b)}" for b in range(BLOCKS)]
+    assert [tower.block_of(name) for name in names] == list(range(BLOCKS))
+    assert tower.block_of("class_predictor") == BLOCKS - 1
+    batch = EOMT.inputs(batch=2)
+    few = squared_gradients(model, names, [batch], draws=1, limit=2 * (PREFIX + QUERIES + 1))
+    protected = [PREFIX, PREFIX, PREFIX + QUERIES, PREFIX + QUERIES]
+    every = squared_gradients(model, names, [batch], draws=1)
+    for name, lead in zip(names, protected, strict=True):
+        whole = every[name].x.reshape(2, -1, every[name].x.shape[1])
+        kept = few[name].x.reshape(2, -1, whole.shape[2])
+        assert torch.equal(kept[:, :lead], whole[:, :lead])

@@ -80,7 +80,7 @@ def test_features_are_the_detection_tokens(tiny: TinyModel) -> None:
 
 def test_a_sample_of_tokens_holds_all_detection_tokens() -> None:
     model, inputs = YOLOS.build(), YOLOS.inputs()
-    sample = TokenSample(model, [inputs], 3 * 8)
+    sample = TokenSample(model, [inputs], 3 * 8, 0)
     sample.start(inputs, 0)
     rows = sample.rows(torch.arange(TOKENS).repeat(3, 1)[..., None].float()).reshape(3, 8)
     assert rows[:, 0].tolist() == [0] * 3

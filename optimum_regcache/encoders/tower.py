@@ -181,6 +181,12 @@ class Tower:
         """Name of a block relative to the tower."""
         return f"{self.family.blocks}.{block}"
 
+    def block_of(self, name: str) -> int:
+        """The block that holds the module called ``name`` in the model around the tower; the last one for what is behind."""
+        inside = name.removeprefix(f"{self.name}.") if self.name else name
+        number = inside.removeprefix(f"{self.family.blocks}.").partition(".")[0]
+        return int(number) if inside.startswith(f"{self.family.blocks}.") else len(self.blocks) - 1
+
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()``, which torch gives no type."""

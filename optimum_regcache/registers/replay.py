@@ -155,7 +155,7 @@ class TokenSample:
         block: whose tokens they are.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None, block: int = 0) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: int | None, block: int) -> None:
         self.span = prepare_tower(model).patches_at(block)
         images = count_images(batches)
         self.per_image = None if limit is None else max(limit // images, self.span.protected + 1)

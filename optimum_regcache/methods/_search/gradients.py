@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optimum_regcache.encoders.passes import Batch, image_features, move
-from optimum_regcache.encoders.tower import has_classifier
+from optimum_regcache.encoders.tower import find_tower, has_classifier
 from optimum_regcache.registers.mlp_output import own_scale_tokens
 from optimum_regcache.registers.replay import TokenSample
 
@@ -62,7 +62,8 @@ def squared_gradients(
     outputs: dict[str, torch.Tensor] = {}
     left_out: dict[str, torch.Tensor | None] = {}
     micro = [part for batch in batches for part in _micro_batches(batch)]
-    sample, generator = TokenSample(model, micro, limit), torch.Generator().manual_seed(seed)
+    tower, generator = find_tower(model), torch.Generator().manual_seed(seed)
+    samples = {name: TokenSample(model, micro, limit, tower.block_of(name)) for name in names}
 
     def hook(name: str) -> Any:
         def watch(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -76,7 +77,8 @@ def squared_gradients(
     first = 0
     try:
         for batch in micro:
-            sample.start(batch, first)
+            for sample in samples.values():
+                sample.start(batch, first)
             first += len(batch["pixel_values"])
             inputs.clear()
             outputs.clear()
@@ -92,7 +94,7 @@ def squared_gradients(
                             squares[name] += grad.float().pow(2) / draws
             for name in outputs:
                 for kept, x in zip(found[name], (inputs[name], squares[name]), strict=True):
-                    kept.append((x if whole else sample.rows(x, left_out[name])).float())
+                    kept.append((x if whole else samples[name].rows(x, left_out[name])).float())
     finally:
         for handle in handles:
             handle.remove()
