@@ -216,18 +216,8 @@ def test_the_command_line_quantizes_with_methods(
     from optimum.commands.optimum_cli import main
 
     def command(*extra: str) -> None:
-        options = [
-            "--model",
-            "planted-outlier",
-            "--preset",
-            "w8a8",
-            "--num-samples",
-            "48",
-            "--num-report",
-            "32",
-            "--batch-size",
-            "16",
-        ]
+        sizes = ("--num-samples", "48", "--num-report", "32", "--batch-size", "16")
+        options = ("--model", "planted-outlier", "--preset", "w8a8", *sizes)
         limits = ("--set", "search.num_copies=[1]", "--set", "search.max_delete=4", "--set", "search.blocks_before=0")
         monkeypatch.setattr("sys.argv", ["optimum-cli", "regcache", "quantize", *options, *limits, *extra])
         main()
