@@ -55,9 +55,9 @@ COMPOSITIONS: dict[str, list[Any]] = {
     "rotation + mse + gptq": [*BASE, "gptq"],
     **{name: [*BASE, *methods] for name, methods in TRAINED.items()},
 }
-STEPS = {"iterations": 100, "search_iterations": 100, "batch": 16}
+STEPS = {"iterations": 100, "batch": 16}
 PLAIN = {"name": "aiqvit", "ranks": [20], "first_fraction": 1.0, **STEPS}
-ALL = {**PLAIN, "ranks": [10, 20, 50], "first_fraction": 0.5}
+ALL = {**PLAIN, "ranks": [10, 20, 50], "first_fraction": 0.5, "search_iterations": 100}
 # the parts of AIQViT: methods, and the form of probabilities
 ABLATION: dict[str, tuple[list[Any], str]] = {
     "repq_vit, uniform": (["repq_vit"], "uniform"),
