@@ -2,6 +2,7 @@
 
     python benchmarks/bench_linear.py --output linear.json
     OPTIMUM_REGCACHE_NATIVE=avx2 python benchmarks/bench_linear.py      # our operator on a CPU with VNNI
+    python benchmarks/bench_linear.py --gradients                       # float32, forward and all gradients
 
 Codes are uniform over the whole range, so that sums of two products often leave 16 bits: without VNNI, oneDNN saturates then.
 "error" is the largest difference to exact sums, relative to the largest sum. Kernels are timed in turns; the shortest of all
@@ -11,7 +12,9 @@ repeats counts, since other load only adds.
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from cpu_measure import describe_environment
 from optimum_regcache.config.files import write_json
 from optimum_regcache.kernels import native, onednn
-from optimum_regcache.math.linear import linear
+from optimum_regcache.math.linear import fast_linears, linear
 
 SHAPES = {  # rows of one and eight images, input and output features
     "CLIP-B/16 qkv": [(197, 768, 2304), (1576, 768, 2304)],
@@ -65,14 +68,45 @@ def measure(rows: int, inner: int, outer: int, repeats: int) -> dict[str, Any]:
     return {"ms": {name: min(values) for name, values in times.items()}, "error": errors}
 
 
+def measure_training(rows: int, inner: int, outer: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of a float32 layer and its gradients for input, weight and bias, as PyTorch and as our passes compute it."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(*size, generator=generator) for size in ((rows, inner), (outer, inner), (outer,))]
+    leaves, ones = [t.requires_grad_() for t in drawn], torch.ones(rows, outer)
+    times: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, context in (("float32", nullcontext), ("float32 oneDNN", fast_linears)):
+            begun = time.perf_counter()
+            with context():
+                torch.autograd.grad(F.linear(*leaves), leaves, ones)
+            times[name] = min(times.get(name, math.inf), 1000 * (time.perf_counter() - begun))
+    return times
+
+
+def show_training(repeats: int) -> None:
+    """Print a table of `measure_training`."""
+    title = f"{describe_environment()['cpu_model']}, {torch.get_num_threads()} threads: forward and gradients"
+    table = Table(
+        "layer", "rows x in x out", "float32 ms", "float32 oneDNN ms", "ratio", title=title, title_justify="left"
+    )
+    for layer, shapes in SHAPES.items():
+        for shape in shapes:
+            own, ours = measure_training(*shape, repeats).values()
+            table.add_row(layer, " x ".join(map(str, shape)), f"{own:.2f}", f"{ours:.2f}", f"{own / ours:.2f}")
+    Console(width=150).print(table)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--gradients", action="store_true", help="float32 alone, forward and backward")
     parser.add_argument("--output", help="JSON file")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.gradients:
+        return show_training(args.repeats)
     results: dict[str, Any] = {"environment": describe_environment(), "layers": []}
     table = Table(
         title=f"{results['environment']['cpu_model']}, {torch.get_num_threads()} threads", title_justify="left"
