@@ -226,7 +226,7 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         for name in ("reconstruction", "light", "glf_q")
     },
     "aiqvit": {
-        "ranks": [changes([2], {**W4, "parameters": {"search_iterations": 2000, "drop_path": 0.2}})],
+        "ranks": [changes([2], {**W4, "parameters": {"search_iterations": 2000, "drop_path": 0.2, "learning_rate": 0.01}})],
         "search_iterations": [changes(9, W4), unread(9, {**W4, "parameters": {"ranks": [4], "drop_path": 0.2}})],
         "drop_path": [changes(0.9, W4), unread(0.9, {**W4, "parameters": {"ranks": [4], "search_iterations": 2000}})],
         "first_fraction": [changes(1.0, {**W4, "data.calibration_fraction": 0.75})],
@@ -246,7 +246,7 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
     "norm_tuning": {
         "iterations": [changes(2, TUNED)],
         "batch": [changes(3, TUNED)],
-        "learning_rate": [changes(0.05, TUNED)],
+        "learning_rate": [changes(0.005, {**TUNED, "parameters": {"iterations": 30}})],
         "norms": [changes(False, TUNED_FIXED)],
         "layer_scale": [refused(False, "CLIP has no LayerScale", TUNED), changes(False, TUNED, "dinov2")],
         "registers": [changes(False, TUNED_FIXED), unread(False, TUNED)],
