@@ -226,7 +226,9 @@ PARAMETERS: dict[str, dict[str, list[Case]]] = {
         for name in ("reconstruction", "light", "glf_q")
     },
     "aiqvit": {
-        "ranks": [changes([2], {**W4, "parameters": {"search_iterations": 2000, "drop_path": 0.2, "learning_rate": 0.01}})],
+        "ranks": [
+            changes([2], {**W4, "parameters": {"search_iterations": 2000, "drop_path": 0.2, "learning_rate": 0.01}})
+        ],
         "search_iterations": [changes(9, W4), unread(9, {**W4, "parameters": {"ranks": [4], "drop_path": 0.2}})],
         "drop_path": [changes(0.9, W4), unread(0.9, {**W4, "parameters": {"ranks": [4], "search_iterations": 2000}})],
         "first_fraction": [changes(1.0, {**W4, "data.calibration_fraction": 0.75})],
