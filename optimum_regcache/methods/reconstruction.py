@@ -101,9 +101,10 @@ class Reconstruction(Method):
 
 @dataclass(frozen=True)
 class Light(Reconstruction):
-    """`Reconstruction` that takes about a minute on two cores for a small encoder."""
+    """`Reconstruction` in fewer and smaller steps: half a minute on two cores for an encoder of 6 x 128."""
 
     iterations: int = 100
+    batch: int = 8
     name: ClassVar[str] = "light"
 
 
