@@ -149,7 +149,7 @@ def paired(values: torch.Tensor) -> list[float]:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        "| encoder | bits | seed | composition | cosine | patch cosine | top-1 | of float | blocks left as given | s | MiB |",
+        "| encoder | bits | images, seed | composition | cosine | patch cosine | top-1 | of float | left as given | s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -157,9 +157,9 @@ def table(rows: list[Row]) -> str:
         shown = "" if top is None else f"{100 * top[0]:.1f} +- {100 * top[1]:.1f}"
         share = "" if top is None or not ideal else f"{100 * top[0] / ideal[0]:.1f}"
         cosine, patches = (f"{row[name][0]:.4f} +- {row[name][1]:.4f}" for name in METRICS[:2])
-        kept = ", ".join(map(str, row["kept"]))
+        kept, images = ", ".join(map(str, row["kept"])), f"{row['images']}, {row['seed']}"
         cells = (
-            row["encoder"], f"W{row['bits']}A{row['bits']}", row["seed"], row["composition"], cosine, patches, shown, share,
+            row["encoder"], f"W{row['bits']}A{row['bits']}", images, row["composition"], cosine, patches, shown, share,
             kept, f"{row['seconds']:.0f}", row["peak_mib"],
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -23,6 +23,7 @@ def test_the_table_relates_to_float_where_there_are_labels() -> None:
         "encoder": "e",
         "bits": 4,
         "seed": 0,
+        "images": 256,
         "composition": "rtn",
         "kept": [2, 3],
         "seconds": 12.3,
@@ -31,8 +32,8 @@ def test_the_table_relates_to_float_where_there_are_labels() -> None:
     scores = {"cosine": [0.9, 0.01], "patch cosine": [0.8, 0.01]}
     labelled: dict[str, Any] = {"top-1": [0.5, 0.1], "float": [0.8, 0.1]}
     assert table([{**given, **scores, **labelled}, {**given, **scores, "float": None}]).splitlines()[2:] == [
-        "| e | W4A4 | 0 | rtn | 0.9000 +- 0.0100 | 0.8000 +- 0.0100 | 50.0 +- 10.0 | 62.5 | 2, 3 | 12 | 512 |",
-        "| e | W4A4 | 0 | rtn | 0.9000 +- 0.0100 | 0.8000 +- 0.0100 |  |  | 2, 3 | 12 | 512 |",
+        "| e | W4A4 | 256, 0 | rtn | 0.9000 +- 0.0100 | 0.8000 +- 0.0100 | 50.0 +- 10.0 | 62.5 | 2, 3 | 12 | 512 |",
+        "| e | W4A4 | 256, 0 | rtn | 0.9000 +- 0.0100 | 0.8000 +- 0.0100 |  |  | 2, 3 | 12 | 512 |",
     ]
 
 
@@ -41,4 +42,5 @@ def test_the_page_holds_the_tables_of_the_stored_results() -> None:
     page = (RESULTS / "reconstruction.md").read_text(encoding="utf-8")
     assert rows
     for ablation in (False, True):
-        assert table([row for row in rows if row["ablation"] == ablation]) in page
+        part = [row for row in rows if row["ablation"] == ablation]
+        assert not part or table(part) in page
