@@ -43,6 +43,7 @@ BASE = ["rotation", "mse"]
 TRAINED: dict[str, list[Any]] = {
     "rotation + mse + light": ["light"],
     "the same, block loss": [{"name": "light", "loss": "block"}],
+    "the same, block loss, 200 steps": [{"name": "light", "loss": "block", "iterations": 200}],
     "the same, low rank": [{"name": "light", "parametrisation": "low_rank"}],
     "the same, adaround": [{"name": "light", "parametrisation": "adaround"}],
     "rotation + mse + light + norm_tuning": ["light", "norm_tuning"],
