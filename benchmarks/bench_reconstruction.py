@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class Division:
             "seconds": round(seconds, 1),
             "peak_mib": round(peak.highest["RssAnon"]),
             "kept": [b["block"] for b in blocks if not b["trained"]],
-            "ranks": [b["ranks"] for b in blocks if b.get("ranks")],
+            "ranks": Counter(rank for b in blocks for rank in b.get("ranks", {}).values()),
         }
 
 
