@@ -76,7 +76,7 @@ class Division:
         return scores, {"tuning": result.measured.get("norm_tuning"), "seconds": result.seconds["tune"]}
 
 
-def _paired(values: torch.Tensor) -> list[float]:
+def paired(values: torch.Tensor) -> list[float]:
     """Mean and standard error."""
     return [float(values.mean()), float(values.std() / math.sqrt(len(values)))]
 
@@ -91,11 +91,11 @@ def measure(division: Division, given: dict[str, Any], known: list[dict[str, Any
         start, _ = division.fit(methods)
         shared = {**given, "base": base, "setup": division.setup.describe()}
         if not any(r["base"] == base and r["row"] == "" for r in known):
-            found.append({**shared, "row": "", **{m: _paired(start[m]) for m in METRICS}})
+            found.append({**shared, "row": "", **{m: paired(start[m]) for m in METRICS}})
         for name in tqdm(missing, desc=f"{base} {given['preset']} seed {given['seed']}"):
             scores, record = division.fit([*methods, ROWS[name]])
-            gains = {f"{m} gain": _paired(scores[m] - start[m]) for m in METRICS}
-            found.append({**shared, "row": name, **{m: _paired(scores[m]) for m in METRICS}, **gains, **record})
+            gains = {f"{m} gain": paired(scores[m] - start[m]) for m in METRICS}
+            found.append({**shared, "row": name, **{m: paired(scores[m]) for m in METRICS}, **gains, **record})
     return found
 
 

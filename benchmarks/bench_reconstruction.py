@@ -15,7 +15,6 @@ nothing is installed. A finished row is not measured again.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 
 from bench_images import Peak
 from bench_methods import Bench
+from bench_norm_tuning import ENCODERS, METRICS, SPACE, paired
 from optimum_regcache.commands.sources import open_source
 from optimum_regcache.config import RegCacheConfig
 from optimum_regcache.config.recipe import DataConfig, Recipe, SearchConfig
@@ -38,8 +38,6 @@ from optimum_regcache.search.fit import install_setup
 from optimum_regcache.search.plan import split_inputs
 from stored_rows import Row, StoredRows
 
-ENCODERS = ("clip-scenes-induced", "siglip-scenes-induced")
-SPACE = ["search.sensitive_block=3", "search.blocks_before=0", "search.num_copies=[1]", "search.max_delete=3"]
 BASE = ["rotation", "mse"]
 TRAINED: dict[str, list[Any]] = {
     "rotation + mse + light": ["light"],
@@ -76,7 +74,6 @@ ABLATION: dict[str, tuple[list[Any], str]] = {
     ),
     "all weights, log2": (["repq_vit", {"name": "light", "loss": "block"}], "log2"),
 }
-METRICS = ("cosine", "patch cosine", "top-1")
 
 
 class Division:
@@ -141,11 +138,6 @@ class Division:
             "kept": [b["block"] for b in blocks if not b["trained"]],
             "ranks": Counter(rank for b in blocks for rank in b.get("ranks", {}).values()),
         }
-
-
-def paired(values: torch.Tensor) -> list[float]:
-    """Mean and standard error."""
-    return [float(values.mean()), float(values.std() / math.sqrt(len(values)))]
 
 
 def table(rows: list[Row]) -> str:

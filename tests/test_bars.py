@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,3 +106,16 @@ def test_methods_say_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     config = RegCacheConfig(registers={"mode": "none"}, methods=("smoothquant",))
     quantize_with(tower.build(), resolve(config), None, [tower.inputs(seed=1)], progress=True)
     assert capsys.readouterr().err == "SmoothQuant: 4 done in 0 s\n"
+
+
+def test_a_postfix_is_said_with_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar(name="training", total=3) as shown:
+        shown.update(2)
+        shown.set_postfix_str("block 1: loss x 0.5")
+    assert capsys.readouterr().err == "training: 2 done in 0 s; block 1: loss x 0.5\n"
+
+
+def test_no_module_of_the_package_draws_a_bar_of_its_own() -> None:
+    package = Path(bars.__file__).parents[1]
+    drawing = [path for path in package.rglob("*.py") if re.search(r"\btqdm\(", path.read_text(encoding="utf-8"))]
+    assert sorted(path.name for path in drawing) == ["bars.py", "progress.py"]

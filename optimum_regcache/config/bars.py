@@ -46,7 +46,7 @@ class Lines:
     def __init__(self, items: Iterable[Any], name: str, total: int | None) -> None:
         self.items, self.name = items, name
         self.total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-        self.n = 0
+        self.n, self._postfix = 0, ""
         self._begun = self._shown = time.monotonic()
 
     def __iter__(self) -> Iterator[Any]:
@@ -71,8 +71,12 @@ class Lines:
             rest = "" if self.total is None else f" of {self.total}"
             self._say(f"{self.n}{rest} after {duration(now - self._begun)}")
 
+    def set_postfix_str(self, text: str) -> None:
+        """``text`` is said with the next line."""
+        self._postfix = f"; {text}"
+
     def _say(self, text: str) -> None:
-        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        print(f"{self.name}: {text}{self._postfix}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from optimum_regcache.config import RegCacheConfig
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import Batch, ImageRange, batch_sizes, count_images, encode, image_features
 from optimum_regcache.encoders.tower import Tower, find_tower, named_modules
@@ -250,7 +250,7 @@ class _Training:
         first = best = tensors.snapshot()
         best_iteration, since, made, stopped = 0, 0, 0, "iterations"
         order = self._order()
-        for iteration in tqdm(range(1, m.iterations + 1), desc="norm tuning", disable=not progress):
+        for iteration in bar(range(1, m.iterations + 1), "norm tuning", unit="step", shown=progress):
             made = iteration
             if not self._step(iteration, next(order)):
                 stopped = "not finite"

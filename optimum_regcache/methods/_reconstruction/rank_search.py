@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 
 RANKS = (10, 20, 50, 100, 150)
@@ -151,7 +151,7 @@ def search_ranks(
     for layer in layers:
         layer.train()
     with torch.enable_grad():
-        for step in tqdm(range(settings.iterations), "rank search", leave=False, disable=not progress):
+        for step in bar(range(settings.iterations), "rank search", unit="step", shown=progress):
             for group, rate in zip(lower.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * step / settings.iterations))
             _step(upper, alphas, loss(next(validation)))

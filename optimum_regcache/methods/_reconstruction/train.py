@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from optimum_regcache.config.bars import bar
 from optimum_regcache.config.validation import require
 from optimum_regcache.encoders.passes import batch_sizes, encode, image_features, states_read
 from optimum_regcache.encoders.store import TensorSpace
@@ -122,7 +122,8 @@ class Reconstruction:
         groups = linear_groups(fit.result, fit.config)
         ours: Recorded | None = None
         theirs: Recorded | None = None
-        with tqdm(total=self.depth * self.settings.iterations, desc="reconstruction", disable=not fit.progress) as bar:
+        steps = self.settings.iterations
+        with bar(name="reconstruction", total=self.depth * steps, unit="step", shown=fit.progress) as shown:
             for block in range(self.depth):
                 ours = Recorded(block, record_block_inputs(fit.result, fit.training, block, ours, self.space))
                 theirs = theirs or Recorded(0, record_block_inputs(fit.model, fit.training, 0, None, self.space))
@@ -131,9 +132,8 @@ class Reconstruction:
                 if here:
                     trained = TrainedBlock(fit, here, self._parametrise_of(block), self.settings.scales)
                     training = BlockTraining(self, trained, ours, behind)
-                    found.append(kept(block, trained, lambda training=training: training.run(bar)))
-                bar.n = (block + 1) * self.settings.iterations
-                bar.refresh()
+                    found.append(kept(block, trained, lambda training=training: training.run(shown)))
+                shown.update((block + 1) * steps - shown.n)  # it was restored, or ended early
                 theirs = Recorded(block + 1, behind)
         return found
 
@@ -166,7 +166,7 @@ class BlockTraining:
         self.owner, self.trained, self.ours, self.wanted = owner, trained, ours, wanted
         self.unit = (1.0, 1.0)
 
-    def run(self, bar: Any) -> BlockRecord:
+    def run(self, shown: Any) -> BlockRecord:
         """Train, and store what judges better than the start, if anything does."""
         begun, trained = time.perf_counter(), self.trained
         self.unit = self._parts()
@@ -177,12 +177,12 @@ class BlockTraining:
         if self.owner.prepare is not None:
             self.owner.prepare(self)
         with trained.running():
-            steps = self._train(start, bar)
+            steps = self._train(shown)
         trained.store()
         end = self._judge()
         if not end < start:
             trained.restore(before)
-        bar.set_postfix_str(f"block {self.ours.block}: loss x {min(end, start) / start:.3f}")
+        shown.set_postfix_str(f"block {self.ours.block}: loss x {min(end, start) / start:.3f}")
         seconds = round(time.perf_counter() - begun, 3)
         ranks = trained.ranks() if end < start else {}
         return BlockRecord(self.ours.block, start, min(end, start), end < start, steps, seconds, ranks)
@@ -202,7 +202,7 @@ class BlockTraining:
         means = (squares * counts).sum(1) / counts.sum(1).clamp(min=1)
         return means[torch.tensor(items).argsort().argsort().to(means.device)]  # images run in ascending order
 
-    def _train(self, start: float, bar: Any) -> int:
+    def _train(self, shown: Any) -> int:
         """Leaves the trained tensors at the best of the judgements; the number of steps."""
         s = self.owner.settings
         weights, scales = self.trained.parameters()
@@ -222,7 +222,7 @@ class BlockTraining:
             if not self._step(optimizer, leaves, items, progress):
                 break
             made += 1
-            bar.update()
+            shown.update()
             if made % every == 0 or made == s.iterations:
                 with self.trained.hard():
                     loss = self._judge()
